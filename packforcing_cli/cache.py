@@ -1,0 +1,475 @@
+"""The three-partition memory of one video: full-resolution sink and recent blocks, a bank of compressed ones.
+
+The life of a block, for sink_blocks = 2 and recent_blocks = 1:
+
+    denoise i ........... context(i) is read; nothing but the scratch is written
+    commit(i, kv) ....... i < 2: sink, for good. Else: recent; the block leaving recent goes on to the bank
+    add_backup(i, kv) ... keys and values of i's compressed tokens: what goes on when i leaves recent
+    the bank is full .... its oldest block that is not pinned makes room
+
+What attention reads is one buffer a layer, in which all that is valid is one contiguous run, so that no mask
+is needed (attention does not care in which order keys come):
+
+    keys, values   [ scratch: own tokens | sink | recent (a ring) | active mids, oldest first ]
+                                         grows to the right until the memory is full -->
+
+Keys are kept as they were before RoPE. `context(i)` turns them once, to the slots of block i, into the
+buffer, and every pass over the block reads the same tensors. A block that moves to another slot is turned
+afresh from its raw keys, so nothing drifts. Values are never turned.
+
+The state changes in `commit` and `add_backup` only: raw keys, backups, bank, sums, and the values of sink and
+recent, which live in the buffer. All else in the buffer is derived from it. Inference only: gradients stay
+outside.
+
+Which blocks are where, at which slots and in how many bytes is said by `layout.py`, and nowhere else. Knows
+neither the model nor the compressor: it is handed keys and values.
+
+Source: PackForcing (arXiv 2603.25730) 3.1-3.5; METHOD 2, 4, 5.
+Letters: L layers, B batch, S tokens, N heads, D head dim, n tokens of a block, N_c compressed tokens of a
+block, M blocks in the bank, K active mids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from packforcing_cli import rope, selection
+from packforcing_cli.errors import LayoutError
+from packforcing_cli.layout import BlockView, Layout, MemoryBytes, Position
+
+
+class BlockKV(Protocol):
+    """What a clean pass leaves of a block: un-rotated keys and values [L,B,S,N,D], query sums [L,B,N,D]."""
+
+    @property
+    def k(self) -> Tensor: ...
+    @property
+    def v(self) -> Tensor: ...
+    @property
+    def q_sum(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class CacheStats:
+    """What the cache holds: bytes of its tensors, block numbers; `active` has one tuple of them a layer."""
+
+    bytes: MemoryBytes
+    sink: tuple[int, ...]
+    bank: tuple[int, ...]
+    recent: tuple[int, ...]
+    active: tuple[tuple[int, ...], ...]
+
+
+class CacheContext:
+    """What one block attends, the same in every pass over it. Satisfies `transformer.Context`.
+
+    positions:  [n, 3] float64 (slot, row, column) of the block's own tokens.
+    selected:   [L, K] int64 numbers of the active mids, ascending; -1 until `affinity` has met the layer.
+    scores:     [L, M] of the bank, oldest first; NaN where not yet scored; None if nothing is scored.
+    degenerate: [L] bool, layers whose scores said nothing and that took the newest mids.
+    """
+
+    def __init__(self, cache: KVCache, view: BlockView, *, scored: bool) -> None:
+        layers, device, slots = cache.layers, cache.device, cache.layout.slots(view)
+        mids = [cache.layout.compressed_positions(start, slots.span) for start in slots.mid_starts]
+        self.block = view.current
+        self.positions = cache._block_positions([slots.current_start])
+        self.selected = torch.full((layers, view.active), -1, dtype=torch.int64, device=device)
+        self.scores = torch.full((layers, len(view.mid)), torch.nan, device=device) if scored else None
+        self.degenerate = torch.zeros(layers, dtype=torch.bool, device=device)
+        self._cache = cache
+        self._num_tokens = cache.layout.tokens(view).stored
+        self._mid_angles = cache._angles(cache._positions([position for mid in mids for position in mid]))
+        self._ready = [False] * layers
+
+    def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values this layer attends: the block's own and the context's.
+
+        Args:
+            k, v:  [B, n, N, D] of the block itself, k rotated. They overwrite the scratch and nothing else.
+            q_sum: [B, N, D] sum of its un-rotated queries; `affinity` chooses with it in the first pass.
+        Returns: views [B, n + S_context, N, D] into the cache, good until this layer is read again.
+        Raises: ValueError if the cache has moved on: the block was committed, or its context made again.
+        """
+        self._check_open()
+        if not self._ready[layer]:
+            self._recall(range(layer, layer + 1), q_sum.unsqueeze(0))
+        return self._cache._beside_own(layer, k, v, self._num_tokens)
+
+    @torch.no_grad()
+    def _recall(self, layers: range, q_sums: Tensor | None = None, *, forced: Tensor | None = None) -> None:
+        """Choose the mids of these layers (or take the forced [l, K]) and bring them into the buffer."""
+        cache, part = self._cache, slice(layers.start, layers.stop)
+        if self.scores is not None:
+            self.scores[part] = cache._score(part, q_sums)
+        if forced is None:
+            choice = selection.choose(
+                cache.select,
+                cache.bank_blocks,
+                active=self.selected.shape[1],
+                layers=len(layers),
+                scores=None if self.scores is None else self.scores[part],
+                seed=cache.seed,
+                block=self.block,
+                pinned=cache.pinned,
+                device=cache.device,
+            )
+            forced, self.degenerate[part] = choice.ids, choice.degenerate
+        self.selected[part] = forced
+        for layer in layers:
+            cache._write_mids(layer, self.selected[layer], *self._mid_angles, end=cache._n + self._num_tokens)
+            self._ready[layer] = True
+
+    def _check_open(self) -> None:
+        if self._cache._open is not self:
+            raise ValueError(f"this context of block {self.block} is closed: ask for a new one")
+
+
+class CompressedContext:
+    """What the compressed tokens of a block attend. Satisfies `transformer.Context`.
+
+    positions: [N_c, 3] float64 (slot, row, column) of the tokens: the centres of the cells they stand for.
+    """
+
+    def __init__(self, cache: KVCache, cells: Sequence[Position], sees: CacheContext | int) -> None:
+        """`sees`: the block's own context, or the tokens at the start of the buffer: those of the sinks."""
+        self.positions = cache._positions(cells)
+        self._cache = cache
+        self._history = sees if isinstance(sees, CacheContext) else None
+        self._num_tokens = sees._num_tokens if isinstance(sees, CacheContext) else sees
+
+    def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """As `CacheContext.layer`, for N_c own tokens; `q_sum` is not used."""
+        if self._history is not None:
+            self._history._check_open()
+            if not self._history._ready[layer]:
+                raise ValueError(f"layer {layer} has no mids yet: a pass over the block comes first")
+        return self._cache._beside_own(layer, k, v, self._num_tokens)
+
+
+class KVCache:
+    """Keys and values of one video (or of B videos of equal length), all layers, in preallocated tensors."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        bank_device: torch.device | str | None = None,
+        batch: int = 1,
+        select: str = "affinity-recent",
+        seed: int = 0,
+        pinned: frozenset[int] = frozenset(),
+        compressed_context: str = "sinks",
+    ) -> None:
+        """Allocate all that a video of `num_blocks` blocks needs; an unlimited bank grows block by block.
+
+        Args:
+            bank_device: where the bank's keys and values live, by default `device`. Scores never read them.
+            select:      a mode of `selection.py`; with top_k 0 there is nothing to select, whatever it says.
+            seed:        of `select="random"`.
+            pinned:      blocks that are recalled first and that the bank never drops.
+            compressed_context: "sinks" or "history", see the method of that name.
+        Raises: LayoutError or UsageError if the settings contradict each other.
+        """
+        grid, full, has_mid = layout.grid, layout.view(num_blocks), layout.top_k > 0
+        selection.check_mode(select)
+        if has_mid and select == "none":
+            raise LayoutError("selecting none contradicts top_k > 0", hint="Use a layout with top_k = 0.")
+        if compressed_context not in ("sinks", "history"):
+            raise LayoutError(f"compressed context {compressed_context!r}", hint="Use sinks or history.")
+        if dtype.itemsize != grid.dtype_bytes:
+            raise LayoutError(f"{dtype} has {dtype.itemsize} bytes a number, the layout {grid.dtype_bytes}")
+        self.layout, self.num_blocks = layout, num_blocks
+        self.layers, self.dtype, self.device = grid.layers, dtype, torch.device(device)
+        self.select, self.seed, self.pinned = select if has_mid else "none", seed, pinned
+        self._compressed_context = compressed_context
+        self._n, self._head_dim = grid.block_tokens, grid.kv_dim // grid.heads
+
+        def zeros(*shape: int, dtype: torch.dtype = dtype, device: torch.device | str = device) -> Tensor:
+            per_head = (grid.heads, self._head_dim)
+            return torch.zeros(grid.layers, batch, *shape, *per_head, dtype=dtype, device=device)
+
+        tokens, compressed = layout.tokens(full), grid.compressed_tokens
+        backups = len(full.recent) if has_mid else 0
+        self._growing = layout.bank is None
+        bank, far = 0 if self._growing else len(full.mid), bank_device or device
+        self._k, self._v = zeros(tokens.active), zeros(tokens.active)
+        self._raw_k = zeros(tokens.sink + tokens.recent)
+        self._backup_k, self._backup_v = zeros(backups, compressed), zeros(backups, compressed)
+        self._bank_k, self._bank_v = zeros(bank, compressed, device=far), zeros(bank, compressed, device=far)
+        self._key_sums = zeros(bank, dtype=torch.float32)
+        self._q_sum = zeros(dtype=torch.float32) if has_mid else zeros(0, dtype=torch.float32)
+
+        self.blocks = 0  # committed so far
+        self._ring_start, self._ring = len(full.sink), max(1, len(full.recent))
+        self._backed_up = [-1] * backups  # whose backup lies at each place of the ring
+        self._bank_ids: list[int] = []  # which block lies at each place of the bank
+        self._open: CacheContext | None = None
+
+    @property
+    def bank_blocks(self) -> list[int]:
+        """Numbers of the blocks in the bank, oldest first."""
+        return sorted(self._bank_ids)
+
+    def needs_backup(self, i: int) -> bool:
+        """Whether block i is remembered in compressed form once it leaves recent (sinks never leave)."""
+        return self.layout.top_k > 0 and i not in self.layout.view(i + 1).sink
+
+    # -- reading --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def context(self, i: int, *, selected: Tensor | None = None) -> CacheContext:
+        """Prepare what block i attends: turn sink and recent to their slots, choose and bring in the mids.
+
+        With `affinity` a layer's mids follow in the first pass over the block, when its queries are known.
+        Args:
+            selected: [L, K] ascending block numbers to recall instead of choosing: a recorded choice.
+        Raises: ValueError if i is not the next block, or if `selected` does not fit the bank.
+        """
+        if i != self.blocks:
+            raise ValueError(f"context({i}) asked for, the next block is {self.blocks}")
+        view, slots = self.layout.view(i), self.layout.slots(i)
+        if selected is not None:
+            self._check_selected(selected, view)
+        starts = dict(zip(view.sink, slots.sink_starts, strict=True))
+        starts |= dict(zip(view.recent, slots.recent_starts, strict=True))
+        self._turn_kept([starts[block] for block in sorted(starts, key=self._place)])
+        scored = self.select.startswith("affinity") and view.active > 0 and selected is None
+        self._open = CacheContext(self, view, scored=scored)
+        if selected is not None:
+            self._open._recall(range(self.layers), forced=selected.to(self.device))
+        elif not scored or self.select == "affinity-recent":
+            self._open._recall(range(self.layers))
+        return self._open
+
+    @torch.no_grad()
+    def compressed_context(self, i: int) -> CompressedContext:
+        """What the compressed tokens of block i attend while the model turns them into keys and values.
+
+        "sinks":   the sinks, right before the block, and themselves. A function of sinks and block alone, so
+                   it is there as long as the backup can wait, also between two passes over a later block.
+        "history": all that block i attends, at its slots, and themselves; from its first pass to `commit(i)`.
+        Source: DESIGN 3.5; METHOD 2.4, 10.2.
+        """
+        if not self.needs_backup(i) or i > self.blocks:
+            raise ValueError(f"block {i} takes no backup yet, or never: the next block is {self.blocks}")
+        slots, span = self.layout.slots(i), self.layout.grid.frames_per_block
+        if self._compressed_context == "sinks":
+            self._turn_kept(slots.sink_starts)
+            cells = self.layout.compressed_positions(self.layout.context_start, span)
+            return CompressedContext(self, cells, self.layout.tokens(i).sink)
+        if self._open is None or self._open.block != i:
+            raise ValueError(f"the history of block {i} is there from context({i}) to commit({i})")
+        cells = self.layout.compressed_positions(slots.current_start, span)
+        return CompressedContext(self, cells, self._open)
+
+    def _turn_kept(self, starts: Sequence[Fraction]) -> None:
+        """Turn the keys of sink and recent, place by place, to these slots and into the buffer."""
+        if starts:
+            cos, sin = self._angles(self._block_positions(starts))
+            tokens = len(starts) * self._n
+            for layer in range(self.layers):
+                turned = rope.rotate(self._raw_k[layer, :, :tokens], cos, sin)
+                self._k[layer, :, self._n : self._n + tokens].copy_(turned)
+
+    def _write_mids(self, layer: int, ids: Tensor, cos: Tensor, sin: Tensor, *, end: int) -> None:
+        """Bring blocks [K] from the bank to where the buffer's valid part ends, their keys turned."""
+        if len(ids):
+            in_bank = torch.tensor(self._bank_ids, device=ids.device)
+            places = (ids[:, None] == in_bank).int().argmax(1).to(self._bank_k.device)
+            k = self._bank_k[layer].index_select(1, places).flatten(1, 2)
+            v = self._bank_v[layer].index_select(1, places).flatten(1, 2)
+            self._k[layer, :, end - k.shape[1] : end].copy_(rope.rotate(k.to(self.device), cos, sin))
+            self._v[layer, :, end - v.shape[1] : end].copy_(v)
+
+    def _score(self, layers: slice, q_sums: Tensor | None) -> Tensor:
+        """[l, M] affinity of the bank, oldest first, to the last commit's queries plus `q_sums` [l,B,N,D]."""
+        order = sorted(range(len(self._bank_ids)), key=self._bank_ids.__getitem__)
+        key_sums = self._key_sums[layers].index_select(2, torch.tensor(order, device=self.device))
+        queries = self._q_sum[layers]
+        return selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
+
+    def _beside_own(self, layer: int, k: Tensor, v: Tensor, context_tokens: int) -> tuple[Tensor, Tensor]:
+        """Write a forward's own keys and values right before the context; return both together."""
+        start, end = self._n - k.shape[1], self._n + context_tokens
+        self._k[layer, :, start : self._n].copy_(k.detach())
+        self._v[layer, :, start : self._n].copy_(v.detach())
+        return self._k[layer, :, start:end], self._v[layer, :, start:end]
+
+    # -- writing --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def commit(self, i: int, kv: BlockKV) -> None:
+        """Take in the clean block i; what leaves recent goes on to the bank. Closes the open context.
+
+        Args:
+            kv: k, v [L, B, n, N, D], k un-rotated; q_sum [L, B, N, D].
+        Raises: ValueError if i is not the next block, a shape is wrong, or the leaving block has no backup;
+            nothing has changed then.
+        """
+        if i != self.blocks or i >= self.num_blocks:
+            raise ValueError(f"commit({i}): the next block is {self.blocks} of {self.num_blocks}")
+        self._check_shape(kv, self._n)
+        before, after = self.layout.view(i), self.layout.view(i + 1)
+        if self.layout.top_k:
+            for leaving in sorted({*before.recent} - {*after.recent}):
+                self._move_to_bank(leaving)
+            self._q_sum.copy_(kv.q_sum)
+        if i in after.sink or i in after.recent:
+            at = self._place(i) * self._n
+            self._raw_k[:, :, at : at + self._n].copy_(kv.k)
+            self._v[:, :, self._n + at : self._n + at + self._n].copy_(kv.v)
+        self.blocks, self._open = i + 1, None
+
+    @torch.no_grad()
+    def add_backup(self, i: int, kv: BlockKV) -> None:
+        """Keep the compressed form of block i, which is recent.
+
+        Args:
+            kv: k, v [L, B, N_c, N, D], k un-rotated; its q_sum is not used.
+        Raises: ValueError if block i is not recent, takes no backup or has one, or a shape is wrong.
+        """
+        recent = self.layout.view(self.blocks).recent
+        if not self.needs_backup(i) or i not in recent or i in self._backed_up:
+            raise ValueError(f"add_backup({i}): recent is {[*recent]}, with backups of {self._backed_up}")
+        self._check_shape(kv, self.layout.grid.compressed_tokens)
+        ring = self._place(i) - self._ring_start
+        self._backup_k[:, :, ring].copy_(kv.k)
+        self._backup_v[:, :, ring].copy_(kv.v)
+        self._backed_up[ring] = i
+
+    def _move_to_bank(self, block: int) -> None:
+        ring = self._place(block) - self._ring_start
+        if self._backed_up[ring] != block:
+            raise ValueError(f"block {block} leaves recent without a backup: call add_backup({block}) before")
+        at = len(self._bank_ids)
+        if self._growing:
+            self._resize_bank(at + 1)
+        if at < self._bank_k.shape[2]:
+            self._bank_ids.append(block)
+        else:
+            at = self._bank_ids.index(self._oldest_unpinned())
+            self._bank_ids[at] = block
+        self._bank_k[:, :, at].copy_(self._backup_k[:, :, ring])
+        self._bank_v[:, :, at].copy_(self._backup_v[:, :, ring])
+        self._key_sums[:, :, at] = self._backup_k[:, :, ring].sum(2, dtype=torch.float32)
+
+    def _oldest_unpinned(self) -> int:
+        for block in self.bank_blocks:
+            if block not in self.pinned:
+                return block
+        raise ValueError(f"all {len(self._bank_ids)} blocks of the bank are pinned: nothing can make room")
+
+    def _resize_bank(self, size: int) -> None:
+        for name in ("_bank_k", "_bank_v", "_key_sums"):
+            old: Tensor = getattr(self, name)
+            new = old.new_zeros((*old.shape[:2], size, *old.shape[3:]))
+            new[:, :, : old.shape[2]].copy_(old[:, :, :size])
+            setattr(self, name, new)
+
+    # -- keeping and showing --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies on the CPU of all that cannot be derived: flat, as safetensors takes it."""
+        state = {name: kept.to("cpu", copy=True).contiguous() for name, kept in self._kept().items()}
+        view = self.layout.view(self.blocks)
+        state["blocks"] = torch.tensor([self.blocks, len(view.sink), len(view.recent)])
+        state["bank_ids"] = torch.tensor(self._bank_ids, dtype=torch.int64)
+        state["backed_up"] = torch.tensor(self._backed_up[: len(view.recent)], dtype=torch.int64)
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from the `state_dict` of a cache of equal settings, of which `num_blocks` may differ.
+
+        Raises: LayoutError if the state is of other settings; the cache is of no use then.
+        """
+        hint = "Load it with the memory settings, dtype and batch it was saved with."
+        expected = {*self._kept(), "blocks", "bank_ids", "backed_up"}
+        if set(state) != expected:
+            raise LayoutError(
+                f"not a cache's state: it differs in {sorted(expected ^ set(state))}", hint=hint
+            )
+        self.blocks, *kept = state["blocks"].tolist()
+        view = self.layout.view(self.blocks)
+        if self.blocks > self.num_blocks or kept != [len(view.sink), len(view.recent)]:
+            raise LayoutError(f"the saved cache has {self.blocks} blocks, sinks and recent {kept}", hint=hint)
+        self._bank_ids, self._open = state["bank_ids"].tolist(), None
+        backed_up = state["backed_up"].tolist()
+        self._backed_up[:] = backed_up + [-1] * (len(self._backed_up) - len(backed_up))
+        if self._growing:
+            self._resize_bank(len(self._bank_ids))
+        for name, own in self._kept().items():
+            found = state[name]
+            if (own.shape, own.dtype) != (found.shape, found.dtype):
+                shapes = f"{list(found.shape)} {found.dtype}, here it is {list(own.shape)} {own.dtype}"
+                raise LayoutError(f"{name} of the saved cache is {shapes}", hint=hint)
+            own.copy_(found)
+
+    def stats(self) -> CacheStats:
+        """Bytes of the live tensors and numbers of the blocks, by partition."""
+        view, buffer = self.layout.view(self.blocks), self._k.nbytes + self._v.nbytes
+        current = buffer // self._k.shape[2] * self._n
+        size = MemoryBytes(
+            stored=buffer - current,
+            current=current,
+            raw_keys=self._raw_k.nbytes,
+            backups=self._backup_k.nbytes + self._backup_v.nbytes,
+            bank=sum(t.nbytes for t in (self._bank_k, self._bank_v, self._key_sums, self._q_sum)),
+        )
+        active = tuple(tuple(ids) for ids in self._open.selected.tolist()) if self._open else ()
+        return CacheStats(size, tuple(view.sink), tuple(self.bank_blocks), tuple(view.recent), active)
+
+    def _kept(self) -> dict[str, Tensor]:
+        """Views of the valid part of all that cannot be derived."""
+        view, bank = self.layout.view(self.blocks), slice(len(self._bank_ids))
+        tokens, recent = (len(view.sink) + len(view.recent)) * self._n, slice(len(view.recent))
+        return {
+            "raw_k": self._raw_k[:, :, :tokens],
+            "v": self._v[:, :, self._n : self._n + tokens],
+            "backup_k": self._backup_k[:, :, recent],
+            "backup_v": self._backup_v[:, :, recent],
+            "bank_k": self._bank_k[:, :, bank],
+            "bank_v": self._bank_v[:, :, bank],
+            "key_sums": self._key_sums[:, :, bank],
+            "q_sum": self._q_sum,
+        }
+
+    # -- pieces ---------------------------------------------------------------------------------------------
+
+    def _place(self, block: int) -> int:
+        """Where a sink or recent block lies, in blocks; recent is a ring behind the sinks."""
+        behind = block - self._ring_start
+        return block if behind < 0 else self._ring_start + behind % self._ring
+
+    def _block_positions(self, starts: Sequence[Fraction]) -> Tensor:
+        grid = self.layout.grid
+        shape = (grid.frames_per_block, grid.rows, grid.cols)
+        return torch.cat([rope.grid_positions(float(start), *shape, device=self.device) for start in starts])
+
+    def _positions(self, cells: Sequence[Position]) -> Tensor:
+        rows = [[float(axis) for axis in cell] for cell in cells]
+        return torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, 3)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return rope.angles(positions, self._head_dim)
+
+    def _check_selected(self, selected: Tensor, view: BlockView) -> None:
+        rows, bank = selected.tolist(), {*self._bank_ids}
+        fits = [len(row) == view.active and row == sorted({*row}) and bank.issuperset(row) for row in rows]
+        if fits != [True] * self.layers:
+            raise ValueError(f"wanted {view.active} ascending of {sorted(bank)} in each layer, got {rows}")
+
+    def _check_shape(self, kv: BlockKV, tokens: int) -> None:
+        wanted = (*self._k.shape[:2], tokens, *self._k.shape[3:])
+        if kv.k.shape != wanted or kv.v.shape != wanted:
+            raise ValueError(f"k {[*kv.k.shape]}, v {[*kv.v.shape]}: this cache takes {[*wanted]}")

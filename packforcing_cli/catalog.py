@@ -1,0 +1,222 @@
+"""What is known about a model without loading it: shapes, sizes, licences, from models.toml.
+
+A `package` can generate; a `family` has the facts that planning and bench need. Knows no weights and no tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+from packforcing_cli.errors import UsageError
+from packforcing_cli.layout import Grid, Span
+
+TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
+WEIGHT_BYTES = 2  # packages hold 16-bit weights
+DEMO_FOLDER = Path(__file__).parent / "demo"
+
+
+@dataclass(frozen=True)
+class ScheduleFacts:
+    """How a model is sampled by default.
+
+    kind:     "renoise" (few-step students) or "euler".
+    steps:    renoise: the training timesteps visited, falling. euler: a single number, how many steps.
+    shift:    flow-matching time shift.
+    guidance: classifier-free guidance scale, 1 = none.
+    """
+
+    kind: Literal["renoise", "euler"]
+    steps: tuple[int, ...]
+    shift: float
+    guidance: float
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.steps) if self.kind == "renoise" else self.steps[0]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Facts of one model; models.toml explains the entries.
+
+    default_size:     (width, height) in pixels.
+    trained_by_block: latent frames seen in training, by frames_per_block.
+    span_by_block:    default slots of a mid block, by frames_per_block, as written in models.toml.
+    """
+
+    name: str
+    kind: Literal["package", "family"]
+    title: str
+    license: str
+    frames_per_block: int
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    latent_channels: int
+    text_dim: int
+    text_length: int
+    default_size: tuple[int, int]
+    fps: int
+    trained_by_block: Mapping[int, int]
+    span_by_block: Mapping[int, str]
+    schedule: ScheduleFacts
+    text_params: int
+    vae_params: int
+    install: str
+    patch: tuple[int, int, int] = (1, 2, 2)
+    spatial_stride: int = 8
+    temporal_stride: int = 4
+
+    @property
+    def dim(self) -> int:
+        """Width of the transformer."""
+        return self.heads * self.head_dim
+
+    @property
+    def trained_frames(self) -> int:
+        """Latent frames seen in training, at the model's own frames_per_block."""
+        return self.trained_for(self.frames_per_block)
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Width and height must be multiples of this many pixels."""
+        return self.spatial_stride * self.patch[1]
+
+    @property
+    def transformer_params(self) -> int:
+        """Parameters of the diffusion transformer, counted from its shape (METHOD 1.1)."""
+        d, patch_values = self.dim, self.latent_channels * self.patch[0] * self.patch[1] * self.patch[2]
+
+        def linear(inputs: int, outputs: int) -> int:
+            return inputs * outputs + outputs
+
+        attention = 4 * linear(d, d) + 2 * d  # q, k, v, out; norms of q and k
+        layer = 2 * attention + 2 * d + linear(d, self.ffn_dim) + linear(self.ffn_dim, d) + 6 * d
+        text = linear(self.text_dim, d) + linear(d, d)
+        time = linear(TIME_EMBEDDING, d) + linear(d, d) + linear(d, 6 * d)
+        head = 2 * d + linear(d, patch_values)
+        return linear(patch_values, d) + text + time + self.layers * layer + head
+
+    @property
+    def params(self) -> int:
+        """Parameters of transformer, text encoder and VAE."""
+        return self.transformer_params + self.text_params + self.vae_params
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weights at 16 bit, without the compressor."""
+        return self.params * WEIGHT_BYTES
+
+    @property
+    def block_sizes(self) -> tuple[int, ...]:
+        """The frames_per_block this model is known with."""
+        return tuple(self.trained_by_block)
+
+    def _known_block(self, frames_per_block: int) -> int:
+        if frames_per_block not in self.trained_by_block:
+            known = ", ".join(str(n) for n in self.block_sizes)
+            raise UsageError(
+                f"{self.name} is not known with {frames_per_block} frames per block",
+                hint=f"Use --frames-per-block {known}." if len(self.block_sizes) == 1 else f"Use one of {known}.",
+            )
+        return frames_per_block
+
+    def trained_for(self, frames_per_block: int) -> int:
+        """Latent frames seen in training. Raises: UsageError for a block size the model is not known with."""
+        return self.trained_by_block[self._known_block(frames_per_block)]
+
+    def span_for(self, frames_per_block: int) -> Span:
+        """Default slots of a mid block. Raises: UsageError for a block size the model is not known with."""
+        text = self.span_by_block[self._known_block(frames_per_block)]
+        if text == "fit":
+            return "fit"
+        return Fraction(frames_per_block) if text == "block" else Fraction(text)
+
+    def grid(
+        self, size: tuple[int, int], frames_per_block: int, *, dtype_bytes: int = 2, identity: bool = False
+    ) -> Grid:
+        """Token grid of a block at a size (width, height) in pixels.
+
+        Raises: UsageError if the size does not fit the model's token grid; LayoutError if it is too small.
+        """
+        multiple = self.pixel_multiple
+        check_size(size, multiple, name=self.name, default_size=self.default_size)
+        width, height = size
+        return Grid(
+            frames_per_block=frames_per_block,
+            rows=height // multiple,
+            cols=width // multiple,
+            layers=self.layers,
+            kv_dim=self.dim,
+            heads=self.heads,
+            dtype_bytes=dtype_bytes,
+            identity=identity,
+        )
+
+    @property
+    def default_size_text(self) -> str:
+        return f"{self.default_size[0]}x{self.default_size[1]}"
+
+
+def check_size(size: tuple[int, int], multiple: int, *, name: str, default_size: tuple[int, int]) -> None:
+    """Raises: UsageError if a size (width, height) in pixels does not fit a model's token grid."""
+    width, height = size
+    if width < multiple or height < multiple or width % multiple or height % multiple:
+        near = "x".join(str(max(multiple, round(side / multiple) * multiple)) for side in size)
+        raise UsageError(
+            f"size {width}x{height} does not fit: width and height must be multiples of {multiple} pixels",
+            hint=f"The nearest size is {near}; {name} was made for {default_size[0]}x{default_size[1]}.",
+        )
+
+
+def all_models() -> tuple[ModelFacts, ...]:
+    """Every model known by name: packages first."""
+    return tuple(sorted(_load().values(), key=lambda facts: facts.kind != "package"))
+
+
+def get(name: str) -> ModelFacts:
+    """Facts of a model by name, in any case.
+
+    Raises: UsageError naming the nearest known models.
+    """
+    models = _load()
+    if name.lower() in models:
+        return models[name.lower()]
+    near = difflib.get_close_matches(name.lower(), models, n=3, cutoff=0.4)
+    said = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(models)}."
+    raise UsageError(f"no model is named {name!r}; {said}", hint="packforcing models list shows all of them.")
+
+
+def is_installed(facts: ModelFacts) -> bool:
+    """Whether the model's weights are on this machine; a family has none of its own."""
+    return facts.name == "demo" and (DEMO_FOLDER / "packforcing.json").is_file()
+
+
+@cache
+def _load() -> Mapping[str, ModelFacts]:
+    text = (Path(__file__).parent / "models.toml").read_text(encoding="utf-8")
+    return MappingProxyType({name: _facts(name, entry) for name, entry in tomllib.loads(text).items()})
+
+
+def _facts(name: str, entry: Mapping[str, Any]) -> ModelFacts:
+    values = dict(entry)
+    schedule = dict(values.pop("schedule"))
+    steps = schedule.pop("steps")
+    width, height = values.pop("size")
+    return ModelFacts(
+        name=name,
+        default_size=(width, height),
+        trained_by_block=MappingProxyType({int(n): frames for n, frames in values.pop("trained_frames").items()}),
+        span_by_block=MappingProxyType({int(n): span for n, span in values.pop("mid_span").items()}),
+        schedule=ScheduleFacts(steps=(steps,) if isinstance(steps, int) else tuple(steps), **schedule),
+        **values,
+    )

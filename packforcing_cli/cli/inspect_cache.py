@@ -1,0 +1,157 @@
+"""packforcing inspect-cache: what a video's memory will be, before anything is made."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from packforcing_cli.cli import memory_options as memory
+
+if TYPE_CHECKING:
+    from packforcing_cli.planner import Plan
+
+
+def inspect_cache(
+    model: Annotated[str | None, typer.Option("--model", help="A model's name. Default demo.")] = None,
+    seconds: Annotated[float | None, typer.Option("--seconds", help="Length of the video. Default 10.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
+    ] = None,
+    frames_per_block: Annotated[
+        int | None, typer.Option("--frames-per-block", help="Latent frames a block. Default: the model's own.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", metavar="NAME", help="bf16, fp16 or fp32. Default auto (bf16).")
+    ] = None,
+    policy: memory.Policy = None,
+    sink_blocks: memory.SinkBlocks = None,
+    recent_blocks: memory.RecentBlocks = None,
+    top_k: memory.TopK = None,
+    bank: memory.Bank = None,
+    select: memory.Select = None,
+    mid_span: memory.MidSpan = None,
+    compressor: memory.Compressor = None,
+    compressed_context: memory.CompressedContext = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the plan of a video's memory: partitions, bytes, growth and slots. Loads no model.
+
+    Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
+    """
+    from packforcing_cli import planner
+    from packforcing_cli.cli import console, settings
+
+    flags = {
+        "model": model,
+        "seconds": seconds,
+        "size": size,
+        "frames_per_block": frames_per_block,
+        "dtype": dtype,
+        "policy": policy,
+        "sink_blocks": sink_blocks,
+        "recent_blocks": recent_blocks,
+        "top_k": top_k,
+        "bank": bank,
+        "select": select,
+        "mid_span": mid_span,
+        "compressor": compressor,
+        "compressed_context": compressed_context,
+    }
+    plan = planner.plan(settings.gather(flags).plan_request())
+    if as_json:
+        console.result_json(plan.to_json())
+        return
+    for table in (_summary(plan), _partitions(plan), _bytes(plan), _growth(plan), _slots(plan)):
+        console.result_table(table)
+    for warning in plan.warnings:
+        console.warn(warning)
+
+
+def _new_table(title: str, *columns: str) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _summary(plan: Plan) -> str:
+    from packforcing_cli.cli import console
+
+    return (
+        f"{plan.model.name}, {plan.size[0]}x{plan.size[1]}, {plan.fps} fps, {plan.dtype},"
+        f" policy {plan.options.policy}\n"
+        f"{console.duration(plan.seconds)} asked: {plan.blocks:,} blocks of {plan.frames_per_block} latent frames"
+        f" = {plan.frames:,} frames = {plan.exact_seconds:.2f} s\n"
+    )
+
+
+def _partitions(plan: Plan) -> Any:
+    from packforcing_cli.cli import console
+
+    grid, tokens = plan.layout.grid, plan.tokens
+    view = plan.layout.view(plan.blocks - 1)
+    table = _new_table("What the last block attends", "partition", "blocks", "tokens a block", "tokens", "bytes")
+    rows = (
+        ("sink", len(view.sink), grid.block_tokens, tokens.sink),
+        ("mid, active", view.active, grid.compressed_tokens, tokens.mid),
+        ("recent", len(view.recent), grid.block_tokens, tokens.recent),
+        ("current", 1, grid.block_tokens, tokens.current),
+    )
+    for name, blocks, each, total in rows:
+        table.add_row(name, f"{blocks:,}", f"{each:,}", f"{total:,}", console.gb(total * grid.bytes_per_token))
+    blocks = sum(row[1] for row in rows)
+    active = console.gb(tokens.active * grid.bytes_per_token)
+    table.add_row("all", f"{blocks:,}", "", f"{tokens.active:,}", active, style="bold")
+    return table
+
+
+def _bytes(plan: Plan) -> Any:
+    from packforcing_cli.cli import console
+
+    used = plan.memory
+    bank = len(plan.layout.view(plan.blocks - 1).mid)
+    table = _new_table("What the cache holds at the last block", "part", "bytes", "what it is")
+    table.columns[2].justify = "left"
+    for name, size, said in (
+        ("stored", used.stored, "keys and values of sink, active mid and recent (the paper's count)"),
+        ("current", used.current, "keys and values of the block being made"),
+        ("raw keys", used.raw_keys, "keys before RoPE, of sink and recent"),
+        ("backups", used.backups, "compressed blocks of recent, ready for the bank"),
+        ("bank", used.bank, f"{bank:,} compressed blocks, from which the active ones are taken"),
+    ):
+        table.add_row(name, console.gb(size), said)
+    table.add_row("live", console.gb(used.live), "all of these", style="bold")
+    table.add_row("full history", console.gb(plan.full_history_bytes), "if nothing were compressed or dropped")
+    weights = plan.weights.transformer + plan.weights.vae
+    table.add_row("weights", console.gb(weights), f"transformer and VAE in {plan.dtype}")
+    table.add_row("peak", console.gb(plan.peak_bytes), "estimate, with weights and working memory")
+    return table
+
+
+def _growth(plan: Plan) -> Any:
+    from packforcing_cli.cli import console
+
+    table = _new_table("Growth", "video", "blocks", "full cache", "window cache", "stored", "bank")
+    for point in plan.growth:
+        table.add_row(
+            console.duration(point.seconds),
+            f"{point.blocks:,}",
+            console.gb(point.full_bytes),
+            console.gb(point.window_bytes),
+            console.gb(point.stored_bytes),
+            console.gb(point.bank_bytes),
+        )
+    return table
+
+
+def _slots(plan: Plan) -> str:
+    slots = plan.slots
+    inside = "within" if slots.within_trained_range else "beyond"
+    return (
+        f"Slots: {float(slots.total):g} in all, {float(slots.mid_span):g} for each active mid block; largest distance"
+        f" {float(slots.max_distance):g}, {inside} the trained range of {slots.trained_frames} latent frames."
+    )

@@ -1,0 +1,77 @@
+"""The memory options, the same on every command that has them: annotated types for Typer signatures.
+
+A value is text or a number here; config.MemoryOptions checks it. None = not given.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+PANEL = "Memory"
+
+Policy = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="packforcing, sink (no compressed memory), window (newest blocks only) or full (everything).",
+    ),
+]
+SinkBlocks = Annotated[
+    int | None,
+    typer.Option("--sink-blocks", rich_help_panel=PANEL, help="First blocks, kept at full resolution. Default 2."),
+]
+RecentBlocks = Annotated[
+    int | None,
+    typer.Option("--recent-blocks", rich_help_panel=PANEL, help="Newest blocks at full resolution. Default 1."),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option("--top-k", rich_help_panel=PANEL, help="Compressed blocks recalled at a time. Default 16."),
+]
+Bank = Annotated[
+    str | None,
+    typer.Option(
+        "--bank", metavar="N", rich_help_panel=PANEL, help="Compressed blocks kept, or unlimited. Default 256."
+    ),
+]
+Select = Annotated[
+    str | None,
+    typer.Option(
+        "--select",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="How blocks are recalled: affinity-recent (default), affinity (the paper), fifo, random or none.",
+    ),
+]
+MidSpan = Annotated[
+    str | None,
+    typer.Option(
+        "--mid-span",
+        metavar="SLOTS",
+        rich_help_panel=PANEL,
+        help="Temporal slots a compressed block takes: a number or fraction, block (all of its frames) or"
+        " fit (what is left of the trained range). Default: as the model was trained.",
+    ),
+]
+Compressor = Annotated[
+    str | None,
+    typer.Option(
+        "--compressor",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="auto (the model's own), hr+lr, hr, lr, or the baselines pool and identity.",
+    ),
+]
+CompressedContext = Annotated[
+    str | None,
+    typer.Option(
+        "--compressed-context",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="What a block sees while it is compressed: sinks (default) or history.",
+    ),
+]

@@ -1,0 +1,404 @@
+"""What a user may set: frozen requests with checked values, read from flags, environment and TOML files.
+
+    PlanRequest                 what decides size, length and memory; `planner.plan` reads it
+      └── GenerateRequest       the rest of `packforcing generate`
+    MemoryOptions               the memory: a part of both
+
+Every wrong value is a ConfigError with one message and a next step, whether it came from Python, a flag, a variable
+or a file. `resolve` merges the sources: flags > PACKFORCING_* > project file > user file > default.
+A default exists in one place, here; a value that was not set explicitly may be replaced by a model package's own
+(`MemoryOptions.with_defaults`). Knows no models and no machines.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from packforcing_cli.errors import ConfigError
+from packforcing_cli.layout import POLICIES, Grid, Layout, Span
+
+SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
+COMPRESSORS = ("auto", "hr+lr", "hr", "lr", "pool", "identity")
+COMPRESSED_CONTEXTS = ("sinks", "history")
+DTYPES = ("auto", "bf16", "fp16", "fp32")
+DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
+"""Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
+MAX_SECONDS = 24 * 3600
+MAX_BLOCKS = 1_000_000
+UNLIMITED = "unlimited"
+ENV_PREFIX = "PACKFORCING_"
+
+_EXAMPLES = {
+    "size": "Write it as WIDTHxHEIGHT, for example --size 832x480.",
+    "seconds": "For example --seconds 60.",
+    "mid_span": "For example --mid-span 1, --mid-span 9/16, --mid-span block or --mid-span fit.",
+    "bank": f"For example --bank 256, or --bank {UNLIMITED}.",
+    "prompt": 'For example packforcing generate "a red circle moving right on a blue background".',
+    "crf": "0 is lossless, 18 looks lossless, 51 is the smallest file.",
+    "device": "Use auto, cpu, cuda or cuda:1.",
+}
+
+
+class Options(BaseModel):
+    """Base of what a user sets: frozen, unknown names are errors.
+
+    Raises: ConfigError, from the constructor, if a value is not allowed or a name is unknown.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=False)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise _config_error(error, tuple(type(self).model_fields)) from error
+
+
+class MemoryOptions(Options):
+    """The memory of a video; the terms are layout.py's.
+
+    policy:             packforcing, sink, window or full: presets of the numbers below.
+    sink_blocks:        first blocks, at full resolution for ever.
+    recent_blocks:      newest blocks at full resolution.
+    top_k:              compressed blocks that attend.
+    bank:               compressed blocks kept; None ("unlimited") = all.
+    select:             how the active blocks are chosen; none = sink and recent only.
+    mid_span:           slots a compressed block takes: a number, a fraction, "block" (frames_per_block), "fit" (what
+                        is left of the trained range), or None = as the model was trained.
+    compressor:         hr+lr, hr, lr, the baselines pool and identity, or auto = the package's own.
+    compressed_context: what a compressed block saw when its keys were made: the sinks, or the block's history.
+    """
+
+    policy: str = "packforcing"
+    sink_blocks: int = Field(2, ge=0, le=10_000)
+    recent_blocks: int = Field(1, ge=0, le=10_000)
+    top_k: int = Field(16, ge=0, le=10_000)
+    bank: int | None = Field(256, ge=1, le=MAX_BLOCKS)
+    select: str = "affinity-recent"
+    mid_span: str | None = None
+    compressor: str = "auto"
+    compressed_context: str = "sinks"
+
+    @field_validator("policy")
+    @classmethod
+    def _policy(cls, value: str) -> str:
+        return _one_of(value, POLICIES)
+
+    @field_validator("select")
+    @classmethod
+    def _select(cls, value: str) -> str:
+        return _one_of(value, SELECTIONS)
+
+    @field_validator("compressor")
+    @classmethod
+    def _compressor(cls, value: str) -> str:
+        return _one_of(value, COMPRESSORS)
+
+    @field_validator("compressed_context")
+    @classmethod
+    def _compressed_context(cls, value: str) -> str:
+        return _one_of(value, COMPRESSED_CONTEXTS)
+
+    @field_validator("bank", mode="before")
+    @classmethod
+    def _bank(cls, value: object) -> object:
+        return None if isinstance(value, str) and value.strip().lower() == UNLIMITED else value
+
+    @field_validator("mid_span", mode="before")
+    @classmethod
+    def _mid_span(cls, value: object) -> object:
+        if value is None or value in ("fit", "block"):
+            return value
+        try:
+            span = Fraction(str(value))
+        except (ValueError, ZeroDivisionError):
+            span = Fraction(0)
+        if span <= 0:
+            raise ValueError("must be a number above 0, block or fit")
+        return str(span)
+
+    def span(self, frames_per_block: int, default: Span) -> Span:
+        """Slots a mid block takes.
+
+        Args:
+            default: the model's own, taken when nothing was set.
+        """
+        if self.mid_span is None:
+            return default
+        if self.mid_span == "fit":
+            return "fit"
+        return Fraction(frames_per_block if self.mid_span == "block" else self.mid_span)
+
+    def layout(self, grid: Grid, *, num_blocks: int, trained_frames: int, default_span: Span) -> Layout:
+        """The layout these options mean for a model.
+
+        Args:
+            num_blocks:     length of the video, which the policy `full` needs.
+            trained_frames: latent frames the model was trained on.
+            default_span:   the model's own mid_span.
+        Raises: LayoutError if the numbers describe no possible context.
+        """
+        return Layout.from_policy(
+            self.policy,
+            grid=replace(grid, identity=self.compressor == "identity"),
+            num_blocks=num_blocks,
+            sink_blocks=self.sink_blocks,
+            recent_blocks=self.recent_blocks,
+            top_k=0 if self.select == "none" else self.top_k,
+            bank=self.bank,
+            mid_span=self.span(grid.frames_per_block, default_span),
+            trained_frames=trained_frames,
+        )
+
+    def with_defaults(self, defaults: Mapping[str, Any]) -> MemoryOptions:
+        """Take a package's values for everything that was not set explicitly; names unknown here are left out."""
+        known = {name: value for name, value in defaults.items() if name in MemoryOptions.model_fields}
+        return MemoryOptions(**{**known, **self.model_dump(include=self.model_fields_set)})
+
+    def paper_parity(self) -> MemoryOptions:
+        """As in the paper: every layer selects in the first pass over a block, a mid block keeps its full span.
+
+        What was set explicitly stays.
+        """
+        return self.with_defaults({"select": "affinity", "mid_span": "block"})
+
+
+class PlanRequest(Options):
+    """What decides size, length and memory.
+
+    model:            a name of the catalog, or a folder.
+    seconds:          wanted length; the video has whole blocks.
+    size:             (width, height) in pixels; None = the model's own.
+    frames_per_block: latent frames a block; None = the model's own.
+    dtype:            of weights and cache; auto is bf16 for planning.
+    """
+
+    model: str = "demo"
+    seconds: float = 10.0
+    size: tuple[int, int] | None = None
+    frames_per_block: int | None = Field(None, ge=1, le=64)
+    dtype: str = "auto"
+    memory: MemoryOptions = MemoryOptions()
+
+    @field_validator("model")
+    @classmethod
+    def _model(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty")
+        return value.strip()
+
+    @field_validator("seconds")
+    @classmethod
+    def _seconds(cls, value: float) -> float:
+        if not (math.isfinite(value) and 0 < value <= MAX_SECONDS):
+            raise ValueError(f"must be above 0 and at most {MAX_SECONDS} ({MAX_SECONDS // 3600} hours)")
+        return value
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _size(cls, value: object) -> object:
+        if isinstance(value, str):
+            sides = value.lower().replace("×", "x").split("x")
+            if len(sides) != 2 or not all(side.strip().isascii() and side.strip().isdigit() for side in sides):
+                raise ValueError("is not WIDTHxHEIGHT in pixels")
+            return tuple(int(side) for side in sides)
+        return value
+
+    @field_validator("size")
+    @classmethod
+    def _size_range(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not all(1 <= side <= 8192 for side in value):
+            raise ValueError("width and height must be 1 to 8192 pixels")
+        return value
+
+    @field_validator("dtype")
+    @classmethod
+    def _dtype(cls, value: str) -> str:
+        return _one_of(value, DTYPES)
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+
+class GenerateRequest(PlanRequest):
+    """Everything `packforcing generate` needs to know.
+
+    prompt:    what the video shows.
+    output:    the MP4 file; None = a name made from the prompt in the current folder.
+    seed:      None = random, and printed.
+    steps:     denoising steps; None = the package's.
+    guidance:  classifier-free guidance scale, 1 = none; None = the package's.
+    device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
+    vae:       None = the package's, tiny, wan, or a folder with a VAE of the same latents.
+    crf:       H.264 quality, 0 (lossless) to 51.
+    overwrite: replace an existing output.
+    """
+
+    prompt: str
+    output: Path | None = None
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    steps: int | None = Field(None, ge=1, le=1000)
+    guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    device: str = "auto"
+    vae: str | None = None
+    crf: int = Field(18, ge=0, le=51)
+    overwrite: bool = False
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt(cls, value: str) -> str:
+        if not value.strip():
+            raise ValueError("is empty")
+        return value.strip()
+
+    @field_validator("device")
+    @classmethod
+    def _device(cls, value: str) -> str:
+        kind, colon, index = value.strip().lower().partition(":")
+        if kind in ("auto", "cpu", "cuda") and (not colon or (kind == "cuda" and index.isdecimal())):
+            return value.strip().lower()
+        raise ValueError("is unknown")
+
+
+# ---------------------------------------------------------------------------------------------- where values come from
+
+SETTINGS = (
+    *(name for name in GenerateRequest.model_fields if name not in ("memory", "prompt", "output")),
+    *MemoryOptions.model_fields,
+)
+"""Names that flags, variables and files may set. In a file the memory options may also stand in a [memory] table."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Merged values.
+
+    values:  name -> value, only what some source has set.
+    sources: name -> where it came from: "flag", the variable's name or the file's path.
+    """
+
+    values: Mapping[str, Any]
+    sources: Mapping[str, str]
+
+    def request_values(self, names: Sequence[str] = SETTINGS) -> dict[str, Any]:
+        """Keyword arguments of a request, the memory options nested; only the given names."""
+        chosen = {name: value for name, value in self.values.items() if name in names}
+        memory = {name: chosen.pop(name) for name in tuple(chosen) if name in MemoryOptions.model_fields}
+        return {**chosen, "memory": MemoryOptions(**memory)}
+
+    def plan_request(self) -> PlanRequest:
+        """The part of the settings that a plan needs. Raises: ConfigError as PlanRequest."""
+        names = (*PlanRequest.model_fields, *MemoryOptions.model_fields)
+        return PlanRequest(**self.request_values(names))
+
+    def generate_request(self, prompt: str, output: Path | None) -> GenerateRequest:
+        """All settings, for one video. Raises: ConfigError as GenerateRequest."""
+        return GenerateRequest(prompt=prompt, output=output, **self.request_values())
+
+
+def resolve(flags: Mapping[str, Any], *, env: Mapping[str, str], files: Sequence[Path] = ()) -> Settings:
+    """Merge what was set: flags > PACKFORCING_* > files, the first file strongest.
+
+    Args:
+        flags: name -> value; None = not given.
+        env:   the process's variables; PACKFORCING_TOP_K sets top_k. Others are not looked at.
+        files: TOML files; one that does not exist is skipped.
+    Raises: ConfigError if a file is not valid TOML or has an unknown name. Values are checked by the requests.
+    """
+    values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
+
+    def put(found: Mapping[str, Any], source: str) -> None:
+        values.update(found)
+        sources.update(dict.fromkeys(found, source))
+
+    for path in reversed(files):
+        put(read_file(path), str(path))
+    for name in SETTINGS:
+        variable = ENV_PREFIX + name.upper()
+        if env.get(variable):
+            put({name: env[variable]}, variable)
+    put({name: value for name, value in flags.items() if value is not None}, "flag")
+    return Settings(values, sources)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """Settings of one TOML file, flat; empty if there is no such file.
+
+    Raises: ConfigError if it cannot be read, is not TOML, or has an unknown name.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        table = tomllib.loads(text)
+    except FileNotFoundError:
+        return {}
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}", hint="Repair the file, or remove it.") from error
+    memory = table.pop("memory", {})
+    if not isinstance(memory, dict):
+        raise ConfigError(f"{path}: memory must be a table", hint="Write [memory], and the options under it.")
+    for names, found in ((SETTINGS, table), (tuple(MemoryOptions.model_fields), memory)):
+        for name in found:
+            if name not in names:
+                raise ConfigError(f"{path}: {_unknown(name, names)}")
+    return {**table, **memory}
+
+
+def to_toml(values: Mapping[str, Any]) -> str:
+    """Settings as TOML that `read_file` reads back. None becomes "unlimited" for bank and is left out elsewhere."""
+    lines = []
+    for name, value in values.items():
+        if value is None and name == "bank":
+            value = UNLIMITED
+        if value is None:
+            continue
+        if isinstance(value, tuple | list):
+            text = "[" + ", ".join(str(part) for part in value) + "]"
+        elif isinstance(value, bool | int | float):
+            text = str(value).lower()
+        else:
+            text = json.dumps(str(value), ensure_ascii=False)
+        lines.append(f"{name} = {text}\n")
+    return "".join(lines)
+
+
+# -------------------------------------------------------------------------------------------------------- messages
+
+
+def _one_of(value: str, choices: Sequence[str]) -> str:
+    if value in choices:
+        return value
+    near = difflib.get_close_matches(value, choices, n=1)
+    raise ValueError(f"must be one of {', '.join(choices)}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _unknown(name: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"unknown setting {name!r}; the nearest known one is {near[0]!r}"
+
+
+def _config_error(error: ValidationError, names: Sequence[str]) -> ConfigError:
+    """One message for the first problem: the setting, the value, what is allowed."""
+    problem = error.errors(include_url=False)[0]
+    name = str(problem["loc"][0]) if problem["loc"] else ""
+    if problem["type"] == "extra_forbidden":
+        return ConfigError(_unknown(name, names))
+    if problem["type"] == "missing":
+        return ConfigError(f"{name} is missing", hint=_EXAMPLES.get(name, ""))
+    said = problem["msg"].removeprefix("Value error, ")
+    said = said[:1].lower() + said[1:]
+    value = problem["input"]
+    flag = "--" + name.replace("_", "-")
+    shown = "PROMPT" if name == "prompt" else f"{flag} {value}"
+    return ConfigError(f"{shown}: {said}", hint=_EXAMPLES.get(name, f"See {flag} in --help."))

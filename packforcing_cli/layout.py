@@ -1,0 +1,442 @@
+"""The one formula of the context: which blocks a block sees, at which slots, in how many tokens and bytes.
+
+Integers and exact fractions only; no tensors. The planner, the live cache, `inspect-cache` and the tests all read it.
+
+Block 9 with frames_per_block 4, sink_blocks 2, recent_blocks 1, top_k 3, bank 5, mid_span 2. History is blocks 0..8:
+
+    block       0     1   |  2  |  3     4     5     6     7   |   8    |   9
+    partition   sink      |gone | mid: the bank, newest 5      | recent | current
+    active      yes   yes |     |  3           5     6         |   8    |   9      (3 of 5, the model chooses)
+    tokens      full  full|     |  N_c         N_c   N_c       |  full  |  full
+    slot        0..3  4..7|     |  8..9       10..11 12..13    | 14..17 | 18..21
+                                                     walking back from here <───────┘
+
+Slots are temporal RoPE positions in latent frames. Every active block takes the next contiguous slots, counted back
+from the current block; everything is then shifted so that the oldest active frame (the first sink frame) is slot 0.
+RoPE only sees differences, so the shift changes nothing (METHOD 5.3). A dropped or inactive block leaves no gap.
+A mid block takes `mid_span` slots: frames_per_block (the paper's reading), fewer, or "fit", which spreads the slots
+that are left in the range the model was trained on (METHOD 5.5).
+
+Life of a block: current -> sink (the first sink_blocks of a video), otherwise current -> recent -> bank -> gone.
+A bank block attends only while it is active. With top_k 0 there is no bank: what leaves recent is gone.
+
+Policies are presets of the same numbers: `packforcing` as given; `sink` top_k 0; `window` no sink, no mid, the same
+full-resolution memory all in recent; `full` every block a sink, so everything stays at full resolution.
+
+Source: PackForcing (arXiv 2603.25730) 3.1-3.5; METHOD 2, 5. Block numbers start at 0 here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+from typing import Literal
+
+from packforcing_cli.errors import LayoutError, UsageError
+
+TEMPORAL_STRIDE = 4  # pixel frames a latent frame stands for; the first latent frame of a video is 1 pixel frame
+PATCH = 2  # latent rows and columns a token covers: patch (1,2,2)
+CELL = 4  # patch rows and columns a compressed token covers: 8 latent rows = 64 pixels
+COMPRESSED_TIME_ROWS = 2  # rows of compressed tokens in time, for blocks of 3 and of 4 frames (METHOD 3.5)
+SUMMARY_DTYPE_BYTES = 4  # key and query sums are float32
+POLICIES = ("packforcing", "sink", "window", "full")
+
+Span = Fraction | Literal["fit"]
+Position = tuple[Fraction, Fraction, Fraction]
+"""(slot, row, column) of one token, in units of latent frames and of patch-token rows and columns."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The shape of a block in one model at one size.
+
+    frames_per_block: latent frames generated together.
+    rows, cols:       patch tokens of one latent frame (832x480 pixels -> 30 rows, 52 columns).
+    layers:           transformer layers, each with its own keys and values.
+    kv_dim:           heads * head dim.
+    heads:            attention heads.
+    dtype_bytes:      bytes of one cached number (2 for bf16, 4 for fp32).
+    identity:         the identity baseline: a compressed block keeps all its tokens, nothing is compressed.
+    Raises: LayoutError if a number is not positive, or the frame is too small for one compressed token.
+    """
+
+    frames_per_block: int
+    rows: int
+    cols: int
+    layers: int
+    kv_dim: int
+    heads: int
+    dtype_bytes: int = 2
+    identity: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("frames_per_block", "rows", "cols", "layers", "kv_dim", "heads", "dtype_bytes"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.kv_dim % self.heads:
+            raise LayoutError(f"kv_dim {self.kv_dim} is not a multiple of {self.heads} heads")
+        if self.compressed_tokens < 1:
+            raise LayoutError(
+                f"a frame of {self.cols * 16}x{self.rows * 16} pixels has no room for a compressed token",
+                hint="Use at least 64x64 pixels.",
+            )
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.rows * self.cols
+
+    @property
+    def block_tokens(self) -> int:
+        return self.frames_per_block * self.tokens_per_frame
+
+    @property
+    def latent_rows(self) -> int:
+        return PATCH * self.rows
+
+    @property
+    def latent_cols(self) -> int:
+        return PATCH * self.cols
+
+    @property
+    def compressed_shape(self) -> tuple[int, int, int]:
+        """(time rows, rows, columns) of the compressed tokens; rows that do not fill a cell are dropped (60 -> 7)."""
+        if self.identity:
+            return (self.frames_per_block, self.rows, self.cols)
+        cell = CELL * PATCH
+        return (COMPRESSED_TIME_ROWS, self.latent_rows // cell, self.latent_cols // cell)
+
+    @property
+    def compressed_rows(self) -> int:
+        """Rows of compressed tokens in time."""
+        return self.compressed_shape[0]
+
+    @property
+    def compressed_tokens(self) -> int:
+        """N_c, tokens of one compressed block."""
+        return math.prod(self.compressed_shape)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self.layers * 2 * self.kv_dim * self.dtype_bytes
+
+    @property
+    def summary_bytes(self) -> int:
+        """One float32 vector a layer and head: a block's key sum, or the query sum."""
+        return self.layers * self.kv_dim * SUMMARY_DTYPE_BYTES
+
+    def block_frames(self, block: int) -> int:
+        """Pixel frames of one block: the first frame of a video is a latent frame of its own."""
+        return TEMPORAL_STRIDE * self.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
+
+    def frames_for(self, num_blocks: int) -> int:
+        """Pixel frames of a video of num_blocks blocks."""
+        return TEMPORAL_STRIDE * self.frames_per_block * num_blocks - (TEMPORAL_STRIDE - 1)
+
+    def blocks_for(self, seconds: float | Fraction, fps: float | Fraction) -> int:
+        """Whole blocks nearest to a duration, at least one; halves round up.
+
+        Raises: UsageError if seconds or fps is not a positive number.
+        """
+        for name, value in (("seconds", seconds), ("fps", fps)):
+            if not math.isfinite(value) or value <= 0:
+                raise UsageError(f"{name} must be a positive number, got {value}")
+        wanted = Fraction(seconds) * Fraction(fps) + (TEMPORAL_STRIDE - 1)
+        return max(1, math.floor(wanted / (TEMPORAL_STRIDE * self.frames_per_block) + Fraction(1, 2)))
+
+    def compressed_positions(self, start: Fraction | int, span: Fraction | int) -> tuple[Position, ...]:
+        """Where the tokens of a compressed block sit: the centres of the cells they stand for.
+
+        Token j, r, c of the default compressor: t = start + (j+1/2)*span/2 - 1/2, h = 4r + 3/2, w = 4c + 3/2.
+
+        Args:
+            start: slot of the block's first frame.
+            span:  slots the block takes.
+        Returns: N_c positions in token order: time row, row, column.
+        Source: METHOD 5.4.
+        """
+        time_rows, rows, cols = self.compressed_shape
+        cell = 1 if self.identity else CELL
+        half = Fraction(1, 2)
+        times = [Fraction(start) + (j + half) * Fraction(span) / time_rows - half for j in range(time_rows)]
+        ys = [cell * r + Fraction(cell - 1, 2) for r in range(rows)]
+        xs = [cell * c + Fraction(cell - 1, 2) for c in range(cols)]
+        return tuple((t, y, x) for t in times for y in ys for x in xs)
+
+
+@dataclass(frozen=True)
+class BlockView:
+    """What block `current` may see. Ranges of block numbers, oldest first.
+
+    sink, recent: at full resolution, all attend.
+    mid:          the compressed blocks in the bank, from which each layer takes `active`.
+    """
+
+    current: int
+    sink: range
+    mid: range
+    recent: range
+    active: int
+
+
+@dataclass(frozen=True)
+class Slots:
+    """First slot of each active block; see the module's drawing.
+
+    sink_starts, mid_starts, recent_starts: oldest first. mid_starts has one entry an active position, whichever
+    block a layer puts there; a position takes `span` slots.
+    """
+
+    sink_starts: tuple[Fraction, ...]
+    mid_starts: tuple[Fraction, ...]
+    recent_starts: tuple[Fraction, ...]
+    current_start: Fraction
+    span: Fraction
+    frames_per_block: int
+
+    @property
+    def sink_start(self) -> Fraction:
+        return Fraction(0)
+
+    @property
+    def total(self) -> Fraction:
+        """Slots taken in all, the current block included."""
+        return self.current_start + self.frames_per_block
+
+    @property
+    def max_distance(self) -> Fraction:
+        """Largest slot distance a query of the current block meets: its last frame to the oldest slot."""
+        return self.total - 1
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Tokens a layer's queries attend, by partition; `mid` counts active blocks only."""
+
+    sink: int
+    mid: int
+    recent: int
+    current: int
+
+    @property
+    def stored(self) -> int:
+        return self.sink + self.mid + self.recent
+
+    @property
+    def active(self) -> int:
+        """The attention length |C| of METHOD 2.1."""
+        return self.stored + self.current
+
+
+@dataclass(frozen=True)
+class MemoryBytes:
+    """Bytes of the cache's tensors for one video, all layers.
+
+    stored:   rotated keys and values of sink, active mid and recent: the paper's count.
+    current:  scratch keys and values of the block being denoised.
+    raw_keys: keys before RoPE of sink and recent, from which the rotated ones are made.
+    backups:  compressed keys and values of the blocks in recent, ready for the bank.
+    bank:     compressed keys (before RoPE), values and key sums of the bank, and the query sum that scores them.
+    """
+
+    stored: int
+    current: int
+    raw_keys: int
+    backups: int
+    bank: int
+
+    @property
+    def live(self) -> int:
+        return self.stored + self.current + self.raw_keys + self.backups + self.bank
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The context of every block of a video.
+
+    grid:           shape of a block.
+    sink_blocks:    first blocks, kept at full resolution for ever.
+    recent_blocks:  newest blocks at full resolution.
+    top_k:          compressed blocks that attend; 0 = no compressed memory at all.
+    bank:           compressed blocks kept, the oldest goes first; None = all.
+    mid_span:       slots one active compressed block takes, above 0 and at most frames_per_block, or "fit".
+    trained_frames: latent frames of the longest clip the model was trained on: slot distances stayed below it.
+    Raises: LayoutError if the numbers describe no possible context.
+    """
+
+    grid: Grid
+    sink_blocks: int = 2
+    recent_blocks: int = 1
+    top_k: int = 16
+    bank: int | None = 256
+    mid_span: Span = "fit"
+    trained_frames: int = 20
+
+    def __post_init__(self) -> None:
+        for name in ("sink_blocks", "recent_blocks", "top_k"):
+            if getattr(self, name) < 0:
+                raise LayoutError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.trained_frames < 1:
+            raise LayoutError(f"trained_frames must be at least 1, got {self.trained_frames}")
+        if self.top_k == 0:
+            return
+        if self.recent_blocks < 1:
+            raise LayoutError(
+                "recent_blocks must be at least 1: a block is compressed while it is recent",
+                hint="Use --recent-blocks 1, or --top-k 0 for no compressed memory.",
+            )
+        if self.bank is not None and self.bank < 1:
+            raise LayoutError(
+                f"bank must be at least 1 block, got {self.bank}", hint="Use --top-k 0 for no compressed memory."
+            )
+        if self.mid_span == "fit":
+            if self._room_for_mid <= 0:
+                full = (self.sink_blocks + self.recent_blocks + 1) * self.grid.frames_per_block
+                raise LayoutError(
+                    f"mid_span fit is impossible: sink, recent and current take {full} slots and the model was"
+                    f" trained on {self.trained_frames}",
+                    hint="Use fewer --sink-blocks or --recent-blocks, or give a number, for example --mid-span 1.",
+                )
+        elif not 0 < self.mid_span <= self.grid.frames_per_block:
+            raise LayoutError(
+                f"mid_span must be above 0 and at most frames_per_block {self.grid.frames_per_block},"
+                f" got {self.mid_span}",
+                hint="Use for example --mid-span 1, or --mid-span fit.",
+            )
+
+    @classmethod
+    def from_policy(
+        cls,
+        policy: str,
+        *,
+        grid: Grid,
+        num_blocks: int,
+        sink_blocks: int = 2,
+        recent_blocks: int = 1,
+        top_k: int = 16,
+        bank: int | None = 256,
+        mid_span: Span | int = "fit",
+        trained_frames: int = 20,
+    ) -> Layout:
+        """The numbers of a policy, see the module docstring.
+
+        Args:
+            num_blocks: length of the video, which `full` needs.
+        Raises: UsageError if the policy is unknown; LayoutError as Layout.
+        """
+        if policy == "sink":
+            top_k = 0
+        elif policy == "window":
+            sink_blocks, recent_blocks, top_k = 0, sink_blocks + recent_blocks, 0
+        elif policy == "full":
+            sink_blocks, recent_blocks, top_k = num_blocks, 0, 0
+        elif policy != "packforcing":
+            raise UsageError(f"unknown policy {policy!r}", hint=f"Choose one of {', '.join(POLICIES)}.")
+        span: Span = "fit" if mid_span == "fit" else Fraction(mid_span)
+        return cls(grid, sink_blocks, recent_blocks, top_k, bank, span, trained_frames)
+
+    @property
+    def _room_for_mid(self) -> int:
+        """Slots that sink, recent and current leave in the trained range, in the full setting."""
+        full_blocks = self.sink_blocks + self.recent_blocks + 1
+        return self.trained_frames - full_blocks * self.grid.frames_per_block
+
+    def view(self, block: int) -> BlockView:
+        """What a block sees; its history is all blocks before it.
+
+        Raises: LayoutError if block is negative.
+        """
+        if block < 0:
+            raise LayoutError(f"block must not be negative, got {block}")
+        sinks = min(block, self.sink_blocks)
+        recent = max(sinks, block - self.recent_blocks)
+        oldest = recent if self.top_k == 0 else sinks
+        if self.bank is not None:
+            oldest = max(oldest, recent - self.bank)
+        mid = range(oldest, recent)
+        return BlockView(block, range(sinks), mid, range(recent, block), min(self.top_k, len(mid)))
+
+    def views(self, num_blocks: int) -> Iterator[BlockView]:
+        """The views of blocks 0 .. num_blocks - 1."""
+        return (self.view(block) for block in range(num_blocks))
+
+    def span(self, view: BlockView | int) -> Fraction:
+        """Slots one active compressed block takes in a view; frames_per_block when none is active."""
+        view = self.view(view) if isinstance(view, int) else view
+        full = Fraction(self.grid.frames_per_block)
+        if view.active == 0:
+            return full
+        if self.mid_span == "fit":
+            return min(full, Fraction(self._room_for_mid, view.active))
+        return self.mid_span
+
+    def slots(self, view: BlockView | int) -> Slots:
+        """Slots of a view's active blocks: contiguous, counted back from the current block, the oldest at 0."""
+        view = self.view(view) if isinstance(view, int) else view
+        return _slots(
+            self.grid.frames_per_block, len(view.sink), view.active, len(view.recent), self.span(view)
+        )
+
+    @property
+    def context_start(self) -> int:
+        """Slot of a block in its own compressed forward with context "sinks": right behind the sinks, span B_f."""
+        return self.sink_blocks * self.grid.frames_per_block
+
+    def compressed_positions(self, start: Fraction | int, span: Fraction | int) -> tuple[Position, ...]:
+        """See Grid.compressed_positions."""
+        return self.grid.compressed_positions(start, span)
+
+    def tokens(self, view: BlockView | int) -> TokenCount:
+        """Tokens the queries of a block attend."""
+        view = self.view(view) if isinstance(view, int) else view
+        full = self.grid.block_tokens
+        return TokenCount(
+            sink=len(view.sink) * full,
+            mid=view.active * self.grid.compressed_tokens,
+            recent=len(view.recent) * full,
+            current=full,
+        )
+
+    def bytes(self, view: BlockView | int) -> MemoryBytes:
+        """Bytes in use while a block is made, its own scratch included."""
+        view = self.view(view) if isinstance(view, int) else view
+        grid, tokens = self.grid, self.tokens(view)
+        compressed = grid.compressed_tokens * grid.bytes_per_token
+        has_bank = self.top_k > 0
+        return MemoryBytes(
+            stored=tokens.stored * grid.bytes_per_token,
+            current=tokens.current * grid.bytes_per_token,
+            raw_keys=(tokens.sink + tokens.recent) * grid.bytes_per_token // 2,
+            backups=len(view.recent) * compressed if has_bank else 0,
+            bank=len(view.mid) * (compressed + grid.summary_bytes) + grid.summary_bytes if has_bank else 0,
+        )
+
+    def capacity_bytes(self, num_blocks: int) -> MemoryBytes:
+        """Bytes of the cache's preallocated buffers: what the history of a whole video of num_blocks fills."""
+        return self.bytes(self.view(num_blocks))
+
+    def frames_for(self, num_blocks: int) -> int:
+        """See Grid.frames_for."""
+        return self.grid.frames_for(num_blocks)
+
+    def blocks_for(self, seconds: float | Fraction, fps: float | Fraction) -> int:
+        """See Grid.blocks_for."""
+        return self.grid.blocks_for(seconds, fps)
+
+
+@lru_cache(maxsize=4096)
+def _slots(frames_per_block: int, sinks: int, active: int, recents: int, span: Fraction) -> Slots:
+    sink_starts = tuple(Fraction(frames_per_block * n) for n in range(sinks))
+    mid_start = Fraction(frames_per_block * sinks)
+    recent_start = mid_start + active * span
+    return Slots(
+        sink_starts=sink_starts,
+        mid_starts=tuple(mid_start + n * span for n in range(active)),
+        recent_starts=tuple(recent_start + n * frames_per_block for n in range(recents)),
+        current_start=recent_start + recents * frames_per_block,
+        span=span,
+        frames_per_block=frames_per_block,
+    )

@@ -1,0 +1,45 @@
+"""Drops the few log lines that importing torchao writes on machines where nothing is wrong.
+
+transformers and diffusers import torchao by themselves, whether it is used or not; torchao then logs a line
+for every optional kernel that does not match this machine and touches a deprecated torch call. Only records
+of these two loggers that match these patterns are dropped, and only inside the `with`; every other warning
+gets through.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_NOISE = (
+    ("torchao", re.compile(r"Failed to load .*_C\w*[\w.-]*\.so\b")),
+    ("torchao", re.compile(r"Skipping import of cpp extensions due to incompatible torch version")),
+    (
+        "torch.utils._pytree",
+        re.compile(r"is an Enum subclass and is now natively supported by torch\.compile"),
+    ),
+)
+
+
+@contextmanager
+def known_import_noise_dropped() -> Iterator[None]:
+    """Import transformers, diffusers or torchao inside this without their known noise."""
+    added = [(logging.getLogger(name), _Drop(pattern)) for name, pattern in _NOISE]
+    for logger, rule in added:
+        logger.addFilter(rule)
+    try:
+        yield
+    finally:
+        for logger, rule in added:
+            logger.removeFilter(rule)
+
+
+class _Drop(logging.Filter):
+    def __init__(self, pattern: re.Pattern[str]) -> None:
+        super().__init__()
+        self.pattern = pattern
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not self.pattern.search(record.getMessage())

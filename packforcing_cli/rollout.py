@@ -1,0 +1,410 @@
+"""The algorithm: a prompt becomes a video, block by block, in a memory that does not grow.
+
+`stream_generate` is the whole of it, top to bottom; `generate` writes what it yields into a file. State (cache,
+decoder, pooled pixels) lives in local variables here; the model holds weights only.
+
+    context -> denoise -> clean pass -> decode -> compress -> commit -> yield
+       ^                                                        |
+       +------------------- the next block ---------------------+
+
+Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
+"""
+
+from __future__ import annotations
+
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from packforcing_cli import __version__, catalog
+from packforcing_cli.cache import CacheContext, CacheStats, KVCache
+from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
+from packforcing_cli.config import MemoryOptions
+from packforcing_cli.errors import GenerationError, UsageError
+from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.registry import VideoModel
+from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
+from packforcing_cli.transformer import BlockKV, TextKV
+from packforcing_cli.vae import encode_lr, lr_pixels
+from packforcing_cli.video import VideoWriter
+
+
+@dataclass(frozen=True)
+class Block:
+    """One finished block.
+
+    frames:   [T,H,W,3] uint8 RGB on the CPU.
+    latents:  [1,C,F,h,w] clean latents, in the dtype the commit pass read.
+    selected: [L,K] the compressed blocks each layer recalled, ascending.
+    recalled: those of any layer, ascending.
+    seconds:  of each stage: denoise, clean, decode, compress, commit.
+    """
+
+    index: int
+    frames: Tensor
+    latents: Tensor
+    selected: Tensor
+    recalled: tuple[int, ...]
+    cache: CacheStats
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded prompt: embeddings [1,T,C], and what the person should know of it.
+
+    unconditional: embeddings of the empty prompt; None when there is no guidance.
+    unknown:       words the model has no token for.  dropped: tokens at the end that did not fit.
+    """
+
+    text: str
+    conditional: Tensor
+    unconditional: Tensor | None = None
+    unknown: tuple[str, ...] = ()
+    dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `generate` made.
+
+    stopped: whether it was asked to stop before the whole length was there.
+    stall_seconds: waiting for the encoder.  block_seconds: of every block, in order.
+    """
+
+    path: Path
+    frames: int
+    blocks: int
+    fps: int
+    seed: int
+    stopped: bool
+    first_frame_seconds: float
+    total_seconds: float
+    stall_seconds: float
+    block_seconds: tuple[float, ...]
+    cache: CacheStats
+    peak_memory_bytes: int
+
+
+def schedule_for(model: VideoModel, *, steps: int | None = None, guidance: float | None = None) -> Schedule:
+    """The package's schedule with the person's changes.
+
+    Raises: UsageError for guidance, or another number of steps, on a few-step student.
+    """
+    own = model.manifest.schedule
+    if own.kind == "renoise" and steps is not None and steps != len(own.timesteps):
+        raise UsageError(
+            f"{model.name} is a few-step student: it was trained for {len(own.timesteps)} steps, not {steps}",
+            hint="Leave --steps away.",
+        )
+    return Schedule.build(
+        own.kind,
+        steps=own.timesteps if own.kind == "renoise" else steps or own.steps,
+        shift=own.shift,
+        guidance=own.guidance if guidance is None else guidance,
+    )
+
+
+def layout_for(model: VideoModel, memory: MemoryOptions, *, size: tuple[int, int], num_blocks: int) -> Layout:
+    """The layout of a video of this model; what was not set in `memory` is the package's own.
+
+    Raises: UsageError or LayoutError for a size or memory that is not possible.
+    """
+    return with_package_defaults(model, memory).layout(
+        grid_for(model, size), num_blocks=num_blocks, trained_frames=model.manifest.trained_frames, default_span="fit"
+    )
+
+
+def with_package_defaults(model: VideoModel, memory: MemoryOptions) -> MemoryOptions:
+    """Fill in the package's own settings where the person set nothing, or `compressor` "auto"."""
+    own = model.manifest.cache.model_dump()
+    memory = memory.with_defaults(own)
+    return memory.model_copy(update={"compressor": own["compressor"]}) if memory.compressor == "auto" else memory
+
+
+def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
+    """Token grid of a block. Raises: UsageError for a size (width, height) that does not fit the patches."""
+    config = model.transformer.config
+    multiple = model.codec.facts.spatial_stride * config.patch_size[1]
+    catalog.check_size(size, multiple, name=model.name, default_size=model.manifest.size)
+    return Grid(
+        frames_per_block=model.manifest.cache.frames_per_block,
+        rows=size[1] // multiple,
+        cols=size[0] // multiple,
+        layers=config.num_layers,
+        kv_dim=config.dim,
+        heads=config.num_attention_heads,
+        dtype_bytes=model.dtype.itemsize,
+    )
+
+
+def encode_prompt(model: VideoModel, text: str, *, guided: bool) -> Prompt:
+    """Encode a prompt; the text encoder is loaded for it and dropped afterwards."""
+    encoder = model.load_text_encoder()
+    return Prompt(
+        text=text,
+        conditional=encoder.encode(text),
+        unconditional=encoder.encode("") if guided else None,
+        unknown=encoder.unknown_words(text),
+        dropped=encoder.num_dropped(text),
+    )
+
+
+@torch.no_grad()
+def stream_generate(
+    model: VideoModel,
+    prompt: str | Prompt,
+    *,
+    num_blocks: int,
+    seed: int,
+    size: tuple[int, int] | None = None,
+    schedule: Schedule | None = None,
+    memory: MemoryOptions | None = None,
+) -> Iterator[Block]:
+    """Generate a video block by block; every block is yielded as soon as its frames and its memory are there.
+
+    Args:
+        num_blocks: length; `Layout.blocks_for` turns seconds into blocks.
+        seed:       noise is a function of (seed, block, step).
+        size:       (width, height) in pixels; None = the package's.
+    Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
+    """
+    schedule, memory = schedule or schedule_for(model), with_package_defaults(model, memory or MemoryOptions())
+    layout = layout_for(model, memory, size=size or model.manifest.size, num_blocks=num_blocks)
+    if isinstance(prompt, str):
+        prompt = encode_prompt(model, prompt, guided=schedule.guidance != 1.0)
+    cache = KVCache(
+        layout,
+        num_blocks=num_blocks,
+        dtype=model.dtype,
+        device=model.device,
+        select=memory.select,
+        seed=seed,
+        compressed_context=memory.compressed_context,
+    )
+    compress = BlockCompressor(model, memory.compressor)
+    decoder, transformer = model.codec.decoder(), model.transformer
+    text = transformer.embed_text(prompt.conditional)
+    empty = None if prompt.unconditional is None else transformer.embed_text(prompt.unconditional)
+    shape = (1, transformer.config.in_channels, layout.grid.frames_per_block, *latent_size(layout.grid))
+    for i in range(num_blocks):
+        watch = Stopwatch(model.device)
+        with watch.stage("denoise"):
+            context = cache.context(i)
+            x0 = denoise_block(
+                lambda x, sigma, c=context: velocity(model, x, sigma, text, c),
+                schedule,
+                unconditional=lambda x, sigma, c=context: velocity(model, x, sigma, empty or text, c),
+                seed=seed,
+                block=i,
+                shape=shape,
+                dtype=model.dtype,
+                device=model.device,
+            )
+            require_finite(x0, i)
+        with watch.stage("clean"):
+            kv = transformer.commit(x0, text, context)
+        with watch.stage("decode"):
+            pixels = decoder.decode(x0)
+        with watch.stage("compress"):
+            backup = compress(cache, i, x0, pixels, kv, text)
+        with watch.stage("commit"):
+            selected = context.selected.cpu()
+            cache.commit(i, kv)
+            if backup is not None:
+                cache.add_backup(i, backup)
+        yield Block(
+            index=i,
+            frames=to_uint8(pixels),
+            latents=x0,
+            selected=selected,
+            recalled=tuple(sorted(set(selected.flatten().tolist()))),
+            cache=cache.stats(),
+            seconds=watch.seconds,
+        )
+
+
+def velocity(model: VideoModel, x: Tensor, sigma: float, text: TextKV, context: CacheContext) -> Tensor:
+    """The transformer's prediction for a block whose frames all have one noise level."""
+    timesteps = torch.full((1, x.shape[2]), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x.device)
+    out: Tensor = model.transformer(x, timesteps, text, context)
+    return out
+
+
+class BlockCompressor:
+    """Turns a clean block into the keys and values of its compressed form; remembers the last pooled frame.
+
+    kind: "hr+lr", "hr", "lr" (the compressor's branches), "pool" (averaged keys and values), "identity" (a copy).
+    Raises: UsageError if the package has no weights for the branch.
+    """
+
+    def __init__(self, model: VideoModel, kind: str) -> None:
+        self._model, self._kind = model, kind
+        self._pooled: Tensor | None = None
+        self._network = branches(model, kind) if kind in ("hr+lr", "hr", "lr") else None
+
+    def __call__(
+        self, cache: KVCache, i: int, x0: Tensor, pixels: Tensor, kv: BlockKV, text: TextKV
+    ) -> BlockKV | None:
+        """Compressed keys and values of block i, or None if it takes no backup. Call it for every block, in order."""
+        pooled = None
+        if self._network is not None and self._network.needs_pixels:
+            pooled, self._pooled = lr_pixels(pixels, self._pooled)
+        if not cache.needs_backup(i):
+            return None
+        if self._kind == "identity":
+            return kv
+        grid = cache.layout.grid
+        if self._network is None:
+            shape = (grid.frames_per_block, grid.rows, grid.cols)
+            return replace(kv, k=pooled_kv(kv.k, *shape), v=pooled_kv(kv.v, *shape))
+        tokens = None
+        if pooled is not None:
+            latents = encode_lr(self._model.codec, pooled.to(self._model.dtype))
+            tokens = self._model.transformer.patch(latents.to(self._model.dtype))
+        return self._model.transformer.commit_tokens(
+            self._network(x0, tokens), text, cache.compressed_context(i)
+        )
+
+
+def branches(model: VideoModel, kind: str) -> Compressor:
+    """The package's compressor with the wanted branches. LR alone needs no weights."""
+    if model.compressor is not None and model.compressor.config.branches == kind:
+        return model.compressor
+    config = CompressorConfig(dim=model.transformer.config.dim, branches=kind)
+    if model.compressor is not None:
+        config = replace(model.compressor.config, branches=kind)
+    with torch.device("meta"):
+        network = Compressor(config)
+    if network.hr is not None:
+        if model.compressor is None or model.compressor.hr is None:
+            raise UsageError(
+                f"{model.name} has no trained HR branch, which --compressor {kind} needs", hint="Use --compressor lr."
+            )
+        network.hr = model.compressor.hr
+    return network.eval()
+
+
+def latent_size(grid: Grid) -> tuple[int, int]:
+    """Latent height and width of a frame."""
+    return grid.latent_rows, grid.latent_cols
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """[1,3,T,H,W] in [0, 1] -> [T,H,W,3] uint8 on the CPU."""
+    return pixels[0].permute(1, 2, 3, 0).mul(255).round().clamp(0, 255).to("cpu", torch.uint8)
+
+
+def require_finite(x0: Tensor, block: int) -> None:
+    """Raises: GenerationError if a block holds NaN or infinity."""
+    if not bool(x0.isfinite().all()):
+        raise GenerationError(
+            f"block {block} came out as NaN: the model's numbers overflowed",
+            hint="Try --dtype fp32, a lower --guidance, or another --seed.",
+        )
+
+
+@dataclass
+class Stopwatch:
+    """Wall-clock seconds of named stages; waits for the GPU so that a stage is charged for its own work."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+def generate(
+    model: VideoModel,
+    prompt: str | Prompt,
+    output: Path | str,
+    *,
+    seconds: float = 10.0,
+    seed: int | None = None,
+    size: tuple[int, int] | None = None,
+    schedule: Schedule | None = None,
+    memory: MemoryOptions | None = None,
+    crf: int = 18,
+    overwrite: bool = False,
+    on_block: Callable[[Block, float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Result:
+    """Generate a video into an MP4 file; encoding runs beside generation.
+
+    Args:
+        seconds:     wanted length; the video has whole blocks (DESIGN 5).
+        seed:        None = random.
+        on_block:    called after every block with it and its wall-clock seconds.
+        should_stop: asked after every block; True ends the video there, finished and playable.
+    Returns: what was made. Raises: as `stream_generate` and `video.VideoWriter`; what was written still plays.
+    """
+    width, height = size or model.manifest.size
+    grid = grid_for(model, (width, height))
+    num_blocks, fps = grid.blocks_for(seconds, model.manifest.fps), model.manifest.fps
+    seed = random_seed() if seed is None else seed
+    text = prompt if isinstance(prompt, str) else prompt.text
+    metadata = {"prompt": text, "seed": str(seed), "model": model.name, "version": __version__}
+    started = clock = time.perf_counter()
+    first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
+    stream = stream_generate(
+        model, prompt, num_blocks=num_blocks, seed=seed, size=(width, height), schedule=schedule, memory=memory
+    )
+    with VideoWriter(
+        Path(output), fps=fps, width=width, height=height, crf=crf, metadata=metadata, overwrite=overwrite
+    ) as writer:
+        for block in stream:
+            first = first or time.perf_counter() - started
+            waiting = time.perf_counter()
+            writer.write(block.frames)
+            stalled += time.perf_counter() - waiting
+            blocks, last = blocks + 1, block
+            now = time.perf_counter()
+            spent.append(now - clock)
+            clock = now
+            if on_block is not None:
+                on_block(block, spent[-1])
+            if should_stop is not None and should_stop():
+                break
+    assert last is not None
+    return Result(
+        path=writer.path,
+        frames=grid.frames_for(blocks),
+        blocks=blocks,
+        fps=fps,
+        seed=seed,
+        stopped=blocks < num_blocks,
+        first_frame_seconds=first,
+        total_seconds=time.perf_counter() - started,
+        stall_seconds=stalled,
+        block_seconds=tuple(spent),
+        cache=last.cache,
+        peak_memory_bytes=peak_memory_bytes(model.device),
+    )
+
+
+def random_seed() -> int:
+    """A seed for somebody who gave none: short enough to type."""
+    return random.SystemRandom().randrange(2**31)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory so far: of the GPU if there is one, else of this process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+

@@ -1,0 +1,1 @@
+"""Training: data, losses, loop and one file a recipe kind. The library never imports this package."""

@@ -1,0 +1,526 @@
+"""Train the demo's transformer, text encoder and compressor by packed teacher forcing on rendered scenes.
+
+A pool of scenes is rendered and encoded once. A step then draws three kinds of items:
+
+    first    block 0 alone: where the one object goes is decided out of noise, so it gets most samples
+    packed   consecutive blocks from a scene's start, random layouts: sinks, mids (random drops, random span), recent
+    long     sinks, then up to 16 far blocks as compressed tokens only, then true neighbours, as at minute one
+
+The loss is the plain flow-matching error of the velocity; it reaches the compressor through the keys and values of the
+mids. Figures behind the choices: the project's DEMO study. Needs torch and transformers only.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from packforcing_cli import rope
+from packforcing_cli.compressor import Compressor, CompressorConfig
+from packforcing_cli.errors import UsageError
+from packforcing_cli.layout import BlockView, Grid, Layout
+from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
+from packforcing_cli.text import TextEncoder, build_encoder, load_tokenizer
+from packforcing_cli.training import demo_text, loop, world
+from packforcing_cli.training.muon import Muon
+from packforcing_cli.training.packed import PackedItem, PackedView, packed_forward
+from packforcing_cli.training.recipes import DemoFlow
+from packforcing_cli.transformer import AloneContext, TransformerConfig, WanTransformer
+from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, encode_lr, lr_pixels
+
+FRAMES_PER_BLOCK = 4
+TRAINED_FRAMES = 20  # the paper's training window, five blocks of four latent frames
+SPANS: tuple[Fraction, ...] = (Fraction(1), Fraction(1), Fraction(1), Fraction(2), Fraction(4), Fraction(1, 4))
+"""Slots a mid takes in training, drawn uniformly: the package's default (1) half of the time."""
+MAX_MIDS = 16
+
+
+@dataclass
+class Models:
+    """The modules that train together, and what they need around them."""
+
+    transformer: WanTransformer
+    compressor: Compressor
+    text: TextEncoder
+    grid: Grid
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"transformer": self.transformer, "compressor": self.compressor, "text_encoder": self.text.model}
+
+
+def build(recipe: DemoFlow, tokenizer_dir: Path, latent_channels: int) -> Models:
+    """Fresh models of the recipe's sizes, initialised from its seed."""
+    torch.manual_seed(recipe.train.seed)
+    size = recipe.model
+    text_config = demo_text.tiny_umt5_config()
+    transformer = WanTransformer(
+        TransformerConfig(
+            num_layers=size.layers,
+            num_attention_heads=size.heads,
+            attention_head_dim=size.head_dim,
+            ffn_dim=size.ffn_dim,
+            in_channels=latent_channels,
+            out_channels=latent_channels,
+            text_dim=text_config.d_model,
+        )
+    )
+    initialise(transformer)
+    compressor = Compressor(
+        CompressorConfig(dim=transformer.config.dim, in_channels=latent_channels, widths=size.compressor_widths)
+    )
+    encoder = build_encoder({"model_type": "umt5", **text_config.to_dict()})
+    text = TextEncoder(encoder, load_tokenizer(tokenizer_dir), max_length=demo_text.DEMO_TEXT_LENGTH)
+    return Models(
+        transformer,
+        compressor,
+        text,
+        Grid(
+            frames_per_block=FRAMES_PER_BLOCK,
+            rows=world.HEIGHT // 16,
+            cols=world.WIDTH // 16,
+            layers=size.layers,
+            kv_dim=size.heads * size.head_dim,
+            heads=size.heads,
+            dtype_bytes=4,
+        ),
+    )
+
+
+def initialise(transformer: WanTransformer) -> None:
+    """Start as a near pass-through: head after patch embedding gives v = x_t; cross-attention adds nothing yet."""
+    config = transformer.config
+    _, ph, pw = config.patch_size
+    cell = config.in_channels * ph * pw
+    basis = nn.init.orthogonal_(torch.empty(config.dim, cell))  # [d, C*ph*pw]
+    head = basis.t().reshape(config.in_channels, ph, pw, config.dim).permute(1, 2, 0, 3).reshape(cell, config.dim)
+    with torch.no_grad():
+        transformer.patch_embedding.weight.copy_(basis.view_as(transformer.patch_embedding.weight))
+        nn.init.zeros_(transformer.patch_embedding.bias)  # type: ignore[arg-type]
+        # The final layer norm divides a token of norm sqrt(cell) by sqrt(cell / d); the head undoes it.
+        transformer.proj_out.weight.copy_(head * (cell / config.dim) ** 0.5)
+        nn.init.zeros_(transformer.proj_out.bias)
+        for name, parameter in transformer.named_parameters():
+            if ".attn2.to_out.0." in name:
+                parameter.zero_()
+            elif name.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".proj.weight", ".net.2.weight")):
+                nn.init.xavier_uniform_(parameter)
+
+
+# -- the latent pool --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Encoded scenes of one length.
+
+    latents: [n, T, C, F, h, w] float16, T blocks of F latent frames.
+    lr:      [n, T, C, 2, h//4, w//4] float16 LR latents of each block.
+    caption: [n] index into `world.training_captions()`.
+    """
+
+    latents: Tensor
+    lr: Tensor
+    caption: Tensor
+
+
+def build_pool(path: Path, codec: TinyCodec, *, scenes: int, blocks: int, seed: int) -> Pool:
+    """Render and encode `scenes` scenes of `blocks` blocks, or read them from `path` if it holds them already."""
+    wanted = {"scenes": str(scenes), "blocks": str(blocks), "seed": str(seed)}
+    if path.is_file():
+        with safe_open(path, framework="pt") as handle:
+            if handle.metadata() == wanted:
+                return Pool(**load_file(path))
+    captions = {caption: n for n, caption in enumerate(world.training_captions())}
+    generator = loop.step_generator(seed, blocks)
+    latents, lr, caption = [], [], []
+    batch = max(1, 32 // blocks)
+    while len(caption) < scenes:
+        drawn = [world.sample_scene(generator) for _ in range(min(batch, scenes - len(caption)))]
+        pixels = world.render_batch(drawn, [0] * len(drawn), 4 * FRAMES_PER_BLOCK * blocks - 3)
+        z, small = encode_scene(codec, pixels.permute(0, 4, 1, 2, 3).float() / 255)
+        latents.append(z.half())
+        lr.append(small.half())
+        caption += [captions[scene.caption] for scene in drawn]
+    pool = Pool(torch.cat(latents), torch.cat(lr), torch.tensor(caption))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file({"latents": pool.latents, "lr": pool.lr, "caption": pool.caption}, part, wanted)
+    part.replace(path)
+    return pool
+
+
+@torch.no_grad()
+def encode_scene(codec: TinyCodec, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents and LR latents of whole clips, block by block as the rollout makes them.
+
+    Args:
+        pixels: [B,3,T,H,W] in [0, 1], T = 16*blocks - 3.
+    Returns: ([B,blocks,C,F,h,w], [B,blocks,C,2,h//4,w//4]), normalised.
+    """
+    encoder = codec.encoder()
+    latents, lr, start, previous = [], [], 0, None
+    for length in _block_lengths(pixels.shape[2]):
+        block = pixels[:, :, start : start + length]
+        latents.append(encoder.encode(block))
+        pooled, previous = lr_pixels(block, previous)
+        lr.append(encode_lr(codec, pooled))
+        start += length
+    return torch.stack(latents, 1), torch.stack(lr, 1)
+
+
+def _block_lengths(frames: int) -> Iterator[int]:
+    """Pixel frames of each block: 13, then 16 each."""
+    first = 4 * FRAMES_PER_BLOCK - 3
+    yield first
+    yield from itertools.repeat(4 * FRAMES_PER_BLOCK, (frames - first) // (4 * FRAMES_PER_BLOCK))
+
+
+# -- items ------------------------------------------------------------------------------------------------------
+
+
+def _layout(models: Models, sinks: int, span: Fraction) -> Layout:
+    return Layout(
+        grid=models.grid,
+        sink_blocks=sinks,
+        recent_blocks=1,
+        top_k=MAX_MIDS,
+        bank=None,
+        mid_span=span,
+        trained_frames=TRAINED_FRAMES,
+    )
+
+
+def strict_item(models: Models, blocks: int, generator: torch.Generator) -> PackedItem:
+    """Consecutive blocks 0 .. blocks-1 under a random layout; every mid is dropped with probability 0.2."""
+    sinks = 1 + int(torch.rand((), generator=generator) < 0.7)
+    layout = _layout(models, sinks, _draw(SPANS, generator))
+    views = []
+    for i in range(blocks):
+        seen = layout.view(i)
+        kept = tuple(m for m in seen.mid if torch.rand((), generator=generator) >= 0.2)
+        views.append(packed_view(layout, i, tuple(seen.sink), kept, tuple(seen.recent)))
+    used = tuple(sorted({m for view in views for m in view.mid}))
+    return PackedItem(tuple(range(blocks)), used, tuple(views), tuple(range(sinks)))
+
+
+def long_item(models: Models, blocks: int, generator: torch.Generator) -> tuple[PackedItem, tuple[int, ...]]:
+    """Two sinks, 4..16 far mids, then three true neighbours of a scene of `blocks` blocks.
+
+    Returns: the item and, for each of its blocks, its number in the scene. Of the neighbours the first is only
+    context: its own predecessor is not in the item.
+    """
+    sinks = 2
+    layout = _layout(models, sinks, _draw(SPANS, generator))
+    last = int(torch.randint(sinks + 4 + 3, blocks, (), generator=generator))
+    candidates = range(sinks, last - 2)
+    count = min(len(candidates), int(torch.randint(4, MAX_MIDS + 1, (), generator=generator)))
+    chosen = torch.randperm(len(candidates), generator=generator)[:count].sort().values.tolist()
+    scene = (*range(sinks), *(candidates[n] for n in chosen), last - 2, last - 1, last)
+    first_near = sinks + count
+    mids = tuple(range(sinks, first_near))
+    near = (first_near, first_near + 1, first_near + 2)
+    views = [packed_view(layout, b, tuple(range(b)), (), ()) for b in range(sinks)]
+    views.append(packed_view(layout, near[0], tuple(range(sinks)), mids, ()))
+    views.append(packed_view(layout, near[1], tuple(range(sinks)), mids, (near[0],)))
+    later = (*mids, near[0])[-MAX_MIDS:]
+    views.append(packed_view(layout, near[2], tuple(range(sinks)), later, (near[1],)))
+    full = (*range(sinks), *near)
+    return PackedItem(full, (*mids, near[0]), tuple(views), tuple(range(sinks))), scene
+
+
+def packed_view(
+    layout: Layout, block: int, sink: tuple[int, ...], mid: tuple[int, ...], recent: tuple[int, ...]
+) -> PackedView:
+    """A view with the slots the layout gives to that many sinks, active mids and recent blocks."""
+    seen = BlockView(block, range(len(sink)), range(len(mid)), range(len(recent)), len(mid))
+    return PackedView(block, sink, mid, recent, layout.slots(seen))
+
+
+def _draw(choices: tuple[Fraction, ...], generator: torch.Generator) -> Fraction:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]
+
+
+# -- the loss ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """One step's randomness in order: a generator and the pools it draws from."""
+
+    generator: torch.Generator
+    device: torch.device
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator).to(self.device)
+
+    def randn(self, shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def pick(self, pool: Pool, count: int) -> tuple[Tensor, Tensor, list[int]]:
+        """Random scenes: (latents, lr, caption indices)."""
+        chosen = torch.randint(len(pool.caption), (count,), generator=self.generator)
+        return (
+            pool.latents[chosen].float().to(self.device),
+            pool.lr[chosen].float().to(self.device),
+            pool.caption[chosen].tolist(),
+        )
+
+    def sigmas(self, count: int, shift: float) -> Tensor:
+        """Stratified, shifted noise levels [count]."""
+        s = (torch.randperm(count, generator=self.generator) + torch.rand(count, generator=self.generator)) / count
+        return torch.tensor([shifted(float(x), shift) for x in s]).to(self.device)
+
+
+def embed(models: Models, batch: Batch, captions: list[int], dropout: float) -> Tensor:
+    """Text embeddings [B,T,C] of training captions; each is replaced by the empty prompt with probability `dropout`."""
+    texts = world.training_captions()
+    dropped = torch.rand(len(captions), generator=batch.generator) < dropout
+    tokens = models.text.tokenize(["" if d else texts[c] for c, d in zip(captions, dropped, strict=True)])
+    return models.text.encode_tokens(tokens.ids.to(batch.device), tokens.mask.to(batch.device))
+
+
+def first_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count: int) -> Tensor:
+    """Squared velocity errors of `count` scenes' block 0 alone, [count]."""
+    latents, _, captions = batch.pick(pool, count)
+    x0 = latents[:, 0]
+    sigma = batch.sigmas(count, recipe.shift)
+    eps = batch.randn(x0.shape)
+    wide = sigma.view(-1, 1, 1, 1, 1)
+    text = models.transformer.embed_text(embed(models, batch, captions, recipe.data.caption_dropout))
+    g = models.grid
+    alone = AloneContext(rope.grid_positions(0.0, g.frames_per_block, g.rows, g.cols, device=batch.device))
+    timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, g.frames_per_block)
+    v = models.transformer((1 - wide) * x0 + wide * eps, timesteps, text, alone)
+    return (v - (eps - x0)).square().mean((1, 2, 3, 4))
+
+
+def packed_loss(
+    models: Models,
+    batch: Batch,
+    pool: Pool,
+    recipe: DemoFlow,
+    item: PackedItem,
+    scene_blocks: tuple[int, ...],
+    count: int,
+) -> Tensor:
+    """Squared velocity errors [count, M] of every full block of an item, for `count` scenes."""
+    latents, lr, captions = batch.pick(pool, count)
+    latents, lr = latents[:, list(scene_blocks)], lr[:, list(scene_blocks)]
+    x0 = latents[:, list(item.full)]
+    M = len(item.full)
+    sigma = batch.sigmas(count * M, recipe.shift).view(count, M)
+    eps = batch.randn(x0.shape)
+    wide = sigma.view(count, M, 1, 1, 1, 1)
+    # Half of the clips meet a slightly noisy history, as their own past errors will be; its timestep stays 0.
+    level = batch.rand(count, 1, 1, 1, 1, 1) * recipe.data.context_noise * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
+    clean = (1 - level) * x0 + level * batch.randn(x0.shape)
+    text = models.transformer.embed_text(embed(models, batch, captions, recipe.data.caption_dropout))
+    v = packed_forward(
+        models.transformer,
+        item,
+        models.grid,
+        clean=clean,
+        compressed=compress(models, latents, lr, item.compressed),
+        noisy=(1 - wide) * x0 + wide * eps,
+        timesteps=NUM_TRAIN_TIMESTEPS * sigma,
+        text=text,
+    )
+    return (v - (eps - x0)).square().mean((2, 3, 4, 5))
+
+
+def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Compressed tokens [B,K,N_c,d] of some blocks of [B,T,C,F,h,w] latents and [B,T,C,2,h',w'] LR latents."""
+    B = latents.shape[0]
+    if not blocks:
+        return latents.new_zeros(B, 0, models.grid.compressed_tokens, models.transformer.config.dim)
+    chosen = list(blocks)
+    tokens = models.transformer.patch(lr[:, chosen].flatten(0, 1))
+    return models.compressor(latents[:, chosen].flatten(0, 1), tokens).unflatten(0, (B, len(chosen)))
+
+
+def step_loss(
+    models: Models, pools: dict[str, Pool], recipe: DemoFlow, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss of one step and its parts by kind of item; every noisy block counts the same."""
+    data = recipe.data
+    batch = Batch(generator, next(models.transformer.parameters()).device)
+    errors: list[Tensor] = []
+    parts: dict[str, float] = {}
+
+    def add(name: str, error: Tensor) -> None:
+        errors.append(error.flatten())
+        parts[name] = round(float(error.detach().mean()), 4)
+
+    if data.first_clips:
+        add("first", first_loss(models, batch, pools["first"], recipe, data.first_clips))
+    item = strict_item(models, data.packed_blocks, generator)
+    scene = tuple(range(data.packed_blocks))
+    add("packed", packed_loss(models, batch, pools["short"], recipe, item, scene, data.packed_clips)[:, 1:])
+    if data.long_clips and torch.rand((), generator=generator) < data.long_probability:
+        item, scene = long_item(models, data.long_blocks, generator)
+        error = packed_loss(models, batch, pools["long"], recipe, item, scene, data.long_clips)
+        add("long", error[:, -2:])
+    return torch.cat(errors).mean(), parts
+
+
+# -- the run ----------------------------------------------------------------------------------------------------
+
+
+def optimizers(models: Models, recipe: DemoFlow) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside layers, AdamW for everything else."""
+    matrices, others = [], []
+    for module in models.modules().values():
+        for name, parameter in module.named_parameters():
+            inside = parameter.ndim == 2 and ("blocks." in name or ".block." in name)
+            (matrices if inside and "relative_attention_bias" not in name else others).append(parameter)
+    settings = recipe.train
+    adam = torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    if settings.muon_learning_rate is None:
+        adam.add_param_group({"params": matrices, "weight_decay": settings.weight_decay})
+        return [adam]
+    muon = Muon(matrices, lr=settings.muon_learning_rate, weight_decay=settings.weight_decay)
+    return [adam, muon]
+
+
+def load_codec(recipe: DemoFlow) -> TinyCodec:
+    """The trained autoencoder the recipe names. Raises: UsageError if there is none."""
+    package = Path(__file__).resolve().parent.parent / "demo"
+    folder = (package if recipe.vae == "package" else Path(recipe.vae)) / "vae"
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"no trained autoencoder in {folder}", hint="Run: packforcing train demo-vae --out runs/demo-vae"
+        )
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values.pop("_class_name", None)
+    model = TinyAutoencoder(TinyAutoencoderConfig.from_dict(values))
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    return TinyCodec(model.eval().requires_grad_(False))
+
+
+def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
+    """Run or resume the recipe in `out`; the result is `out/package-parts/`. Returns the figures."""
+    settings, data = recipe.train, recipe.data
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    workers = loop.Workers.start()
+    device = torch.device("cuda", workers.rank) if torch.cuda.is_available() else torch.device("cpu")
+    codec = load_codec(recipe)
+    tokenizer_dir = out / f"tokenizer{workers.rank}"
+    demo_text.build_demo_tokenizer(tokenizer_dir)
+    models = build(recipe, tokenizer_dir, codec.facts.latent_channels)
+    modules = {name: module.to(device).train() for name, module in models.modules().items()}
+    if recipe.init:
+        start_from(recipe, modules)
+    parameters = [p for module in modules.values() for p in module.parameters()]
+    average = loop.MovingAverage(modules, settings.average)
+    state = loop.TrainingState(modules, average, optimizers(models, recipe))
+    facts = {
+        "kind": recipe.kind,
+        "model": json.dumps(recipe.model.model_dump(mode="json"), sort_keys=True),
+        "seed": settings.seed,
+        "workers": workers.count,
+    }
+    checkpoints = out / "checkpoints"
+    loop.load_checkpoint(checkpoints, state, facts)
+    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl")
+    log.write(event="pool", step=state.step)
+    pools = {
+        name: build_pool(
+            out / "pool" / f"{name}-{workers.rank}.safetensors",
+            codec,
+            scenes=max(1, scenes // workers.count),
+            blocks=blocks,
+            seed=data.seed * 1000 + workers.rank,
+        )
+        for name, scenes, blocks in (
+            ("first", data.first_scenes, 1),
+            ("short", data.short_scenes, data.short_blocks),
+            ("long", data.long_scenes, data.long_blocks),
+        )
+        if scenes
+    }
+    log.write(event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count)
+    saved = time.monotonic()
+    peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers(models, recipe)]
+    while state.step < settings.steps:
+        factor = loop.learning_rate_factor(
+            state.step,
+            settings.steps,
+            warmup=settings.warmup,
+            decay_fraction=settings.decay_fraction,
+            floor=settings.floor,
+        )
+        for optimizer, rates in zip(state.optimizers, peak, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        generator = loop.step_generator(settings.seed, state.step, workers.rank)
+        loss, parts = step_loss(models, pools, recipe, generator)
+        for p in parameters:
+            p.grad = None
+        loss.backward()  # type: ignore[no-untyped-call]
+        workers.average_gradients(parameters)
+        value = float(loss.detach())
+        loop.require_finite(value, state.step, checkpoints)
+        norm = loop.clip_gradients([p for p in parameters if p.grad is not None], settings.clip)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.step += 1
+        average.update(modules, state.step)
+        if state.step % 10 == 0:
+            log.write(step=state.step, loss=round(value, 4), norm=round(norm, 3), factor=round(factor, 4), **parts)
+        if workers.rank == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
+            loop.save_checkpoint(checkpoints, state, facts)
+            saved = time.monotonic()
+    figures: dict[str, Any] = {"steps": state.step}
+    if workers.rank == 0:
+        loop.save_checkpoint(checkpoints, state, facts)
+        log.write(event="done", **figures)
+    log.close()
+    workers.stop()
+    return figures
+
+
+def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
+    """Load the weights of a package into fresh modules. Raises: UsageError if it lacks a part."""
+    package = Path(__file__).resolve().parent.parent / "demo"
+    folder = package if recipe.init == "package" else Path(recipe.init)
+    for name, module in modules.items():
+        path = folder / name / "model.safetensors"
+        if not path.is_file():
+            raise UsageError(f"{folder} has no {name} weights to start from", hint="Use init = '' or another package.")
+        values = {key: value.float() for key, value in load_file(path).items()}
+        if name == "text_encoder":
+            values.setdefault("encoder.embed_tokens.weight", values["shared.weight"])
+        module.load_state_dict(values)
+
+
+def mean_error(
+    models: Models, pools: dict[str, Pool], recipe: DemoFlow, sigma: float, *, count: int = 16
+) -> dict[str, float]:
+    """Velocity error at one noise level with fixed noise: block 0 alone and the later blocks of a strict item."""
+    batch = _FixedSigma(loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device)
+    batch.level = sigma
+    with torch.no_grad():
+        first = first_loss(models, batch, pools["first"], recipe, count)
+        item = strict_item(models, recipe.data.packed_blocks, batch.generator)
+        scene = tuple(range(recipe.data.packed_blocks))
+        later = packed_loss(models, batch, pools["short"], recipe, item, scene, max(1, count // 4))[:, 1:]
+    return {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
+
+
+class _FixedSigma(Batch):
+    level: float = 1.0
+
+    def sigmas(self, count: int, shift: float) -> Tensor:
+        return torch.full((count,), self.level, device=self.device)

@@ -1,0 +1,300 @@
+"""Exact detectors of the demo world: what a clip shows, read from its pixels alone.
+
+No learned weights. They use what is known of the world (`world.py`): one subject of another colour than its background,
+a background that stands still, three shapes, movement along one axis with wrap-around.
+
+    frames --> colour of most pixels --> background picture --> cover of the subject --> area, shape, direction
+                     |                          |                (0..1, each pixel)
+                     +--> what differs from it --> colour of the subject
+
+The background is averaged over the times at which a pixel is not covered: a large subject that moves up and down covers
+the middle of its columns more than half of the time, where a plain temporal median would see the subject.
+This module imports torch, the standard library and the world.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from packforcing_cli.training.world import (
+    BACKGROUNDS,
+    COLOURS,
+    RADIUS,
+    SHAPES,
+    SPEED,
+    SQUARE_HALF_SIDE,
+    TRIANGLE_HALF_BASE,
+    TRIANGLE_HALF_HEIGHT,
+    Combination,
+    Scene,
+    coverage,
+    parse_caption,
+)
+
+NONE = "none"
+
+_SHADING = (
+    32.0  # levels: brightness differences up to here may be gradient or bar, so they count as background
+)
+_NEAR = 25.0  # levels: farther from the background's colour than this is left out of the background picture
+_FAINT = 20.0  # levels: a subject that differs less than this is no subject
+_SMALLEST_AREA = 0.4 * 2 * TRIANGLE_HALF_BASE * 2 * TRIANGLE_HALF_HEIGHT / 2 * RADIUS[0] ** 2  # px
+_STANDSTILL = 0.3 * SPEED[0]  # px a frame
+_SHAPE_FRAMES = 24  # frames of a clip that the shape is read from
+_CROP = 64  # px: window around the subject
+_GAINS = (0.75, 1.2)  # how much darker or lighter a shade of a named colour may be
+_AREA_OF_RADIUS = {  # area / radius^2
+    "circle": math.pi,
+    "square": 4 * SQUARE_HALF_SIDE**2,
+    "triangle": 2 * TRIANGLE_HALF_BASE * TRIANGLE_HALF_HEIGHT,
+}
+
+
+@dataclass(frozen=True)
+class Detection:
+    """What a clip shows; a word is "none" where nothing could be told.
+
+    Attributes:
+        present: whether a subject large enough is there in at least half of the frames.
+        area: median area of the subject in px.
+        speed: median px a frame along the direction (0 when it stands still).
+        outline: 0..1, how well the subject's outline fits the best shape (mean IoU; 0.97 and more when rendered).
+        presence: share of the frames in which the subject is there.
+        subject_rgb, background_rgb: median shades, 0..255.
+    """
+
+    background: str
+    colour: str
+    shape: str
+    direction: str
+    present: bool
+    area: float
+    speed: float
+    outline: float
+    presence: float
+    subject_rgb: tuple[float, float, float]
+    background_rgb: tuple[float, float, float]
+
+
+def detect(frames: Tensor) -> Detection:
+    """Read the four captioned words and the measures of `Detection` from a clip.
+
+    Args:
+        frames: uint8 [T, H, W, 3], two frames or more; some seconds, so that the background shows everywhere.
+    Raises: ValueError on any other shape or dtype.
+    """
+    planes = _planes(frames)
+    centre = _most_common(planes)
+    distance = _distance(planes, centre)
+    background = _background(planes, distance)  # [3, H, W]
+    background_rgb = background.flatten(1).median(1).values
+    absent = Detection(
+        background=_name(background_rgb, BACKGROUNDS),
+        colour=NONE,
+        shape=NONE,
+        direction=NONE,
+        present=False,
+        area=0.0,
+        speed=0.0,
+        outline=0.0,
+        presence=0.0,
+        subject_rgb=(0.0, 0.0, 0.0),
+        background_rgb=_triple(background_rgb),
+    )
+    # The smallest subject takes 7 % of the picture, so the farthest 3 % of all pixels are its own.
+    typical = float(distance[::3, ::2, ::2].flatten().quantile(0.97))
+    if typical < _FAINT:
+        return absent
+    subject_rgb = planes[:, distance > typical / 2].median(1).values
+    cover = _cover(planes, background, subject_rgb)  # [T, H, W]
+    areas = cover.sum((1, 2))
+    visible = areas >= _SMALLEST_AREA
+    area = float(areas.median())
+    presence = float(visible.float().mean())
+    if presence < 0.5:
+        return absent
+    centres = _centres(cover)  # [T, 2]
+    direction, speed = _direction(centres, visible, frames.shape[2], frames.shape[1])
+    shown = visible.nonzero().flatten()
+    shown = shown[:: max(1, math.ceil(len(shown) / _SHAPE_FRAMES))]
+    shape, outline = _shape(cover[shown], centres[shown])
+    return Detection(
+        background=absent.background,
+        colour=_name(subject_rgb, COLOURS),
+        shape=shape,
+        direction=direction,
+        present=True,
+        area=area,
+        speed=speed,
+        outline=outline,
+        presence=presence,
+        subject_rgb=_triple(subject_rgb),
+        background_rgb=absent.background_rgb,
+    )
+
+
+def score(detection: Detection, truth: Scene | Combination | str) -> dict[str, bool]:
+    """Which captioned words a clip shows rightly: background, colour, shape, direction, present, and all of them.
+
+    Raises: ValueError if a caption is not one of the demo world.
+    """
+    words = (
+        parse_caption(truth)
+        if isinstance(truth, str)
+        else truth.combination
+        if isinstance(truth, Scene)
+        else truth
+    )
+    right = {
+        "background": detection.background == words.background,
+        "colour": detection.colour == words.colour,
+        "shape": detection.shape == words.shape,
+        "direction": detection.direction == words.direction,
+        "present": detection.present,
+    }
+    return {**right, "all": all(right.values())}
+
+
+def background_picture(frames: Tensor) -> Tensor:
+    """The picture behind the subject, each pixel over the times at which the subject is elsewhere.
+
+    Args:
+        frames: uint8 [T, H, W, 3], some seconds of them.
+    Returns: float32 [H, W, 3] in 0..255.
+    """
+    planes = _planes(frames)
+    return _background(planes, _distance(planes, _most_common(planes))).permute(1, 2, 0)
+
+
+def background_correlation(first: Tensor, later: Tensor) -> float:
+    """How much of gradient and landmark bar is kept: correlation of two background pictures, without their colour.
+
+    Args:
+        first, later: [H, W, 3] of `background_picture`; usually seconds 0-5 and a later window.
+    Returns: -1..1; Pearson's, after each channel's mean is taken off; 0 if one picture is flat.
+    """
+    a, b = ((picture - picture.mean((0, 1))).flatten().double() for picture in (first, later))
+    scale = float(a.norm() * b.norm())
+    return float(a @ b) / scale if scale > 1e-6 else 0.0
+
+
+def background_drift(first: Tensor, later: Tensor) -> float:
+    """How far the colour of the background moved: mean over RGB of the means' difference, in levels of 255.
+
+    Args:
+        first, later: [H, W, 3] of `background_picture`.
+    """
+    return float((first.mean((0, 1)) - later.mean((0, 1))).abs().mean())
+
+
+def _planes(frames: Tensor) -> Tensor:
+    # uint8 [T, H, W, 3] -> float32 [3, T, H, W]
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) < 2:
+        raise ValueError(
+            f"frames must be uint8 [T, H, W, 3] with T >= 2, got {frames.dtype} {tuple(frames.shape)}"
+        )
+    return torch.stack([plane.float() for plane in frames.unbind(-1)])
+
+
+def _most_common(planes: Tensor) -> Tensor:
+    # The subject is an eighth of the picture at most, so the median is of the background. [3]
+    return planes[:, ::4, ::2, ::2].flatten(1).median(1).values
+
+
+def _distance(planes: Tensor, centre: Tensor) -> Tensor:
+    # [T, H, W] levels between each pixel and the background's colour; shading of it does not count.
+    difference = planes - centre[:, None, None, None]
+    light = difference.mean(0).clamp_(-_SHADING, _SHADING)
+    return difference.sub_(light).square_().sum(0).sqrt_()
+
+
+def _background(planes: Tensor, distance: Tensor) -> Tensor:
+    # [3, H, W]: mean over the times at which a pixel has about the background's colour.
+    free = (distance < _NEAR).float()
+    times = free.sum(0)
+    picture = torch.stack([(plane * free).sum(0) for plane in planes]) / times.clamp(min=1)
+    rare = times < 0.15 * len(distance)
+    if bool(rare.any()):
+        picture[:, rare] = planes[:, :, rare].median(1).values
+    return picture
+
+
+def _cover(planes: Tensor, background: Tensor, subject_rgb: Tensor) -> Tensor:
+    # [T, H, W] in 0..1: where a pixel lies between the background behind it and the subject's colour.
+    contrast = subject_rgb[:, None, None] - background
+    weight = contrast / contrast.square().sum(0).clamp(min=40.0**2)
+    cover = -(weight * background).sum(0).expand(planes.shape[1:])
+    for plane, w in zip(planes, weight, strict=True):
+        cover = torch.addcmul(cover, plane, w)
+    return ((cover - 0.2) / 0.6).clamp_(0, 1)  # noise of either colour is cut off; half stays half
+
+
+def _centres(cover: Tensor) -> Tensor:
+    # [T, 2] px (x, y): phase of the cover's first Fourier term along each axis. It moves exactly with the subject, and
+    # across an edge without a jump.
+    centres = []
+    for profile in (cover.sum(1), cover.sum(2)):  # [T, W], [T, H]
+        size = profile.shape[1]
+        angle = (torch.arange(size, device=cover.device) + 0.5) * (2 * math.pi / size)
+        phase = torch.atan2(profile @ angle.sin(), profile @ angle.cos())
+        centres.append(phase * (size / (2 * math.pi)))
+    return torch.stack(centres, 1)
+
+
+def _direction(centres: Tensor, visible: Tensor, width: int, height: int) -> tuple[str, float]:
+    both = visible[1:] & visible[:-1]
+    if not bool(both.any()):
+        return NONE, 0.0
+    size = torch.tensor([width, height], dtype=centres.dtype, device=centres.device)
+    steps = (centres[1:] - centres[:-1])[both]
+    x, y = ((steps + size / 2) % size - size / 2).median(0).values.tolist()
+    if max(abs(x), abs(y)) < _STANDSTILL:
+        return NONE, 0.0
+    if abs(x) > abs(y):
+        return ("right" if x > 0 else "left"), abs(x)
+    return ("down" if y > 0 else "up"), abs(y)
+
+
+def _shape(cover: Tensor, centres: Tensor) -> tuple[str, float]:
+    # Each shape is drawn with the subject's own area at its centre of mass; the best overlap names it.
+    num_frames, height, width = cover.shape
+    crop = min(_CROP, height, width)
+    offset = torch.arange(crop, device=cover.device) - crop // 2
+    cols = (centres[:, :1].floor().long() + offset) % width  # [T, P]
+    rows = (centres[:, 1:].floor().long() + offset) % height
+    frame = torch.arange(num_frames, device=cover.device)[:, None, None]
+    window = cover[frame, rows[:, :, None], cols[:, None, :]]  # [T, P, P]
+    areas = window.sum((1, 2))
+    x = (window.sum(1) @ offset.float() / areas)[:, None]
+    y = (window.sum(2) @ offset.float() / areas)[:, None]
+    overlap: dict[str, float] = {}
+    for shape in SHAPES:
+        radii = (areas / _AREA_OF_RADIUS[shape]).sqrt()[:, None]  # [T, 1]
+        below = (
+            radii * (TRIANGLE_HALF_HEIGHT / 3) if shape == "triangle" else 0.0
+        )  # centre of mass under the box's
+        template = coverage(shape, offset - x, offset - (y - below), radii[:, None])
+        both = torch.minimum(window, template).sum((1, 2))
+        overlap[shape] = float((both / torch.maximum(window, template).sum((1, 2))).mean())
+    best = max(overlap, key=lambda shape: overlap[shape])
+    return best, overlap[best]
+
+
+def _name(rgb: Tensor, palette: Mapping[str, tuple[int, int, int]]) -> str:
+    # The named colour of which `rgb` is nearest to being a darker or lighter shade.
+    def error(base: tuple[int, int, int]) -> float:
+        b = torch.tensor(base, dtype=rgb.dtype, device=rgb.device)
+        gain = float((rgb @ b) / (b @ b))
+        return float((rgb - b * min(max(gain, _GAINS[0]), _GAINS[1])).norm())
+
+    return min(palette, key=lambda name: error(palette[name]))
+
+
+def _triple(rgb: Tensor) -> tuple[float, float, float]:
+    r, g, b = rgb.tolist()
+    return r, g, b

@@ -1,0 +1,218 @@
+"""The parts every training shares: checkpoints, the moving average, schedules, the log, several processes.
+
+Knows no model and no data. A checkpoint is one safetensors file written atomically (temporary file, fsync, rename),
+the last two are kept; a kill at any moment costs at most the steps since the newest one. Every random draw of a step
+comes from a generator made of (seed, step, rank), so a resumed run sees the batches and noise of an unbroken one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from packforcing_cli.errors import UsageError, WeightsError
+
+
+@dataclass(frozen=True)
+class Workers:
+    """Processes that train together (started by torchrun); gradients are averaged over them."""
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def start(cls) -> Workers:
+        """Join the group torchrun announced through WORLD_SIZE, or be alone."""
+        count = int(os.environ.get("WORLD_SIZE", "1"))
+        if count == 1:
+            return cls()
+        if not dist.is_initialized():
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return cls(dist.get_rank(), count)
+
+    def stop(self) -> None:
+        """Leave the group."""
+        if self.count > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes; a missing gradient counts as zero."""
+        if self.count == 1:
+            return
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+        flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+        dist.all_reduce(flat)
+        flat /= self.count
+        offset = 0
+        for p in parameters:
+            assert p.grad is not None
+            p.grad.copy_(flat[offset : offset + p.numel()].view_as(p))
+            offset += p.numel()
+
+
+def step_generator(seed: int, step: int, rank: int = 0) -> torch.Generator:
+    """CPU generator of one training step; a function of (seed, step, rank) alone."""
+    digest = hashlib.sha256(f"packforcing train {seed} {step} {rank}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
+
+
+def learning_rate_factor(step: int, steps: int, *, warmup: int, decay_fraction: float, floor: float) -> float:
+    """Linear warm-up, constant, then linear decay to `floor` over the last `decay_fraction` of the steps."""
+    if step < warmup:
+        return (step + 1) / warmup
+    start = steps * (1 - decay_fraction)
+    if step <= start or decay_fraction == 0:
+        return 1.0
+    return floor + (1 - floor) * max(0.0, (steps - step) / (steps - start))
+
+
+class MovingAverage:
+    """Exponential moving average of parameters, with a start-up correction so early averages are not the init."""
+
+    def __init__(self, modules: Mapping[str, nn.Module], decay: float) -> None:
+        self.decay = decay
+        self.values = {
+            f"{name}/{key}": value.detach().clone()
+            for name, module in modules.items()
+            for key, value in module.state_dict().items()
+        }
+
+    @torch.no_grad()
+    def update(self, modules: Mapping[str, nn.Module], step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, module in modules.items():
+            for key, value in module.state_dict().items():
+                self.values[f"{name}/{key}"].lerp_(value.detach(), 1 - decay)
+
+    def state_of(self, name: str) -> dict[str, Tensor]:
+        """Averaged state dict of one module."""
+        return {key.removeprefix(f"{name}/"): v for key, v in self.values.items() if key.startswith(f"{name}/")}
+
+
+@dataclass
+class TrainingState:
+    """Everything a checkpoint holds."""
+
+    modules: dict[str, nn.Module]
+    average: MovingAverage
+    optimizers: list[torch.optim.Optimizer]
+    step: int = 0
+
+
+def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]) -> Path:
+    """Write `folder/step-NNNNNNN.safetensors` atomically and keep the newest two."""
+    tensors: dict[str, Tensor] = {}
+    for name, module in state.modules.items():
+        tensors |= {f"module/{name}/{key}": value for key, value in module.state_dict().items()}
+    tensors |= {f"average/{key}": value for key, value in state.average.values.items()}
+    for i, optimizer in enumerate(state.optimizers):
+        for index, values in optimizer.state_dict()["state"].items():
+            for key, value in values.items():
+                tensors[f"optimizer/{i}/{index}/{key}"] = torch.as_tensor(value)
+    path = folder / f"step-{state.step:07d}.safetensors"
+    part = path.with_suffix(".part")
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        part,
+        {"step": str(state.step), "facts": json.dumps(dict(facts))},
+    )
+    with part.open("rb") as handle:
+        os.fsync(handle.fileno())
+    part.replace(path)
+    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]) -> bool:
+    """Restore the newest readable checkpoint of `folder` into `state`; False if there is none.
+
+    Raises: UsageError if it was written by another recipe (`facts` differ), naming the difference.
+    """
+    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+        try:
+            with safe_open(path, framework="pt") as handle:
+                metadata = handle.metadata() or {}
+                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, OSError):
+            continue  # cut short by a kill before the rename could happen on this file system: use the one before
+        stored = json.loads(metadata["facts"])
+        differing = sorted(k for k in {*stored, *facts} if stored.get(k) != facts.get(k))
+        if differing:
+            shown = "; ".join(f"{k}: {stored.get(k)!r} then, {facts.get(k)!r} now" for k in differing)
+            raise UsageError(
+                f"{path.name} was written by another recipe ({shown})",
+                hint="Use another --out folder, or the recipe of that run.",
+            )
+        _restore(state, tensors)
+        state.step = int(metadata["step"])
+        return True
+    return False
+
+
+def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
+    for name, module in state.modules.items():
+        prefix = f"module/{name}/"
+        values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        try:
+            module.load_state_dict(values)
+        except RuntimeError as error:
+            raise WeightsError(f"the checkpoint does not fit the model: {error}") from error
+    for key, value in state.average.values.items():
+        value.copy_(tensors[f"average/{key}"])
+    for i, optimizer in enumerate(state.optimizers):
+        prefix = f"optimizer/{i}/"
+        entries: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in tensors.items():
+            if key.startswith(prefix):
+                index, name = key.removeprefix(prefix).split("/", 1)
+                entries.setdefault(int(index), {})[name] = tensor
+        current = optimizer.state_dict()
+        optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
+
+
+class Log:
+    """`metrics.jsonl`: one JSON object a line, flushed as written."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._handle = path.open("a", encoding="utf-8")
+        self._start = time.monotonic()
+
+    def write(self, **values: Any) -> None:
+        record = {"seconds": round(time.monotonic() - self._start, 2), **values}
+        self._handle.write(json.dumps(record) + "\n")
+        self._handle.flush()
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def require_finite(loss: float, step: int, checkpoints: Path) -> None:
+    """Raises: WeightsError if a loss is NaN or infinite, naming the step and where the last good state is."""
+    if not math.isfinite(loss):
+        raise WeightsError(
+            f"the loss became {loss} at step {step}",
+            hint=f"The last good checkpoint is in {checkpoints}. Lower the learning rate and resume.",
+        )
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
+    """Scale gradients to a total norm of at most `limit`; returns the norm before."""
+    return float(nn.utils.clip_grad_norm_(list(parameters), limit))

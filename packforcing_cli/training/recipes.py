@@ -1,0 +1,182 @@
+"""Recipes: TOML files that say what is trained, on what, for how long.
+
+A recipe is validated strictly: an unknown key is an error that names the nearest known one. Recipes ship with the
+package; `packforcing train NAME` finds them, `packforcing train FILE.toml` reads a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from packforcing_cli.errors import UsageError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Train(_Strict):
+    """How long and how fast. Learning rates are peak values; see `loop.learning_rate_factor`."""
+
+    steps: int = Field(gt=0)
+    seed: int = 0
+    learning_rate: float = Field(gt=0)
+    muon_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup: int = Field(default=50, ge=0)
+    decay_fraction: float = Field(default=0.4, ge=0, le=1)
+    floor: float = Field(default=0.02, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    average: float = Field(default=0.998, ge=0, lt=1)
+    checkpoint_minutes: float = Field(default=3.0, gt=0)
+    evaluate_every: int = Field(default=500, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+
+
+class VaeData(_Strict):
+    clips: int = Field(gt=0, description="clips in a batch")
+    frames: int = Field(gt=0, description="pixel frames of a clip, 1 + 4k")
+    shrunken_clips: int = Field(ge=0, description="clips in a batch that are pooled 4x, as the LR branch encodes them")
+
+
+class DemoVae(_Strict):
+    kind: Literal["demo-vae"]
+    model: dict[str, Any] = Field(description="fields of vae.TinyAutoencoderConfig")
+    data: VaeData
+    train: Train
+    latent_noise: float = 0.1
+    latent_penalty: float = 1e-3
+    shrunken_weight: float = Field(default=0.15, ge=0, description="weight of the shrunken clips' loss")
+
+
+class FlowModel(_Strict):
+    layers: int
+    heads: int
+    head_dim: int
+    ffn_dim: int
+    compressor_widths: tuple[int, int, int, int]
+
+
+class FlowData(_Strict):
+    """The latent pool (rendered and encoded once) and what a step draws from it.
+
+    first_scenes scenes of one block, short_scenes of `short_blocks`, long_scenes of `long_blocks` blocks.
+    A step has `packed_clips` strict items (consecutive blocks), `long_clips` items with far mids, and
+    `first_clips` items of block 0 alone.
+    """
+
+    first_scenes: int = Field(gt=0)
+    short_scenes: int = Field(gt=0)
+    long_scenes: int = Field(ge=0)
+    short_blocks: int = Field(default=7, ge=3)
+    long_blocks: int = Field(default=24, ge=3)
+    packed_clips: int = Field(gt=0)
+    packed_blocks: int = Field(ge=2)
+    long_clips: int = Field(ge=0)
+    long_probability: float = Field(default=1.0, ge=0, le=1)
+    first_clips: int = Field(ge=0)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    context_noise: float = Field(default=0.15, ge=0, lt=1)
+    seed: int = 1
+
+
+class DemoFlow(_Strict):
+    kind: Literal["demo-flow"]
+    vae: str = Field(description="folder of a trained demo-vae run, or 'package' for the packaged one")
+    init: str = Field(default="", description="'' from nothing, 'package' or a package folder to start from its weights")
+    model: FlowModel
+    data: FlowData
+    train: Train
+    shift: float = 5.0
+
+
+Recipe = Annotated[DemoVae | DemoFlow, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[DemoVae | DemoFlow] = TypeAdapter(Recipe)
+
+
+def folders() -> list[Path]:
+    """Where shipped recipes are: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return [f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()]
+
+
+def names() -> list[str]:
+    """Names of the shipped recipes."""
+    return sorted({p.stem for folder in folders() for p in folder.glob("*.toml")})
+
+
+def find(name: str) -> Path:
+    """Path of a recipe by name or file. Raises: UsageError naming the nearest recipes."""
+    path = Path(name)
+    if path.suffix == ".toml" or path.exists():
+        if not path.is_file():
+            raise UsageError(f"recipe file {name} does not exist", hint=f"Shipped recipes: {', '.join(names())}.")
+        return path
+    for folder in folders():
+        if (folder / f"{name}.toml").is_file():
+            return folder / f"{name}.toml"
+    near = difflib.get_close_matches(name, names(), 3, 0.4) or names()
+    raise UsageError(f"no recipe named {name!r}", hint=f"Did you mean: {', '.join(near)}?")
+
+
+def load(name: str, settings: Sequence[str] = ()) -> DemoVae | DemoFlow:
+    """Read and validate a recipe; `settings` are key.path=value overrides, values in JSON or plain text.
+
+    Raises: UsageError for a missing file, broken TOML, an unknown key (nearest named) or a bad value.
+    """
+    path = find(name)
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    for setting in settings:
+        _apply(values, setting)
+    try:
+        return _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        raise UsageError(_explain(path, values, error)) from error
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise UsageError(f"--set takes key=value, got {setting!r}", hint="For example --set train.steps=100")
+    try:
+        value: Any = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    *parents, last = key.split(".")
+    target = values
+    for parent in parents:
+        target = target.setdefault(parent, {})
+        if not isinstance(target, dict):
+            raise UsageError(f"--set {key}: {parent} is not a table in this recipe")
+    target[last] = value
+
+
+def _explain(path: Path, values: Mapping[str, Any], error: ValidationError) -> str:
+    lines = []
+    for problem in error.errors():
+        where = [str(part) for part in problem["loc"] if part not in ("demo-vae", "demo-flow")]
+        text = f"{'.'.join(where) or 'recipe'}: {problem['msg']}"
+        if problem["type"] == "extra_forbidden":
+            known = _known_keys(str(values.get("kind")), where[:-1])
+            near = difflib.get_close_matches(where[-1], known, 1, 0.0)
+            text = f"{'.'.join(where)}: unknown key" + (f"; nearest known: {near[0]}" if near else "")
+        lines.append(text)
+    return f"{path.name}: " + "; ".join(lines)
+
+
+def _known_keys(kind: str, where: Sequence[str]) -> list[str]:
+    model: Any = {"demo-vae": DemoVae, "demo-flow": DemoFlow}.get(kind)
+    for part in where:
+        field = model.model_fields.get(part) if model is not None else None
+        model = field.annotation if field is not None else None
+    return list(model.model_fields) if model is not None and hasattr(model, "model_fields") else []

@@ -1,0 +1,424 @@
+"""The causal Wan transformer: one block of latents in, a velocity or the block's raw keys and values out.
+
+Knows nothing of caches, partitions or slots: it reads a `Context`, which says where the block's tokens are and which
+keys and values every layer attends. Weights only; nothing is remembered between calls.
+
+    latents [B,C,F,h,w] -> patches [B,S,d] -> L x (self-attention in context, cross-attention to text, FFN) -> head
+                                                  |
+                                                  +-- un-rotated keys and values of a clean block (`commit`)
+
+Parameter names are diffusers' (`WanTransformer3DModel`), so a diffusers checkpoint loads unchanged.
+Source: Wan 2.1 (wan/modules/model.py), Self-Forcing (one timestep per latent frame), METHOD 1.1.
+
+Letters: B batch, F latent frames, S tokens, N heads, D head dim, d = N*D model width, L layers, C channels,
+h w latent height and width, T text tokens, G groups of tokens that share a timestep.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from packforcing_cli import rope
+from packforcing_cli.errors import WeightsError
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q, k, v), each [B,S,N,D], un-rotated -> attention output [B,S,N,D]."""
+
+
+@dataclass(frozen=True)
+class TransformerConfig:
+    """Sizes of the transformer; field names are those of diffusers' config.json.
+
+    `qk_norm` and `cross_attn_norm` have one supported value each (Wan 2.1 text-to-video); others are refused.
+    """
+
+    num_layers: int = 30
+    num_attention_heads: int = 12
+    attention_head_dim: int = 128
+    ffn_dim: int = 8960
+    in_channels: int = 16
+    out_channels: int = 16
+    text_dim: int = 4096
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    qk_norm: str = "rms_norm_across_heads"
+    cross_attn_norm: bool = True
+
+    @property
+    def dim(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TransformerConfig:
+        """Read a diffusers config.json. Raises: WeightsError if it is not a Wan 2.1 text-to-video transformer."""
+        for key in ("image_dim", "added_kv_proj_dim", "pos_embed_seq_len"):
+            if values.get(key) is not None:
+                raise WeightsError(
+                    f"transformer config has {key}={values[key]}: image-conditioned Wan models are not supported",
+                    hint="Use a Wan2.1 text-to-video transformer.",
+                )
+        known = {f.name for f in dataclasses.fields(cls)}
+        chosen = {k: tuple(v) if k == "patch_size" else v for k, v in values.items() if k in known}
+        config = cls(**chosen)
+        if config.qk_norm != "rms_norm_across_heads" or not config.cross_attn_norm or config.patch_size[0] != 1:
+            raise WeightsError(
+                f"unsupported transformer: qk_norm={config.qk_norm!r}, cross_attn_norm={config.cross_attn_norm}, "
+                f"patch_size={config.patch_size}",
+                hint="Use a Wan2.1 text-to-video transformer.",
+            )
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        values = dataclasses.asdict(self)
+        values["patch_size"] = list(self.patch_size)
+        return {"_class_name": "WanTransformer3DModel", **values}
+
+
+@dataclass(frozen=True)
+class BlockKV:
+    """What a clean block leaves behind, for all layers.
+
+    k:     [L,B,S,N,D] keys after QK-norm, before RoPE.
+    v:     [L,B,S,N,D] values.
+    q_sum: [L,B,N,D] float32 sum of the un-rotated queries over the block's tokens.
+    """
+
+    k: Tensor
+    v: Tensor
+    q_sum: Tensor
+
+
+@dataclass(frozen=True)
+class TextKV:
+    """Cross-attention keys and values of one prompt, per layer [B,T,N,D]; computed once per prompt."""
+
+    layers: tuple[tuple[Tensor, Tensor], ...]
+
+
+class Context(Protocol):
+    """What one block may attend; read-only while the block is denoised."""
+
+    @property
+    def positions(self) -> Tensor:
+        """[S,3] float64 RoPE positions (slot, row, column) of the block's own tokens."""
+        ...
+
+    def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys (rotated) and values to attend in this layer: the context's and the block's own.
+
+        Args:
+            k:     [B,S,N,D] rotated keys of the block itself.
+            v:     [B,S,N,D] values of the block itself.
+            q_sum: [B,N,D] float32 sum of its un-rotated queries (only `affinity` selection reads it).
+        Returns: (keys, values), each [B, S_context + S, N, D].
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class AloneContext:
+    """A block that sees only itself: bidirectional attention over its own tokens."""
+
+    positions: Tensor
+
+    def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
+        return k, v
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Unmasked scaled-dot-product attention. q [B,Sq,N,D], k and v [B,Sk,N,D] -> [B,Sq,N,D]."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Timestep vectors of G groups of tokens.
+
+    head:   [B,G,d] for the output head.
+    layers: [B,G,6,d] (shift, scale, gate) for self-attention, then for the FFN.
+    index:  [S] group of each token, or None when the tokens are G equal runs in order.
+    """
+
+    head: Tensor
+    layers: Tensor
+    index: Tensor | None = None
+
+
+def _affine(x: Tensor, shift: Tensor, scale: Tensor, index: Tensor | None) -> Tensor:
+    """x [B,S,d] * (1 + scale) + shift, with every token's group vector; shift, scale [B,G,d]."""
+    if index is not None:
+        return torch.addcmul(shift[:, index], x, 1 + scale[:, index])
+    runs = x.unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], runs, 1 + scale[:, :, None]).flatten(1, 2)
+
+
+def _gated_sum(x: Tensor, update: Tensor, gate: Tensor, index: Tensor | None) -> Tensor:
+    """x + update * gate, [B,S,d], with every token's group gate [B,G,d]."""
+    if index is not None:
+        return torch.addcmul(x, update.to(x.dtype), gate[:, index])
+    G = gate.shape[1]
+    runs, update = x.unflatten(1, (G, -1)), update.to(x.dtype).unflatten(1, (G, -1))
+    return torch.addcmul(runs, update, gate[:, :, None]).flatten(1, 2)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Norms, modulation and residual gates run in float32 as in Wan 2.1 (float64 stays float64)."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _token_sum(q: Tensor) -> Tensor:
+    """Sum over tokens, accumulated in float32 or wider. q [B,S,N,D] -> [B,N,D]."""
+    return q.sum(1, dtype=_accumulate_dtype(q.dtype))
+
+
+class Attention(nn.Module):
+    """Projections and QK-norm of self- or cross-attention; diffusers' `WanAttention` names."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.num_attention_heads
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)  # over all heads, before the split (METHOD 1.1)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))  # [B,S,N,D]
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        k = self.norm_k(self.to_k(x)).unflatten(2, (self.heads, -1))
+        return k, self.to_v(x).unflatten(2, (self.heads, -1))
+
+    def project(self, attended: Tensor) -> Tensor:
+        out: Tensor = self.to_out[0](attended.flatten(2))
+        return out
+
+
+class _GeluLinear(nn.Module):
+    def __init__(self, dim: int, out: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
+class FeedForward(nn.Module):
+    """Linear, GELU(tanh), Linear; `net.1` is diffusers' (absent) dropout."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.net = nn.ModuleList(
+            [_GeluLinear(config.dim, config.ffn_dim), nn.Identity(), nn.Linear(config.ffn_dim, config.dim)]
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net[2](self.net[0](x))
+        return out
+
+
+class Layer(nn.Module):
+    """One transformer layer (`blocks.N` in state dicts)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.eps = config.eps
+        self.attn1 = Attention(config)
+        self.attn2 = Attention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)  # Wan's norm3: the affine one, before cross-attention
+        self.ffn = FeedForward(config)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
+
+    def _modulated_norm(self, x: Tensor, shift: Tensor, scale: Tensor, index: Tensor | None) -> Tensor:
+        normed = F.layer_norm(x.to(_accumulate_dtype(x.dtype)), x.shape[-1:], eps=self.eps)
+        return _affine(normed, shift, scale, index).to(x.dtype)
+
+    def vectors(self, modulation: Modulation, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The layer's six modulation vectors, each [B,G,d]."""
+        acc = _accumulate_dtype(dtype)
+        return (self.scale_shift_table.to(acc) + modulation.layers.to(acc)).unbind(2)
+
+    def self_attention_inputs(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """Un-rotated q, k and v of this layer, each [B,S,N,D]."""
+        shift, scale, *_ = self.vectors(modulation, x.dtype)
+        normed = self._modulated_norm(x, shift, scale, modulation.index)
+        return (self.attn1.queries(normed), *self.attn1.keys_values(normed))
+
+    def forward(
+        self, x: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], attend: Callable[..., Tensor]
+    ) -> Tensor:
+        """x [B,S,d] -> [B,S,d]; `attend(q, k, v)` is this layer's self-attention."""
+        index, acc = modulation.index, _accumulate_dtype(x.dtype)
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = self.vectors(modulation, x.dtype)
+        out = self.attn1.project(attend(*self.self_attention_inputs(x, modulation)))
+        x = _gated_sum(x.to(acc), out, gate, index).to(x.dtype)
+        normed = F.layer_norm(
+            x.to(acc), x.shape[-1:], self.norm2.weight.to(acc), self.norm2.bias.to(acc), self.eps
+        ).to(x.dtype)
+        x = x + self.attn2.project(attention(self.attn2.queries(normed), *text))
+        out = self.ffn(self._modulated_norm(x, ffn_shift, ffn_scale, index))
+        return _gated_sum(x.to(acc), out, ffn_gate, index).to(x.dtype)
+
+
+class _TwoLinear(nn.Module):
+    """Linear, activation, Linear with diffusers' names `linear_1`, `linear_2`."""
+
+    def __init__(self, n_in: int, dim: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(n_in, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.linear_2(self.activation(self.linear_1(x)))
+        return out
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep and text embedders (`condition_embedder` in state dicts)."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = _TwoLinear(config.freq_dim, config.dim, F.silu)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = _TwoLinear(config.text_dim, config.dim, _gelu_tanh)
+
+    def time(self, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """timesteps [B,G] in 0..1000 (1000*sigma, not rounded) -> ([B,G,d], [B,G,6,d])."""
+        half = self.freq_dim // 2
+        index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
+        angle = timesteps.to(torch.float64)[..., None] * 10_000.0 ** (-index / half)  # Wan 2.1 sinusoidal_embedding_1d
+        waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        head = self.time_embedder(waves.to(self.time_proj.weight.dtype))
+        return head, self.time_proj(F.silu(head)).unflatten(-1, (6, -1))
+
+
+class WanTransformer(nn.Module):
+    """Wan 2.1 text-to-video transformer, run block by block in a context."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(config.in_channels, config.dim, config.patch_size, config.patch_size)
+        self.condition_embedder = ConditionEmbedder(config)
+        self.blocks: nn.ModuleList = nn.ModuleList([Layer(config) for _ in range(config.num_layers)])
+        _, ph, pw = config.patch_size
+        self.proj_out = nn.Linear(config.dim, config.out_channels * ph * pw)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    # -- pieces, shared by inference and training ---------------------------------------------------------------
+
+    def patch(self, latents: Tensor) -> Tensor:
+        """Patch embedding. latents [B,C,F,h,w] -> tokens [B, F*(h//2)*(w//2), d], order frame, row, column.
+
+        A row or column that does not fill a patch is dropped, as the strided convolution would.
+        """
+        B, C, frames, h, w = latents.shape
+        _, ph, pw = self.config.patch_size
+        rows, cols = h // ph, w // pw
+        cells = latents[..., : rows * ph, : cols * pw].reshape(B, C, frames, rows, ph, cols, pw)
+        cells = cells.permute(0, 2, 3, 5, 1, 4, 6).reshape(B, frames * rows * cols, C * ph * pw)
+        return F.linear(cells, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def unpatch(self, tokens: Tensor, frames: int, rows: int, cols: int) -> Tensor:
+        """tokens [B, F*rows*cols, ph*pw*C] -> latents [B,C,F,h,w]; channel order (row, column, C) as in Wan 2.1."""
+        B = tokens.shape[0]
+        _, ph, pw = self.config.patch_size
+        cells = tokens.reshape(B, frames, rows, cols, ph, pw, self.config.out_channels)
+        return cells.permute(0, 6, 1, 2, 4, 3, 5).reshape(B, -1, frames, rows * ph, cols * pw)
+
+    def modulation(self, timesteps: Tensor, index: Tensor | None = None) -> Modulation:
+        """timesteps [B,G], 1000*sigma of each group of tokens -> its modulation vectors."""
+        return Modulation(*self.condition_embedder.time(timesteps), index)
+
+    def embed_text(self, embeds: Tensor) -> TextKV:
+        """Text embeddings [B,T,text_dim] -> cross-attention keys and values of every layer. All T are attended."""
+        text = self.condition_embedder.text_embedder(embeds)
+        return TextKV(tuple(layer.attn2.keys_values(text) for layer in self._layers()))
+
+    def head(self, x: Tensor, modulation: Modulation) -> Tensor:
+        """Final norm, modulation and projection. x [B,S,d] -> [B,S,ph*pw*C]."""
+        acc = _accumulate_dtype(x.dtype)
+        shift, scale = (self.scale_shift_table.to(acc) + modulation.head.to(acc)[:, :, None]).unbind(2)
+        normed = F.layer_norm(x.to(acc), x.shape[-1:], eps=self.config.eps)
+        out: Tensor = self.proj_out(_affine(normed, shift, scale, modulation.index).to(x.dtype))
+        return out
+
+    def run_layers(self, x: Tensor, modulation: Modulation, text: TextKV, attend: Attend) -> Tensor:
+        """All layers over x [B,S,d]; `attend(layer, q, k, v)` receives un-rotated queries and keys."""
+        for i, layer in enumerate(self._layers()):
+            x = layer(x, modulation, text.layers[i], lambda q, k, v, i=i: attend(i, q, k, v))
+        return x
+
+    def _layers(self) -> list[Layer]:
+        return [layer for layer in self.blocks if isinstance(layer, Layer)]
+
+    def _attend_in(self, context: Context) -> Attend:
+        cos, sin = rope.angles(context.positions, self.config.attention_head_dim)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            keys, values = context.layer(layer, rope.rotate(k, cos, sin), v, _token_sum(q))
+            return attention(rope.rotate(q, cos, sin), keys, values)
+
+        return attend
+
+    # -- the three passes of a block ----------------------------------------------------------------------------
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: TextKV, context: Context) -> Tensor:
+        """Velocity of one noisy block.
+
+        Args:
+            latents:   [B,C,F,h,w] noisy latents of the block.
+            timesteps: [B,F] 1000*sigma of each latent frame.
+        Returns: [B,C,F,h,w] velocity eps - x0, same dtype as latents. The context is not changed.
+        """
+        frames, (h, w) = latents.shape[2], latents.shape[3:]
+        _, ph, pw = self.config.patch_size
+        modulation = self.modulation(timesteps)
+        x = self.run_layers(self.patch(latents), modulation, text, self._attend_in(context))
+        return self.unpatch(self.head(x, modulation), frames, h // ph, w // pw)
+
+    def commit(self, latents: Tensor, text: TextKV, context: Context) -> BlockKV:
+        """The clean pass: keys and values of a clean block [B,C,F,h,w] at timestep 0, all layers."""
+        return self.commit_tokens(self.patch(latents), text, context)
+
+    def commit_tokens(self, tokens: Tensor, text: TextKV, context: Context) -> BlockKV:
+        """Keys and values of tokens [B,S,d] in patch-embedding space at timestep 0, all layers.
+
+        The last layer is only projected: nobody reads its output (METHOD 7.6, own notes).
+        """
+        modulation = self.modulation(torch.zeros(tokens.shape[0], 1, dtype=torch.float64, device=tokens.device))
+        attend = self._attend_in(context)
+        kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        layers = self._layers()
+        x = tokens
+        for i, layer in enumerate(layers):
+            if i == len(layers) - 1:
+                q, k, v = layer.self_attention_inputs(x, modulation)
+                kept.append((k, v, _token_sum(q)))
+                break
+
+            def keep(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
+                kept.append((k, v, _token_sum(q)))
+                return attend(i, q, k, v)
+
+            x = layer(x, modulation, text.layers[i], keep)
+        k, v, q_sum = (torch.stack(parts) for parts in zip(*kept, strict=True))
+        return BlockKV(k, v, q_sum)

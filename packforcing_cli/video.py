@@ -1,0 +1,847 @@
+"""Video files: a writer that survives a kill, a reader that keeps colours, contact sheets, safe file names.
+
+Knows files, codecs and colours; nothing of models, latents or prompts. Frames are uint8 RGB [T, H, W, 3].
+
+What a file goes through; after every single write the bytes on disk play up to the last whole block:
+
+    open    NAME.part.mp4   [ftyp moov]                                    a fragmented MP4 without frames
+    write   NAME.part.mp4   [ftyp moov][free......block 0]                 one box, which players skip,
+                            [ftyp moov][free][moof mdat]                   opened by changing one byte
+    write   NAME.part.mp4   [ftyp moov][free][moof mdat][free][moof mdat]  block 1
+    close   NAME.tmp.mp4    [ftyp moov mdat]                               stream copy, index in front, fsync
+            NAME.mp4                                                       rename, folder fsync, part removed
+
+A block is encoded by a fresh encoder with fixed options and one thread, and flushed: a closed group whose
+packets depend on its frames alone, so a block can be copied from one file into another. Without B-frames
+packets are in display order. Each block is muxed in memory into a fragmented MP4 of its own; the header
+must equal the file's, the fragment is appended once its number and start time are set.
+
+Two things rule out one muxer kept open for the whole file (`movflags=hybrid_fragmented`, `flush_packets=1`).
+It writes a fragment only when the next key frame arrives, so a kill takes the newest block along. And FFmpeg
+refuses a whole file whose last moof is torn, which a kill within a write can leave.
+
+Colour: RGB is converted to BT.709 limited range, chroma in the centre of its 2x2 pixels; the stream says so.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import queue
+import shlex
+import struct
+import threading
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import av
+import numpy as np
+from av.container import InputContainer
+from av.video.frame import VideoFrame
+from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.stream import VideoStream
+from numpy.typing import NDArray
+
+from packforcing_cli.errors import (
+    DiskFullError,
+    EnvironmentProblem,
+    LockedError,
+    PackforcingError,
+    UsageError,
+    VideoError,
+)
+
+try:  # advisory locks; Windows has none, and its own sharing rules protect an open file there
+    import fcntl
+except ImportError:  # pragma: no cover
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from av.packet import Packet
+    from torch import Tensor
+
+MAX_NAME_BYTES = 255  # of one file name on every common file system
+MAX_SAFE_NAME_BYTES = 200  # what safe_name uses of it: ".part" and a copy's number still fit behind
+
+_IO_ERRORS = (OSError, av.FFmpegError)
+_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
+# Bit-exact swscale: the same YUV on every processor. AREA averages the 2x2 pixels of a chroma sample.
+_EXACT = (
+    Interpolation.ACCURATE_RND
+    | Interpolation.BITEXACT
+    | Interpolation.FULL_CHR_H_INT
+    | Interpolation.FULL_CHR_H_INP
+)
+_TO_YUV = Interpolation.AREA | _EXACT
+_TO_RGB = Interpolation.BILINEAR | _EXACT
+_BT709 = 1  # in AVColorPrimaries, AVColorTransferCharacteristic and AVColorSpace alike (libavutil/pixfmt.h)
+_MATRICES = {  # AVColorSpace -> the matrix swscale uses for it
+    _BT709: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    5: Colorspace.ITU601,  # BT.470BG
+    6: Colorspace.ITU601,  # SMPTE 170M
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
+_FORBIDDEN = frozenset("<>:\"/\\|?*'`$&;!#%(){}[]^~=+,@")  # for Windows, a shell or a URL
+_RESERVED = frozenset(
+    {"con", "prn", "aux", "nul", "conin$", "conout$"}
+    | {f"{port}{number}" for port in ("com", "lpt") for number in "0123456789¹²³"}
+)  # device names of Windows, with any extension
+
+
+# -------------------------------------------------------------------------------------------- names and paths
+
+
+def safe_name(prompt: str, suffix: str) -> str:
+    """Make a file name out of any text: words joined by "-", then `suffix`.
+
+    Args:
+        prompt: any text; letters of all scripts and emoji stay.
+        suffix: the end of the name, for example "-7.mp4"; must itself be safe.
+    Returns: a name of 1 to 200 UTF-8 bytes, possible on every platform: no separators, control or shell
+        characters, no device name of Windows, no dot or dash in front. "video" stands for a prompt of which
+        nothing is left.
+    Raises: UsageError if the suffix leaves no room or has characters a file name cannot have.
+    """
+    if any(c in _FORBIDDEN or unicodedata.category(c)[0] in "CZ" for c in suffix):
+        raise UsageError(f"{suffix!r} cannot end a file name")
+    room = MAX_SAFE_NAME_BYTES - len(suffix.encode())
+    if room < 16:
+        raise UsageError(f"{suffix!r} leaves no room for a file name of {MAX_SAFE_NAME_BYTES} bytes")
+    kept = []
+    for character in prompt:
+        category = unicodedata.category(character)
+        if character in _FORBIDDEN or category[0] == "Z" or character in "\t\n\v\f\r":
+            kept.append(" ")
+        elif category[0] != "C":  # control, format, surrogate, private use, unassigned
+            kept.append(character)
+    words = unicodedata.normalize("NFC", " ".join("".join(kept).split()))
+    stem = words.replace(" ", "-").strip("-.")
+    if stem.split(".")[0].lower() in _RESERVED:
+        stem = f"video-{stem}"
+    # Cutting bytes may split the last character: "ignore" drops its remains.
+    stem = stem.encode()[:room].decode(errors="ignore").rstrip("-.")
+    return (stem or "video") + suffix
+
+
+def part_path(path: Path) -> Path:
+    """Where the unfinished video of `path` is: NAME.part.mp4 beside NAME.mp4."""
+    return path.with_name(f"{path.stem}.part.mp4")
+
+
+def check_output(path: Path, *, overwrite: bool = False) -> None:
+    """Refuse an output that cannot be written, before any work is done for it. Writes nothing.
+
+    Raises: UsageError, with the next step, if the ending is not .mp4, the name is too long, the folder is
+        missing or read-only, the file exists, or an interrupted run left its unfinished video there.
+    """
+    if "\0" in str(path):
+        raise UsageError(f"the output name {str(path)!r} has a NUL character in it")
+    if path.suffix.lower() != ".mp4" or not path.stem.strip(". "):
+        raise UsageError(f"cannot write a video to {path}", hint="Give a file name that ends in .mp4.")
+    size = len(os.fsencode(part_path(path).name))
+    if size > MAX_NAME_BYTES:
+        raise UsageError(
+            f"the output name is too long: {size} bytes with '.part', at most {MAX_NAME_BYTES} are possible",
+            hint=f"For example: -o {shlex.quote(safe_name(path.stem, '.mp4'))}",
+        )
+    folder = path.parent
+    if not folder.is_dir():
+        if folder.exists():
+            raise UsageError(f"{folder} is not a folder", hint="Choose another output with -o.")
+        raise UsageError(f"the folder {folder} does not exist", hint=f"mkdir -p {shlex.quote(str(folder))}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"the folder {folder} is not writable", hint="Choose another output with -o.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="Choose another output with -o.")
+    if not overwrite:
+        if path.exists():
+            raise UsageError(f"{path} exists", hint="Choose another output with -o, or pass --overwrite.")
+        if part_path(path).exists():
+            raise _leftover(path)
+
+
+def _leftover(path: Path) -> UsageError:
+    part = part_path(path)
+    return UsageError(
+        f"{part} exists: an interrupted run left it, and it plays",
+        hint=f"Rename it to keep it (mv {shlex.quote(str(part))} …), or pass --overwrite to replace it.",
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- writer
+
+
+class VideoWriter:
+    """Writes blocks of frames to an H.264 MP4 on a thread of its own.
+
+    Use as a context manager: leaving it normally closes, leaving it by an exception aborts. An error on the
+    thread surfaces at the next `write`, `flush` or `close`; every block written before it stays playable.
+
+    Args:
+        path:         the finished file, NAME.mp4. Until `close` there is only NAME.part.mp4.
+        fps:          frames a second, an integer or an exact fraction.
+        width:        of a frame, even (4:2:0).
+        height:       of a frame, even.
+        crf:          0 (lossless) to 51, x264's constant rate factor.
+        preset:       x264's preset.
+        metadata:     written into both files under these very keys.
+        queue_blocks: how many blocks may wait for the encoder before `write` blocks.
+        overwrite:    replace NAME.mp4 at the end and an abandoned NAME.part.mp4 at the start.
+    Raises: UsageError as `check_output`; LockedError if another process is writing this very file;
+        DiskFullError; EnvironmentProblem if PyAV has no libx264; VideoError if libx264 refuses the settings.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        fps: int | Fraction,
+        width: int,
+        height: int,
+        crf: int = 18,
+        preset: str = "veryfast",
+        metadata: Mapping[str, str] | None = None,
+        queue_blocks: int = 4,
+        overwrite: bool = False,
+    ) -> None:
+        self.path = Path(path)
+        check_output(self.path, overwrite=overwrite)
+        if width < 2 or height < 2 or width % 2 or height % 2:
+            raise UsageError(f"a video of {width}x{height} is not possible: both must be even")
+        if fps <= 0:
+            raise UsageError(f"a video of {fps} frames a second is not possible")
+        if not 0 <= crf <= 51:
+            raise UsageError(f"crf {crf} is out of range", hint="Choose 0 (lossless) to 51 (smallest).")
+        self._overwrite = overwrite
+        self._encoder = _BlockEncoder(
+            fps=Fraction(fps),
+            width=width,
+            height=height,
+            crf=crf,
+            preset=preset,
+            metadata={_clean(key): _clean(value) for key, value in (metadata or {}).items()},
+        )
+        self._blocks = 0
+        self._frames = 0
+        self._size_bytes = 0
+        self._error: PackforcingError | None = None
+        self._finished = False  # the thread has ended and the file is where it stays
+        self._fd = _open_part(self.path, overwrite=overwrite)
+        try:
+            self._append(self._encoder.header)
+        except PackforcingError:
+            self._release(remove=True)
+            raise
+        self._queue: queue.Queue[NDArray[np.uint8] | None] = queue.Queue(maxsize=max(1, queue_blocks))
+        self._thread = threading.Thread(target=self._work, name=f"video {self.path.name}", daemon=True)
+        self._thread.start()
+
+    @property
+    def part_path(self) -> Path:
+        """The file that plays while the video is being made."""
+        return part_path(self.path)
+
+    @property
+    def blocks_written(self) -> int:
+        """Whole blocks on disk: they play even if the process is killed now."""
+        return self._blocks
+
+    @property
+    def frames_written(self) -> int:
+        """Frames of those blocks."""
+        return self._frames
+
+    def write(self, frames: Tensor | NDArray[np.uint8]) -> None:
+        """Queue one block; blocks while the queue is full. The frames are copied.
+
+        Args:
+            frames: [T, H, W, 3] uint8 RGB, T >= 1; a tensor on any device or an array.
+        Raises: VideoError for other shapes or types and after `close`; what the thread met.
+        """
+        self._raise_error()
+        if self._finished:
+            raise VideoError(f"{self.path} is already closed")
+        array = np.array(frames.cpu().numpy() if hasattr(frames, "cpu") else frames, order="C")
+        expected = (self._encoder.height, self._encoder.width, 3)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != expected or not len(array):
+            raise VideoError(
+                f"a block must be uint8 [T >= 1, {expected[0]}, {expected[1]}, 3], "
+                f"not {array.dtype} {list(array.shape)}"
+            )
+        self._queue.put(array)
+
+    def flush(self) -> None:
+        """Wait until every queued block is on disk. Raises: as `write`."""
+        self._queue.join()
+        self._raise_error()
+
+    def close(self) -> Path:
+        """Write what is queued and turn NAME.part.mp4 into NAME.mp4; calling it again does no harm.
+
+        Returns: the path of NAME.mp4.
+        Raises: VideoError or DiskFullError, of the thread or of the copy; the part file stays, plays, and has
+            all blocks written so far. VideoError if no block was written.
+        """
+        if not self._finished:
+            self._stop()
+            self._finished = True
+            self._finish_file()
+        self._raise_error()
+        return self.path
+
+    def abort(self, *, finish: bool = False) -> Path | None:
+        """End early; all blocks given to `write` before stay playable. Never raises.
+
+        Args:
+            finish: also turn the part into NAME.mp4. Off by default, so that NAME.mp4 means a whole video.
+        Returns: the file that plays, NAME.part.mp4 or NAME.mp4; None, and no file, without a whole block.
+        """
+        if not self._finished:
+            self._stop()
+            self._finished = True
+            if finish and self._blocks:
+                self._finish_file()
+            else:
+                self._release(remove=not self._blocks)
+        if self.part_path.exists() and self._blocks:
+            return self.part_path
+        return self.path if self._blocks and self.path.exists() else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+    def _work(self) -> None:
+        while True:
+            frames = self._queue.get()
+            try:
+                if frames is None:
+                    return
+                if self._error is None:  # after an error blocks are dropped: `write` must not wait forever
+                    self._write_block(frames)
+            except PackforcingError as error:
+                self._error = error
+            except BaseException as error:
+                self._error = VideoError(f"block {self._blocks} could not be encoded: {error!r}")
+                self._error.__cause__ = error
+            finally:
+                self._queue.task_done()
+
+    def _write_block(self, frames: NDArray[np.uint8]) -> None:
+        fragment = self._encoder.encode(frames)
+        _place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
+        # A free box with a 64-bit size (1 in the 32-bit field says so) around the fragment: players skip both.
+        # With 16 in that field it is an empty box before the fragment.
+        hidden = struct.pack(">I4sQ", 1, b"free", 16 + len(fragment))
+        self._append(hidden + fragment, opened_by=(3, b"\x10"))
+        self._frames += len(frames)
+        self._blocks += 1
+
+    def _append(self, data: bytes, *, opened_by: tuple[int, bytes] | None = None) -> None:
+        """Append all of `data` or nothing, then change the byte at an offset in it."""
+        rest = memoryview(data)
+        try:
+            while rest:
+                rest = rest[os.write(self._fd, rest) :]
+            if opened_by is not None:
+                os.lseek(self._fd, self._size_bytes + opened_by[0], os.SEEK_SET)
+                os.write(self._fd, opened_by[1])
+                os.lseek(self._fd, 0, os.SEEK_END)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self._size_bytes)
+            plays = self.part_path if self._blocks else None
+            raise _write_error(error, self.part_path, plays=plays) from error
+        self._size_bytes += len(data)
+
+    def _stop(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _finish_file(self) -> None:
+        if not self._blocks:
+            self._error = self._error or VideoError(f"no frames were written, so there is no {self.path}")
+            self._release(remove=True)
+            return
+        if self._error is None:
+            try:
+                remux(
+                    self.part_path,
+                    self.path,
+                    metadata=self._encoder.metadata,
+                    num_frames=self._frames,
+                    overwrite=self._overwrite,
+                )
+            except PackforcingError as error:
+                self._error = error
+        self._release(remove=self._error is None)
+
+    def _release(self, *, remove: bool) -> None:
+        os.close(self._fd)
+        if remove:
+            with contextlib.suppress(OSError):
+                self.part_path.unlink()
+                _sync_folder(self.path.parent)
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+class _BlockEncoder:
+    """Turns the frames of one block into one MP4 fragment, always with the same options and a fresh encoder.
+
+    header:      ftyp and moov, equal for all blocks.
+    frame_ticks: duration of a frame in the track's time scale.
+    """
+
+    def __init__(
+        self, *, fps: Fraction, width: int, height: int, crf: int, preset: str, metadata: dict[str, str]
+    ) -> None:
+        self.fps = fps
+        self.width = width
+        self.height = height
+        self.metadata = metadata
+        self._options = {"crf": str(crf), "preset": preset, "chroma_sample_location": "center"}
+        self._reformatter = VideoReformatter()
+        self.frame_ticks = 0
+        try:
+            self.header, _ = self._mux(())
+        except av.codec.codec.UnknownCodecError as error:
+            raise EnvironmentProblem(
+                "this PyAV cannot encode H.264: it was built without libx264",
+                hint="python -m pip install --force-reinstall --only-binary :all: av",
+            ) from error
+        except _IO_ERRORS as error:
+            raise VideoError(
+                f"libx264 refuses {width}x{height}, {fps} frames/s, crf {crf}, preset {preset!r}: {error}"
+            ) from error
+
+    def encode(self, frames: NDArray[np.uint8]) -> bytearray:
+        """Encode [T, H, W, 3]; returns moof and mdat, number and start time not set yet."""
+        header, fragment = self._mux(frames)
+        if header != self.header:
+            raise VideoError("the encoder changed its parameter sets between blocks")
+        return bytearray(fragment)
+
+    def _mux(self, frames: Iterable[NDArray[np.uint8]]) -> tuple[bytes, bytes]:
+        file = io.BytesIO()
+        movflags = "empty_moov+default_base_moof+frag_custom+skip_trailer+use_metadata_tags"
+        with av.open(file, "w", format="mp4", container_options={"movflags": movflags}) as container:
+            container.metadata.update(self.metadata)
+            stream = container.add_stream(
+                "libx264", rate=self.fps, options=self._options, width=self.width, height=self.height
+            )
+            assert isinstance(stream, VideoStream)
+            time_base = 1 / self.fps
+            context = stream.codec_context
+            context.time_base = time_base
+            context.pix_fmt = "yuv420p"
+            context.max_b_frames = 0
+            context.thread_count = 1  # x264's output depends on the number of threads
+            context.color_primaries = _BT709
+            context.color_trc = _BT709
+            context.colorspace = _BT709
+            context.color_range = ColorRange.MPEG
+            container.start_encoding()
+            assert stream.time_base is not None
+            ticks = time_base / stream.time_base
+            assert ticks.denominator == 1, (time_base, stream.time_base)
+            self.frame_ticks = ticks.numerator
+            for packet in self._packets(stream, frames, time_base):
+                packet.duration = 1  # of time_base; x264 leaves it open, and the last frame has no successor
+                container.mux(packet)
+        header: list[bytes] = []
+        fragment: list[bytes] = []
+        data = file.getvalue()
+        for kind, start, end in _boxes(data):
+            (fragment if kind in (b"moof", b"mdat") else header).append(data[start:end])
+        return b"".join(header), b"".join(fragment)
+
+    def _packets(
+        self, stream: VideoStream, frames: Iterable[NDArray[np.uint8]], time_base: Fraction
+    ) -> Iterator[Packet[VideoStream]]:
+        count = 0
+        for pixels in frames:
+            frame = self._reformatter.reformat(
+                VideoFrame.from_ndarray(pixels, format="rgb24"),
+                format="yuv420p",
+                src_colorspace=Colorspace.ITU709,
+                dst_colorspace=Colorspace.ITU709,
+                src_color_range=ColorRange.JPEG,
+                dst_color_range=ColorRange.MPEG,
+                interpolation=_TO_YUV,
+                threads=1,
+            )
+            frame.pts = count
+            frame.time_base = time_base
+            count += 1
+            yield from stream.encode(frame)
+        if count:
+            yield from stream.encode(None)
+
+
+def remux(
+    source: Path,
+    target: Path,
+    *,
+    metadata: Mapping[str, str],
+    num_frames: int | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Copy the video stream of `source` into an ordinary MP4, without re-encoding, whole or not at all.
+
+    The copy is made beside `target` (NAME.tmp.mp4, index in front), fsynced and renamed; `source` stays.
+
+    Args:
+        metadata:   keys and values of the new file.
+        num_frames: how many frames must arrive.
+        overwrite:  replace an existing `target`.
+    Returns: the number of frames copied.
+    Raises: DiskFullError; VideoError if `source` cannot be read or lacks frames, or `target` has appeared.
+    """
+    temporary = target.with_name(f"{target.stem}.tmp.mp4")
+    count = 0
+    try:
+        with (
+            av.open(str(source)) as reader,
+            av.open(
+                str(temporary),
+                "w",
+                format="mp4",
+                container_options={"movflags": "faststart+use_metadata_tags"},
+            ) as writer,
+        ):
+            writer.metadata.update(metadata)
+            stream = reader.streams.video[0]
+            copy = writer.add_stream_from_template(stream)
+            for packet in reader.demux(stream):
+                if packet.dts is None or packet.is_corrupt:  # the flush packet; the torn end of a killed run
+                    continue
+                packet.stream = copy
+                writer.mux_one(packet)
+                count += 1
+        if num_frames is not None and count != num_frames:
+            raise VideoError(
+                f"only {count} of {num_frames} frames could be copied", hint=f"What is there plays: {source}"
+            )
+        _sync_file(temporary)
+        _rename(temporary, target, overwrite=overwrite)
+        _sync_folder(target.parent)
+    except _IO_ERRORS as error:
+        raise _write_error(error, target, plays=source) from error
+    except IndexError as error:
+        raise VideoError(f"there is no video in {source}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return count
+
+
+def _open_part(path: Path, *, overwrite: bool) -> int:
+    """Create and lock NAME.part.mp4; the lock goes with the process, however it ends."""
+    part = part_path(path)
+    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    try:
+        fd = os.open(part, flags if overwrite else flags | os.O_EXCL, 0o666)
+    except FileExistsError as error:
+        raise _leftover(path) from error
+    except OSError as error:
+        if error.errno in _FULL_DISK:
+            raise _write_error(error, part, plays=None) from error
+        raise UsageError(
+            f"cannot write {part}: {error.strerror}", hint="Choose another output with -o."
+        ) from error
+    if fcntl is not None:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise LockedError(
+                f"another process is writing {part}", hint="Wait for it, or choose another output with -o."
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+    os.ftruncate(fd, 0)
+    return fd
+
+
+def _write_error(error: OSError | av.FFmpegError, path: Path, *, plays: Path | None) -> PackforcingError:
+    kept = f"What was made so far plays: {plays}" if plays is not None else ""
+    if error.errno in _FULL_DISK:
+        hint = f"Free some space. {kept}".strip()
+        return DiskFullError(f"the disk is full: {path} could not be written", hint=hint)
+    return VideoError(f"{path} could not be written: {error.strerror or error}", hint=kept)
+
+
+def _rename(temporary: Path, target: Path, *, overwrite: bool) -> None:
+    """Give the file its final name; without `overwrite` never over a file that appeared meanwhile."""
+    if overwrite:
+        temporary.replace(target)
+        return
+    appeared = VideoError(
+        f"{target} appeared while the video was being made", hint=f"The new one plays: {part_path(target)}"
+    )
+    try:
+        os.link(temporary, target)  # unlike rename, fails if the target exists
+    except FileExistsError as error:
+        raise appeared from error
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise appeared from None
+        temporary.replace(target)
+    else:
+        temporary.unlink()
+
+
+def _sync_file(path: Path) -> None:
+    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make renames in a folder last. Windows cannot and needs not."""
+    if os.name == "nt":
+        return
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(fd)
+
+
+def _clean(text: str) -> str:
+    """What a metadata field can hold: UTF-8 without NUL."""
+    return str(text).replace("\0", "").encode(errors="replace").decode()
+
+
+# ----------------------------------------------------------------------------------- MP4 boxes (ISO 14496-12)
+
+
+def _boxes(
+    data: bytes | bytearray, start: int = 0, end: int | None = None
+) -> Iterator[tuple[bytes, int, int]]:
+    """Yield (type, start, end) of the boxes in data[start:end]; a torn last one is left out."""
+    stop = len(data) if end is None else end
+    while start + 8 <= stop:
+        size, kind = struct.unpack_from(">I4s", data, start)
+        if size == 1 and start + 16 <= stop:
+            (size,) = struct.unpack_from(">Q", data, start + 8)
+        if size < 8 or start + size > stop:
+            return
+        yield kind, start, start + size
+        start += size
+
+
+def _place_fragment(fragment: bytearray, *, number: int, start: int) -> None:
+    """Set the sequence number (mfhd) and the start time in ticks (tfdt, 64 bit) of a fragment, in place."""
+    placed = set()
+    children = [
+        child
+        for kind, first, last in _boxes(fragment)
+        if kind == b"moof"
+        for child in _boxes(fragment, first + 8, last)
+    ]
+    for kind, first, last in children:
+        if kind == b"mfhd":
+            struct.pack_into(">I", fragment, first + 12, number)
+            placed.add(kind)
+        if kind == b"traf":
+            for leaf, position, _ in _boxes(fragment, first + 8, last):
+                if leaf == b"tfdt":
+                    assert fragment[position + 8] == 1  # version 1: 64 bit
+                    struct.pack_into(">Q", fragment, position + 12, start)
+                    placed.add(leaf)
+    assert placed == {b"mfhd", b"tfdt"}, placed
+
+
+# ----------------------------------------------------------------------------------------------------- reader
+
+
+class VideoReader:
+    """Reads any video PyAV can, as RGB, with the stream's own matrix and range; again on every iteration.
+
+    Untagged streams are read as BT.709 from 720 lines up and as BT.601 below, limited range. A file whose
+    writer was killed gives all whole frames it has.
+
+    Attributes: path; width and height in pixels; fps, an exact fraction; metadata of the container.
+    Raises: UsageError if the file is missing; VideoError if it is no video or is damaged.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise UsageError(f"there is no file {self.path}")
+        with self._open() as container:
+            stream = self._stream(container)
+            self.width: int = stream.codec_context.width
+            self.height: int = stream.codec_context.height
+            rate = stream.average_rate or stream.guessed_rate
+            if not rate or not self.width or not self.height:
+                raise VideoError(f"{self.path} has no picture size or frame rate")
+            self.fps: Fraction = Fraction(rate)
+            self.metadata: dict[str, str] = dict(container.metadata)
+            self._num_frames: int | None = stream.frames or None  # 0: the container does not say
+            self._duration: float | None = None
+            if stream.duration is not None and stream.time_base is not None:
+                self._duration = float(stream.duration * stream.time_base)
+            elif container.duration is not None:
+                self._duration = container.duration / av.time_base
+
+    @property
+    def num_frames(self) -> int:
+        """Number of frames; counted, without decoding, if the container does not say."""
+        if self._num_frames is None:
+            with self._open() as container:
+                self._num_frames = sum(1 for _ in self._whole_packets(container))
+        return self._num_frames
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return float(self.num_frames / self.fps) if self._duration is None else self._duration
+
+    def __len__(self) -> int:
+        return self.num_frames
+
+    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
+        """Yield frames [H, W, 3] uint8 in display order."""
+        with self._open() as container:
+            stream = self._stream(container)
+            context = stream.codec_context
+            reformatter = VideoReformatter()
+            count = 0
+            try:
+                for packet in self._whole_packets(container, flush=True):
+                    for frame in context.decode(packet):
+                        yield self._to_rgb(reformatter, frame)
+                        count += 1
+            except _IO_ERRORS as error:
+                raise VideoError(f"{self.path} is damaged after frame {count}: {error}") from error
+
+    def _open(self) -> InputContainer:
+        try:
+            container: InputContainer = av.open(str(self.path))
+        except _IO_ERRORS as error:
+            raise VideoError(f"{self.path} cannot be read as a video: {error}") from error
+        return container
+
+    def _stream(self, container: InputContainer) -> VideoStream:
+        if not container.streams.video:
+            raise VideoError(f"{self.path} has no video in it")
+        return container.streams.video[0]
+
+    def _whole_packets(
+        self, container: InputContainer, *, flush: bool = False
+    ) -> Iterator[Packet[VideoStream]]:
+        for packet in container.demux(self._stream(container)):
+            is_flush = packet.dts is None and not packet.size
+            if not packet.is_corrupt and (flush or not is_flush):
+                yield packet
+
+    def _to_rgb(self, reformatter: VideoReformatter, frame: VideoFrame) -> NDArray[np.uint8]:
+        matrix: Colorspace | None = None
+        limits: ColorRange | None = None
+        if not frame.format.is_rgb:
+            untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+            matrix = _MATRICES.get(frame.colorspace, untagged)
+            is_full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+            limits = ColorRange.JPEG if is_full else ColorRange.MPEG
+        converted = reformatter.reformat(
+            frame,
+            width=self.width,
+            height=self.height,
+            format="rgb24",
+            src_colorspace=matrix,
+            dst_colorspace=Colorspace.ITU709,
+            src_color_range=limits,
+            dst_color_range=ColorRange.JPEG,
+            interpolation=_TO_RGB,
+            threads=1,
+        )
+        return np.asarray(converted.to_ndarray(), dtype=np.uint8)
+
+
+# ---------------------------------------------------------------------------------------------- contact sheet
+
+
+def contact_sheet(
+    source: VideoReader | Path | str,
+    output: Path | str,
+    *,
+    columns: int = 6,
+    rows: int = 2,
+    width: int = 1200,
+) -> Path:
+    """Draw evenly spaced frames, first and last included, with their times as one PNG.
+
+    Args:
+        source: a video; shorter ones than columns * rows frames fill the beginning of the grid.
+        output: the PNG; replaced if it exists.
+        width:  of the whole sheet in pixels.
+    Returns: the path of the PNG.
+    Raises: UsageError for a grid that is not possible; as VideoReader.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    gap = 4
+    reader = source if isinstance(source, VideoReader) else VideoReader(source)
+    cell_width = (width - gap * (columns + 1)) // columns if columns > 0 else 0
+    cell_height = round(cell_width * reader.height / reader.width)
+    if rows < 1 or cell_width < 8 or cell_height < 8:
+        raise UsageError(f"{columns} x {rows} pictures do not fit on a sheet {width} pixels wide")
+    label_height = max(12, cell_width // 12)
+    font = ImageFont.load_default(size=round(label_height * 0.8))
+    sheet = Image.new("RGB", (width, gap + rows * (cell_height + label_height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    num_frames = reader.num_frames
+    num_cells = min(columns * rows, num_frames)
+    wanted = {round(cell * (num_frames - 1) / max(1, num_cells - 1)): cell for cell in range(num_cells)}
+    tenths = num_frames / reader.fps < 2 * num_cells
+    for index, frame in enumerate(reader):
+        if index not in wanted:
+            continue
+        row, column = divmod(wanted[index], columns)
+        left = gap + column * (cell_width + gap)
+        top = gap + row * (cell_height + label_height + gap)
+        picture = Image.fromarray(frame).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
+        sheet.paste(picture, (left, top))
+        minutes, seconds = divmod(float(index / reader.fps), 60)
+        label = f"{int(minutes)}:{seconds:04.1f}" if tenths else f"{int(minutes)}:{int(seconds):02d}"
+        draw.text((left + cell_width // 2, top + cell_height), label, fill="black", font=font, anchor="ma")
+    path = Path(output)
+    temporary = path.with_name(f"{path.stem}.tmp.png")
+    try:
+        sheet.save(temporary, format="PNG", optimize=True)
+        temporary.replace(path)
+    except OSError as error:
+        raise _write_error(error, path, plays=None) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return path

@@ -1,0 +1,134 @@
+"""Weights of one module as a folder: config.json beside *.safetensors, sharded or not.
+
+A module is built on the meta device and the tensors are assigned to it, straight from the file to the
+device: weights are in memory once. Knows no module class, no model names and no hashes (`registry` verifies
+files before this reads them).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from packforcing_cli.errors import WeightsError
+
+CONFIG = "config.json"
+INDEX = ".safetensors.index.json"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json of a part. Raises: WeightsError when it is missing or not a JSON object."""
+    path = folder / CONFIG
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError as e:
+        raise WeightsError(f"{path} is missing", hint="Check the model folder, or download it again.") from e
+    except (OSError, ValueError) as e:
+        raise WeightsError(f"{path} cannot be read: {e}", hint="Download or write the model again.") from e
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path} is not a JSON object", hint="Download or write the model again.")
+    return values
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a part: those its index names, else every one in the folder.
+
+    Raises: WeightsError when there is none, or a shard is missing.
+    """
+    indices = sorted(folder.glob("*" + INDEX))
+    if len(indices) > 1:
+        names = ", ".join(p.name for p in indices)
+        raise WeightsError(f"{folder} holds several sets of weights ({names})", hint="Keep one of them.")
+    if indices:
+        try:
+            names_in_index = set(json.loads(indices[0].read_text("utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as e:
+            raise WeightsError(f"{indices[0]} cannot be read: {e}", hint="Download the model again.") from e
+        if not all(isinstance(n, str) and Path(n).name == n for n in names_in_index):
+            raise WeightsError(
+                f"{indices[0]} names files outside its folder", hint="Download the model again."
+            )
+        files = [folder / name for name in sorted(names_in_index)]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    missing = [p.name for p in files if not p.is_file()]
+    if missing or not files:
+        what = f"lacks {', '.join(missing)}" if missing else "holds no *.safetensors"
+        raise WeightsError(f"{folder} {what}", hint="Download the model again.")
+    return files
+
+
+def read_tensors(
+    folder: Path, *, device: torch.device, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a part on `device`; floating-point ones in `dtype` (None keeps that of the file).
+
+    Raises: WeightsError on a file that is not safetensors.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
+                    tensor = file.get_tensor(name)
+                    if dtype is not None and tensor.is_floating_point():
+                        tensor = tensor.to(dtype)
+                    tensors[name] = tensor
+        except (SafetensorError, OSError) as e:
+            raise WeightsError(
+                f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
+            ) from e
+    return tensors
+
+
+def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:
+    """Give a module built on the meta device its tensors, by name, without copying; it is left in eval mode.
+
+    Raises: WeightsError naming the first tensors that are missing, unknown or of another shape.
+    """
+    expected = module.state_dict()
+    missing = sorted(expected.keys() - tensors.keys())
+    unknown = sorted(tensors.keys() - expected.keys())
+    shapes = [
+        f"{name} {list(tensors[name].shape)} instead of {list(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    for what, names in (("lacks", missing), ("has unknown", unknown), ("has the wrong shape:", shapes)):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise WeightsError(
+                f"{source} does not match {type(module).__name__}: it {what} {', '.join(names[:3])}{more}",
+                hint="The config.json and the weights of this part belong to different models.",
+            )
+    module.load_state_dict(dict(tensors), assign=True)
+    module.eval()
+    module.requires_grad_(False)
+
+
+def save(
+    folder: Path,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    *,
+    dtype: torch.dtype | None = None,
+    file_name: str = "model.safetensors",
+) -> None:
+    """Write config.json and one safetensors file into a new folder; dtype None keeps that of each tensor."""
+    folder.mkdir(parents=True)
+    (folder / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n", "utf-8")
+    save_file(
+        {
+            name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None).contiguous()
+            for name, tensor in tensors.items()
+        },
+        folder / file_name,
+        metadata={"format": "pt"},
+    )

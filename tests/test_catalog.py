@@ -1,0 +1,97 @@
+"""Model facts without models: shapes, sizes, names."""
+
+from __future__ import annotations
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from packforcing_cli import catalog
+from packforcing_cli.errors import LayoutError, UsageError
+
+
+def test_the_families_have_wans_shapes() -> None:
+    """METHOD 1.1; the 14B shape is that of wan_t2v_14B.py."""
+    small, large = catalog.get("wan2.1-1.3b"), catalog.get("wan2.1-14b")
+    assert (small.layers, small.heads, small.head_dim, small.dim, small.ffn_dim) == (30, 12, 128, 1536, 8960)
+    assert (large.layers, large.heads, large.head_dim, large.dim, large.ffn_dim) == (40, 40, 128, 5120, 13824)
+    for facts in (small, large):
+        assert (facts.latent_channels, facts.spatial_stride, facts.temporal_stride) == (16, 8, 4)
+        assert (facts.text_dim, facts.text_length, facts.default_size, facts.fps) == (4096, 512, (832, 480), 16)
+        assert (facts.kind, facts.frames_per_block) == ("family", 3)
+        assert (facts.trained_for(3), facts.trained_for(4)) == (21, 20)
+        assert (facts.span_for(3), facts.span_for(4)) == ("fit", Fraction(4))
+
+
+def test_parameters_are_counted_from_the_shape() -> None:
+    """1.419 B: METHOD 1.1. The other figures are public counts of Wan2.1-14B, UMT5-XXL's encoder and the Wan VAE."""
+    assert catalog.get("wan2.1-1.3b").transformer_params == 1_418_996_800
+    assert catalog.get("wan2.1-14b").transformer_params == 14_288_491_584
+    assert catalog.get("wan2.1-1.3b").params == 1_418_996_800 + 5_680_910_336 + 126_892_531
+
+
+def test_the_schedules_are_those_of_the_models() -> None:
+    student, demo = catalog.get("wan2.1-1.3b").schedule, catalog.get("demo").schedule
+    assert (student.kind, student.steps, student.shift, student.num_steps) == ("renoise", (1000, 750, 500, 250), 5, 4)
+    assert student.guidance == 1
+    assert (demo.kind, demo.num_steps) == ("euler", demo.steps[0])
+
+
+def test_packages_come_first_and_every_default_size_has_a_grid() -> None:
+    models = catalog.all_models()
+    assert [facts.name for facts in models] == ["demo", "wan2.1-1.3b", "wan2.1-14b"]
+    for facts in models:
+        for frames_per_block in facts.block_sizes:
+            grid = facts.grid(facts.default_size, frames_per_block)
+            assert grid.compressed_tokens >= 1
+            assert (grid.layers, grid.kv_dim, grid.heads) == (facts.layers, facts.dim, facts.heads)
+
+
+def test_names_are_found_in_any_case_and_wrong_ones_name_the_nearest() -> None:
+    assert catalog.get("Wan2.1-1.3B").name == "wan2.1-1.3b"
+    with pytest.raises(UsageError, match=r"no model is named 'wan-1.3b'; did you mean wan2.1-1.3b") as error:
+        catalog.get("wan-1.3b")
+    assert "models list" in error.value.hint
+    with pytest.raises(UsageError, match="known models: demo, wan2.1-1.3b, wan2.1-14b"):
+        catalog.get("zzzzzz")
+
+
+def test_unknown_block_sizes_are_refused() -> None:
+    with pytest.raises(UsageError, match="demo is not known with 3 frames per block"):
+        catalog.get("demo").trained_for(3)
+
+
+@pytest.mark.parametrize(("size", "nearest"), [((830, 480), "832x480"), ((100, 100), "96x96"), ((-16, 480), "16x480")])
+def test_a_size_off_the_token_grid_names_the_nearest(size: tuple[int, int], nearest: str) -> None:
+    with pytest.raises(UsageError, match="must be multiples of 16 pixels") as error:
+        catalog.get("wan2.1-1.3b").grid(size, 4)
+    assert nearest in error.value.hint
+    with pytest.raises(LayoutError, match="no room for a compressed token"):
+        catalog.get("wan2.1-1.3b").grid((32, 480), 4)
+
+
+def test_the_demos_facts_equal_the_packaged_manifest() -> None:
+    path = catalog.DEMO_FOLDER / "packforcing.json"
+    facts = catalog.get("demo")
+    assert catalog.is_installed(facts) == path.is_file()
+    if not path.is_file():
+        pytest.skip("the demo package is not there")
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    transformer = json.loads((catalog.DEMO_FOLDER / "transformer" / "config.json").read_text(encoding="utf-8"))
+    cache, schedule = manifest["cache"], manifest["schedule"]
+    assert tuple(manifest["size"]) == facts.default_size
+    assert (manifest["fps"], manifest["license"]) == (facts.fps, facts.license)
+    assert (manifest["trained_frames"], manifest["text_length"]) == (facts.trained_frames, facts.text_length)
+    assert cache["frames_per_block"] == facts.frames_per_block
+    span = cache["mid_span"]
+    assert (span if span == "fit" else Fraction(span)) == facts.span_for(facts.frames_per_block)
+    assert schedule["kind"] == facts.schedule.kind
+    assert (schedule["steps"], schedule["shift"]) == (facts.schedule.num_steps, facts.schedule.shift)
+    assert schedule["guidance"] == facts.schedule.guidance
+    assert transformer["num_layers"] == facts.layers
+    assert transformer["num_attention_heads"] == facts.heads
+    assert transformer["attention_head_dim"] == facts.head_dim
+    assert transformer["ffn_dim"] == facts.ffn_dim
+    assert transformer["in_channels"] == facts.latent_channels
+    assert transformer["text_dim"] == facts.text_dim
