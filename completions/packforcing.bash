@@ -6,19 +6,23 @@ _packforcing() {
         --bank) COMPREPLY=($(compgen -W "unlimited" -- "$current")); return ;;
         --compressed-context) COMPREPLY=($(compgen -W "sinks history" -- "$current")); return ;;
         --compressor) COMPREPLY=($(compgen -W "auto hr+lr hr lr pool identity" -- "$current")); return ;;
+        --device) COMPREPLY=($(compgen -W "auto cpu cuda" -- "$current")); return ;;
         --dtype) COMPREPLY=($(compgen -W "auto bf16 fp16 fp32" -- "$current")); return ;;
         --mid-span) COMPREPLY=($(compgen -W "fit block 1 2" -- "$current")); return ;;
         --model) COMPREPLY=($(compgen -W "demo wan2.1-1.3b wan2.1-14b" -- "$current")); return ;;
+        --parity) COMPREPLY=($(compgen -W "paper" -- "$current")); return ;;
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
+        --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --frames-per-block|--recent-blocks|--seconds|--sink-blocks|--size|--top-k) COMPREPLY=(); return ;;
+        --crf|--frames-per-block|--guidance|--output|--recent-blocks|--seconds|--seed|--sink-blocks|--size|--steps|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing inspect-cache"|"packforcing models"|"packforcing models list") path="$path $word" ;; esac
+        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models list") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="inspect-cache models --version --help -h" ;;
+        "packforcing") words="generate inspect-cache models --version --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --json --help -h" ;;
         "packforcing models") words="list --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;

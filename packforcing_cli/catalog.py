@@ -6,6 +6,7 @@ A `package` can generate; a `family` has the facts that planning and bench need.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from packforcing_cli.errors import UsageError
+from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.layout import Grid, Span
 
 TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
@@ -126,7 +127,9 @@ class ModelFacts:
             known = ", ".join(str(n) for n in self.block_sizes)
             raise UsageError(
                 f"{self.name} is not known with {frames_per_block} frames per block",
-                hint=f"Use --frames-per-block {known}." if len(self.block_sizes) == 1 else f"Use one of {known}.",
+                hint=f"Use --frames-per-block {known}."
+                if len(self.block_sizes) == 1
+                else f"Use one of {known}.",
             )
         return frames_per_block
 
@@ -196,6 +199,69 @@ def get(name: str) -> ModelFacts:
     raise UsageError(f"no model is named {name!r}; {said}", hint="packforcing models list shows all of them.")
 
 
+def of(model: str) -> ModelFacts:
+    """Facts of a model by name, or of the package in a folder.
+
+    Raises: UsageError for an unknown name, naming the nearest; WeightsError for a folder that is not a package.
+    """
+    folder = Path(model).expanduser()
+    if model.lower() not in _load() and folder.is_dir():
+        return of_package(folder)
+    return get(model)
+
+
+def of_package(folder: Path) -> ModelFacts:
+    """Facts of a model package, read from its manifest and configurations; no weights are read.
+
+    Raises: WeightsError if the folder is not a complete package.
+    """
+    try:
+        manifest = json.loads((folder / "packforcing.json").read_text("utf-8"))
+        parts = {name: folder / place for name, place in manifest["parts"].items()}
+        network = json.loads((parts["transformer"] / "config.json").read_text("utf-8"))
+        cache_, schedule, codec = manifest["cache"], manifest["schedule"], manifest["codec"]
+        frames = cache_["frames_per_block"]
+        steps = tuple(schedule["timesteps"]) if schedule["kind"] == "renoise" else (schedule["steps"],)
+        return ModelFacts(
+            name=manifest["name"],
+            kind="package",
+            title=manifest["title"],
+            license=manifest["license"],
+            frames_per_block=frames,
+            layers=network["num_layers"],
+            heads=network["num_attention_heads"],
+            head_dim=network["attention_head_dim"],
+            ffn_dim=network["ffn_dim"],
+            latent_channels=codec["latent_channels"],
+            text_dim=network["text_dim"],
+            text_length=manifest["text_length"],
+            default_size=(manifest["size"][0], manifest["size"][1]),
+            fps=manifest["fps"],
+            trained_by_block=MappingProxyType({frames: manifest["trained_frames"]}),
+            span_by_block=MappingProxyType({frames: str(cache_["mid_span"])}),
+            schedule=ScheduleFacts(schedule["kind"], steps, schedule["shift"], schedule["guidance"]),
+            text_params=_stored_bytes(manifest, "text_encoder") // WEIGHT_BYTES,
+            vae_params=_stored_bytes(manifest, "vae") // WEIGHT_BYTES,
+            install="installed",
+            spatial_stride=codec["spatial_stride"],
+            temporal_stride=codec["temporal_stride"],
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise WeightsError(
+            f"{folder} is not a complete model package: {type(error).__name__}: {error}",
+            hint="Use a folder with packforcing.json, or --model demo.",
+        ) from error
+
+
+def _stored_bytes(manifest: Mapping[str, Any], part: str) -> int:
+    place = manifest["parts"][part]
+    return sum(
+        record["size"]
+        for name, record in manifest["files"].items()
+        if name.startswith(f"{place}/") and name.endswith(".safetensors")
+    )
+
+
 def is_installed(facts: ModelFacts) -> bool:
     """Whether the model's weights are on this machine; a family has none of its own."""
     return facts.name == "demo" and (DEMO_FOLDER / "packforcing.json").is_file()
@@ -215,7 +281,9 @@ def _facts(name: str, entry: Mapping[str, Any]) -> ModelFacts:
     return ModelFacts(
         name=name,
         default_size=(width, height),
-        trained_by_block=MappingProxyType({int(n): frames for n, frames in values.pop("trained_frames").items()}),
+        trained_by_block=MappingProxyType(
+            {int(n): frames for n, frames in values.pop("trained_frames").items()}
+        ),
         span_by_block=MappingProxyType({int(n): span for n, span in values.pop("mid_span").items()}),
         schedule=ScheduleFacts(steps=(steps,) if isinstance(steps, int) else tuple(steps), **schedule),
         **values,

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -209,7 +209,9 @@ class PlanRequest(Options):
     def _size(cls, value: object) -> object:
         if isinstance(value, str):
             sides = value.lower().replace("×", "x").split("x")
-            if len(sides) != 2 or not all(side.strip().isascii() and side.strip().isdigit() for side in sides):
+            if len(sides) != 2 or not all(
+                side.strip().isascii() and side.strip().isdigit() for side in sides
+            ):
                 raise ValueError("is not WIDTHxHEIGHT in pixels")
             return tuple(int(side) for side in sides)
         return value

@@ -37,7 +37,9 @@ from typing import Literal
 
 from packforcing_cli.errors import LayoutError, UsageError
 
-TEMPORAL_STRIDE = 4  # pixel frames a latent frame stands for; the first latent frame of a video is 1 pixel frame
+TEMPORAL_STRIDE = (
+    4  # pixel frames a latent frame stands for; the first latent frame of a video is 1 pixel frame
+)
 PATCH = 2  # latent rows and columns a token covers: patch (1,2,2)
 CELL = 4  # patch rows and columns a compressed token covers: 8 latent rows = 64 pixels
 COMPRESSED_TIME_ROWS = 2  # rows of compressed tokens in time, for blocks of 3 and of 4 frames (METHOD 3.5)
@@ -290,7 +292,8 @@ class Layout:
             )
         if self.bank is not None and self.bank < 1:
             raise LayoutError(
-                f"bank must be at least 1 block, got {self.bank}", hint="Use --top-k 0 for no compressed memory."
+                f"bank must be at least 1 block, got {self.bank}",
+                hint="Use --top-k 0 for no compressed memory.",
             )
         if self.mid_span == "fit":
             if self._room_for_mid <= 0:

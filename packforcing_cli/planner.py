@@ -215,13 +215,15 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         facts:   of the model, when it is a folder; default: the catalog's.
     Raises: UsageError or LayoutError if the request describes no possible video.
     """
-    facts = facts or catalog.get(request.model)
+    facts = facts or catalog.of(request.model)
     parts = _Parts(request, facts)
     peak, disk = parts.peak_bytes, parts.disk_bytes
     fits = machine is None or (_memory_fits(peak, machine) and _disk_fits(disk, machine))
     grid, last = parts.layout.grid, parts.layout.view(parts.blocks - 1)
     slots = parts.layout.slots(last)
-    slot_plan = SlotPlan(parts.layout.span(last), slots.total, slots.max_distance, parts.layout.trained_frames)
+    slot_plan = SlotPlan(
+        parts.layout.span(last), slots.total, slots.max_distance, parts.layout.trained_frames
+    )
     return Plan(
         model=facts,
         size=parts.size,
@@ -327,7 +329,11 @@ def _suggestion(parts: _Parts, machine: Machine) -> str:
         tries.append(("--policy packforcing", {"policy": "packforcing"}))
     else:
         kept = len(parts.layout.view(parts.blocks).mid)
-        tries += [(f"--bank {n}", {"bank": n}) for n in _smaller_powers_of_two(kept) if n >= max(1, parts.layout.top_k)]
+        tries += [
+            (f"--bank {n}", {"bank": n})
+            for n in _smaller_powers_of_two(kept)
+            if n >= max(1, parts.layout.top_k)
+        ]
     width, height = parts.size
     multiple = parts.facts.pixel_multiple
     for share in (3 / 4, 1 / 2, 1 / 4):
@@ -350,7 +356,9 @@ def _warnings(parts: _Parts, slots: SlotPlan) -> tuple[str, ...]:
             f" {step}"
         )
     if layout.top_k and layout.bank is not None and layout.bank <= layout.top_k < parts.blocks:
-        found.append(f"a bank of {layout.bank} blocks leaves nothing to select from; use --bank above --top-k")
+        found.append(
+            f"a bank of {layout.bank} blocks leaves nothing to select from; use --bank above --top-k"
+        )
     return tuple(found)
 
 
@@ -414,4 +422,3 @@ def _gb(size: int) -> str:
 
 def _number(value: Fraction) -> str:
     return str(value) if value.denominator == 1 else f"{float(value):.2f}"
-

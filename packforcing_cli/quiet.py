@@ -2,14 +2,15 @@
 
 transformers and diffusers import torchao by themselves, whether it is used or not; torchao then logs a line
 for every optional kernel that does not match this machine and touches a deprecated torch call. Only records
-of these two loggers that match these patterns are dropped, and only inside the `with`; every other warning
-gets through.
+of these two loggers that match these patterns are dropped, and only inside the `with`, beside complaints
+about string escapes in torchao's own source; every other warning gets through.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,9 +24,14 @@ _NOISE = (
 )
 
 
+_TORCHAO_SOURCE = r".*[/\\]torchao[/\\]"
+
+
 @contextmanager
 def known_import_noise_dropped() -> Iterator[None]:
     """Import transformers, diffusers or torchao inside this without their known noise."""
+    # Python complains about torchao's source when it compiles it, which is at import where installers do not.
+    warnings.filterwarnings("ignore", r"invalid escape sequence", module=_TORCHAO_SOURCE)
     added = [(logging.getLogger(name), _Drop(pattern)) for name, pattern in _NOISE]
     for logger, rule in added:
         logger.addFilter(rule)

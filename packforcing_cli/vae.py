@@ -1,18 +1,20 @@
 """Pixels to latents and back, block by block: two codecs behind one interface.
 
 - `WanCodec`: the Wan 2.1 VAE (diffusers' `AutoencoderKLWan`).
-- `TinyCodec`: a small autoencoder in the manner of TAEHV; the demo's codec and, with the public taew2_1 weights, a
-  fast approximation of the Wan VAE.
+- `TinyCodec`: a small autoencoder in the manner of TAEHV; the demo's codec and, with the public taew2_1
+  weights, a fast approximation of the Wan VAE.
 
-Weights live in modules; everything a stream remembers lives in a `StreamingEncoder` or `StreamingDecoder`, so
-several videos share one module. Outside a codec pixels are [0, 1] and latents are the normalised latents of the DiT.
+Weights live in modules; everything a stream remembers lives in a `StreamingEncoder` or `StreamingDecoder`,
+so several videos share one module. Outside a codec pixels are [0, 1] and latents are normalised as the
+transformer wants them.
 
     video      f0 | f1 f2 f3 f4 | f5 f6 f7 f8 | ...        1 + 4 (F - 1) frames
     latents    l0 |     l1      |     l2      | ...        F latent frames
 
 Letters: B batch, C channels, T frames, F latent frames, H W pixels, h w latent.
-This file knows nothing of blocks, prompts or caches. Sources: madebyollin/taehv (layout and parameter names of the
-tiny autoencoder), diffusers `autoencoder_kl_wan.py` (inner encoder and decoder), METHOD 1.3, 3.2 and 10.9.
+This file knows nothing of blocks, prompts or caches.
+Sources: madebyollin/taehv (layers and parameter names of the tiny autoencoder), autoencoder_kl_wan.py of
+diffusers (the inner encoder and decoder), METHOD 1.3, 3.2 and 10.9.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ LR_FRAMES = 8  # pooled frames of a block: two latent frames after the warm star
 class TinyAutoencoderConfig:
     """Shape of a `TinyAutoencoder`; the defaults are those of the public taew2_1 weights.
 
-    A stage is a resolution. The encoder halves the frame size before each of its stages, the decoder doubles it
-    after each; `patch_size` and `patch_frames` fold further pixels and frames into channels outside all stages.
+    A stage is a resolution. The encoder halves the frame size before each of its stages, the decoder doubles
+    it after each; `patch_size` and `patch_frames` fold further pixels and frames into channels before all
+    stages of the encoder and after all of the decoder.
 
     latent_channels: channels of a latent.
     encoder_widths:  channels of the stem, then of each encoder stage (fine to coarse).
@@ -110,7 +113,7 @@ class TinyAutoencoderConfig:
     @property
     def spatial_stride(self) -> int:
         """Pixels per latent cell and axis."""
-        return self.patch_size * 2 ** len(self.encoder_depths)
+        return int(self.patch_size * 2 ** len(self.encoder_depths))
 
     @property
     def temporal_stride(self) -> int:
@@ -123,10 +126,10 @@ class TinyAutoencoderConfig:
         return cls(
             encoder_widths=(16, 48, 96),
             encoder_depths=(1, 1),
-            encoder_pools=(2, 1),
+            encoder_pools=(1, 2),
             decoder_widths=(96, 48, 16),
             decoder_depths=(1, 1),
-            decoder_grows=(1, 2),
+            decoder_grows=(2, 1),
             block_convs=2,
             patch_size=2,
             patch_frames=2,
@@ -247,7 +250,7 @@ Memory = dict[int, Tensor]
 def _run(layers: nn.Sequential, x: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
     """Apply layers to [B, T, C, h, w], all frames at once.
 
-    An empty memory stands for zeros before the first frame. T must be a multiple of the frames the layers join.
+    An empty memory stands for zeros before the first frame. T must be a multiple of the frames joined.
     Returns: the output in the same layout and the new memory.
     """
     batch = x.shape[0]
@@ -424,8 +427,8 @@ class CodecFacts:
     temporal_stride:  frames per latent frame after the first.
     pixel_range:      values the wrapped module works with; outside the codec pixels are always [0, 1].
     encode_lookahead: frames after its own that the encoder needs before it can give a latent frame.
-    latents_mean, latents_std: per channel, of the module's raw latents; normalised = (raw - mean) / std. Empty
-                      when raw latents are normalised already.
+    latents_mean, latents_std: per channel, of the module's raw latents; normalised = (raw - mean) / std.
+                      Empty when raw latents are normalised already.
     """
 
     latent_channels: int
@@ -499,8 +502,8 @@ class Codec(Protocol):
 def lr_pixels(pixels: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
     """Pool the pixels of a block for the LR branch, 4x in space and to 9 frames (8 and a warm start).
 
-    Frame 0 is the last pooled frame of the block before; for the first block it is the video's first frame. The
-    other frames are averaged in time to 8. The nine encode to three latents, of which the last two cover the block.
+    Frame 0 is the last pooled frame of the block before; for the first block it is the video's first frame.
+    The others are averaged in time to 8. The nine encode to three latents; the last two cover the block.
 
     Args:
         pixels:   [B, 3, T, H, W] of one block; T = 1 + 4 (B_f - 1) for the first block, 4 B_f later.
@@ -575,7 +578,7 @@ class TinyCodec:
 
 
 class TinyStreamingEncoder:
-    """`StreamingEncoder` of a `TinyCodec`. State: block memories and, with look-ahead, the frame held back."""
+    """`StreamingEncoder` of a `TinyCodec`. State: memories and, with look-ahead, the frame held back."""
 
     def __init__(self, module: TinyAutoencoder, facts: CodecFacts) -> None:
         self._module, self._facts = module, facts
@@ -724,7 +727,7 @@ def _raw(latents: Tensor, facts: CodecFacts) -> Tensor:
 
 FeatureCache = list[Tensor | str | None]
 """An entry per causal convolution: None before the first frame, then the last input frames; the temporal
-upsamplers hold `REPEAT` after the first frame. diffusers' layers replace entries and never write into them."""
+upsamplers hold `REPEAT` after the first frame. Layers replace entries and never write into them."""
 
 REPEAT = "Rep"  # diffusers' marker, WanResample.forward
 
@@ -733,7 +736,8 @@ class WanCodec:
     """The Wan 2.1 VAE of diffusers as a codec.
 
     diffusers keeps the caches of a running video on the module and clears them at both ends of `encode` and
-    `decode`. Here its inner encoder and decoder are called latent frame by latent frame with a stream's own caches.
+    `decode`. Here its inner encoder and decoder are called latent frame by latent frame with a stream's own
+    caches.
     """
 
     def __init__(self, module: AutoencoderKLWan) -> None:
@@ -832,7 +836,7 @@ class WanStreamingDecoder:
 
 
 def _empty_features(half: nn.Module) -> FeatureCache:
-    """A cache with an entry per causal convolution; those of 1x1 convolutions stay unused, as in diffusers."""
+    """A cache with an entry per causal convolution; those of 1x1 convolutions stay None, as in diffusers."""
     return [None] * sum(isinstance(layer, nn.Conv3d) for layer in half.modules())
 
 

@@ -44,7 +44,7 @@ import av
 import numpy as np
 from av.container import InputContainer
 from av.video.frame import VideoFrame
-from av.video.reformatter import ColorRange, Colorspace, Interpolation, VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
@@ -71,25 +71,14 @@ MAX_SAFE_NAME_BYTES = 200  # what safe_name uses of it: ".part" and a copy's num
 
 _IO_ERRORS = (OSError, av.FFmpegError)
 _FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-# Bit-exact swscale: the same YUV on every processor. AREA averages the 2x2 pixels of a chroma sample.
-_EXACT = (
-    Interpolation.ACCURATE_RND
-    | Interpolation.BITEXACT
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-)
-_TO_YUV = Interpolation.AREA | _EXACT
-_TO_RGB = Interpolation.BILINEAR | _EXACT
+# Flags of libswscale/swscale.h: ACCURATE_RND, BITEXACT, FULL_CHR_H_INT and FULL_CHR_H_INP give the same pixels
+# on every processor; AREA averages the 2x2 pixels of a chroma sample, BILINEAR interpolates between samples.
+_EXACT = 0x40000 | 0x80000 | 0x2000 | 0x4000
+_TO_YUV = 0x20 | _EXACT
+_TO_RGB = 0x2 | _EXACT
 _BT709 = 1  # in AVColorPrimaries, AVColorTransferCharacteristic and AVColorSpace alike (libavutil/pixfmt.h)
-_MATRICES = {  # AVColorSpace -> the matrix swscale uses for it
-    _BT709: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,  # BT.470BG
-    6: Colorspace.ITU601,  # SMPTE 170M
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-    10: Colorspace.BT2020,
-}
+_BT601 = 5  # the number of libswscale (SWS_CS_ITU601); _BT709 has the same number there
+_MATRICES = {_BT709: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9, 10: 9}  # AVColorSpace -> SWS_CS_*
 _FORBIDDEN = frozenset("<>:\"/\\|?*'`$&;!#%(){}[]^~=+,@")  # for Windows, a shell or a URL
 _RESERVED = frozenset(
     {"con", "prn", "aux", "nul", "conin$", "conout$"}
@@ -349,7 +338,7 @@ class VideoWriter:
     def _write_block(self, frames: NDArray[np.uint8]) -> None:
         fragment = self._encoder.encode(frames)
         _place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
-        # A free box with a 64-bit size (1 in the 32-bit field says so) around the fragment: players skip both.
+        # A free box with a 64-bit size (1 in the 32-bit field says so) hides the fragment from players.
         # With 16 in that field it is an empty box before the fragment.
         hidden = struct.pack(">I4sQ", 1, b"free", 16 + len(fragment))
         self._append(hidden + fragment, opened_by=(3, b"\x10"))
@@ -485,8 +474,8 @@ class _BlockEncoder:
             frame = self._reformatter.reformat(
                 VideoFrame.from_ndarray(pixels, format="rgb24"),
                 format="yuv420p",
-                src_colorspace=Colorspace.ITU709,
-                dst_colorspace=Colorspace.ITU709,
+                src_colorspace=_BT709,
+                dst_colorspace=_BT709,
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
                 interpolation=_TO_YUV,
@@ -765,10 +754,10 @@ class VideoReader:
                 yield packet
 
     def _to_rgb(self, reformatter: VideoReformatter, frame: VideoFrame) -> NDArray[np.uint8]:
-        matrix: Colorspace | None = None
+        matrix: int | None = None
         limits: ColorRange | None = None
         if not frame.format.is_rgb:
-            untagged = Colorspace.ITU709 if frame.height >= 720 else Colorspace.ITU601
+            untagged = _BT709 if frame.height >= 720 else _BT601
             matrix = _MATRICES.get(frame.colorspace, untagged)
             is_full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
             limits = ColorRange.JPEG if is_full else ColorRange.MPEG
@@ -778,7 +767,7 @@ class VideoReader:
             height=self.height,
             format="rgb24",
             src_colorspace=matrix,
-            dst_colorspace=Colorspace.ITU709,
+            dst_colorspace=_BT709,
             src_color_range=limits,
             dst_color_range=ColorRange.JPEG,
             interpolation=_TO_RGB,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,8 @@ for _path in (str(_ROOT), str(_GUARD)):
 if "sitecustomize" in sys.modules and not hasattr(sys.modules["sitecustomize"], "NetworkBlocked"):
     del sys.modules["sitecustomize"]  # the system has its own
 
-import sitecustomize  # noqa: E402  (tests/guard; blocks the network of this process)
-
 import pytest  # noqa: E402
+import sitecustomize  # noqa: E402  (tests/guard; blocks the network of this process)
 
 sitecustomize.install()
 
@@ -65,7 +64,7 @@ class CommandResult:
 @pytest.fixture
 def run_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Iterator[Callable[..., CommandResult]]:
+) -> Callable[..., CommandResult]:
     """Run a packforcing command line in this process, in an empty folder."""
     from packforcing_cli.cli import main
 
@@ -78,7 +77,7 @@ def run_command(
         captured = capsys.readouterr()
         return CommandResult(int(stop.value.code or 0), captured.out, captured.err)
 
-    yield run
+    return run
 
 
 def _as_list(arguments: Sequence[str]) -> list[str]:

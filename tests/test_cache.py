@@ -214,7 +214,8 @@ def test_every_layer_sees_what_the_simulation_sees(setting: Any, mode: str) -> N
             active = context.selected[layer].tolist()
             if mode != "random":
                 assert active == simulation.active(mode, layer, first), (i, layer)
-            assert active == sorted(set(active)) and set(active) <= set(simulation.bank)
+            assert active == sorted(set(active))
+            assert set(active) <= set(simulation.bank)
             assert tuple(active) == stats.active[layer]
             k, v = (t[0] for t in seen[layer])
             slow_k, slow_v = simulation.attended(layer, active, last.k[layer, 0], last.v[layer, 0])
@@ -373,7 +374,8 @@ def test_gradients_stay_outside() -> None:
     own = kv.k[0].clone().requires_grad_()
     k, _ = cache.context(0).layer(0, own, kv.v[0], kv.q_sum[0])
     cache.commit(0, BlockKV(kv.k.clone().requires_grad_(), kv.v, kv.q_sum))
-    assert not k.requires_grad and not any(t.requires_grad for t in tensors(cache).values())
+    assert not k.requires_grad
+    assert not any(t.requires_grad for t in tensors(cache).values())
 
 
 # -- bank and selection -------------------------------------------------------------------------------------
@@ -410,7 +412,8 @@ def test_scores_are_reported_and_degenerate_ones_fall_back_to_the_newest() -> No
     cache.commit(7, broken)
     cache.add_backup(7, random_kv(7, COMPRESSED))
     context = cache.context(8)
-    assert context.scores is not None and context.scores.shape == (LAYERS, 6)
+    assert context.scores is not None
+    assert context.scores.shape == (LAYERS, 6)
     assert context.degenerate.tolist() == [False, True, False]
     assert context.selected[1].tolist() == [5, 6]
     best = context.scores[0].topk(2).indices.sort().values + 1  # the bank holds 1 .. 6

@@ -27,7 +27,7 @@ def test_the_files_are_a_fresh_rendering() -> None:
 def test_the_shell_can_parse_its_file(shell: str, file: str) -> None:
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
-    done = subprocess.run([shell, "-n", FOLDER / file], capture_output=True, text=True, timeout=30)
+    done = subprocess.run([shell, "-n", FOLDER / file], capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -49,6 +49,6 @@ def test_bash_completes_commands_options_and_values(words: list[str], expected: 
         f"source '{FOLDER / 'packforcing.bash'}'; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1};"
         ' COMPREPLY=(); _packforcing; printf "%s\\n" "${COMPREPLY[@]}"'
     )
-    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=30)
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.stderr == ""
     assert done.stdout.split() == expected

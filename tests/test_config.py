@@ -95,7 +95,13 @@ def test_requests_are_frozen() -> None:
 
 @pytest.mark.parametrize(
     ("text", "span"),
-    [(None, Fraction(1)), ("fit", "fit"), ("block", Fraction(4)), ("9/16", Fraction(9, 16)), ("0.5", Fraction(1, 2))],
+    [
+        (None, Fraction(1)),
+        ("fit", "fit"),
+        ("block", Fraction(4)),
+        ("9/16", Fraction(9, 16)),
+        ("0.5", Fraction(1, 2)),
+    ],
 )
 def test_mid_span_is_a_number_a_word_or_the_models_own(text: str | None, span: Any) -> None:
     assert MemoryOptions(mid_span=text).span(4, default=Fraction(1)) == span

@@ -34,13 +34,13 @@ def as_a_codec_leaves_it(frames: Tensor, *, seed: int) -> Tensor:
     pixels = F.pad(frames.permute(0, 3, 1, 2).float(), (1, 1, 1, 1), mode="replicate")
     blurred = F.conv2d(pixels.flatten(0, 1)[:, None], (kernel[:, None] * kernel)[None, None])[:, 0]
     noisy = blurred + 6 * torch.randn(blurred.shape, generator=torch.Generator().manual_seed(seed))
-    return noisy.clamp(0, 255).to(torch.uint8).unflatten(0, (len(frames), 3)).permute(0, 2, 3, 1)
+    return noisy.clamp(0, 255).to(torch.uint8).view(len(frames), 3, *noisy.shape[1:]).permute(0, 2, 3, 1)
 
 
 def accuracy(num_scenes: int, *, damaged: bool) -> dict[str, float]:
     right = dict.fromkeys(WORDS, 0)
     for seed in range(num_scenes):
-        # Every word as often as possible: a stride through all combinations that shares no factor with their number.
+        # All combinations before any comes twice: the stride shares no factor with their number.
         words = COMBINATIONS[(seed * 61) % len(COMBINATIONS)]
         scene = scene_for(seed, combination=words)
         frames = render(scene, 13 * seed, FIVE_SECONDS)
@@ -61,7 +61,7 @@ def test_words_of_rendered_scenes_are_read_at_99_percent() -> None:
 
 
 def test_words_survive_blur_and_noise_at_98_percent() -> None:
-    assert min(accuracy(48, damaged=True).values()) >= 0.98
+    assert min(accuracy(24, damaged=True).values()) >= 0.98
 
 
 @pytest.mark.slow
@@ -99,7 +99,9 @@ def test_area_speed_and_outline_are_measured() -> None:
 
 def test_a_frozen_video_has_no_direction_and_keeps_the_rest() -> None:
     scene = moving()
-    result = score(detect(render(scene, 0, 1).repeat(FIVE_SECONDS, 1, 1, 1)), scene)
+    frozen = render(scene, 0, 1).repeat(FIVE_SECONDS, 1, 1, 1)
+    result = score(detect(frozen), scene)
+    assert (background_picture(frozen) - render_background(scene)).abs().max() < 16
     assert [word for word, right in result.items() if not right] == ["direction", "all"]
 
 

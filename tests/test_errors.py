@@ -64,11 +64,23 @@ def an_app_that_raises(error: BaseException) -> Callable[[], typer.Typer]:
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (errors.MemoryFitError("12 GB [needed]", hint="Try --bank 32."), 5, "error: 12 GB [needed]\n  → Try --bank 32.\n"),
+        (
+            errors.MemoryFitError("12 GB [needed]", hint="Try --bank 32."),
+            5,
+            "error: 12 GB [needed]\n  → Try --bank 32.\n",
+        ),
         (errors.VideoError("no video"), 1, "error: no video\n"),
-        (ValueError("odd\nvalue"), 1, "unexpected error: ValueError: odd value (set PACKFORCING_DEBUG=1 to see where)\n"),
+        (
+            ValueError("odd\nvalue"),
+            1,
+            "unexpected error: ValueError: odd value (set PACKFORCING_DEBUG=1 to see where)\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
-        (MemoryError(), 1, "unexpected error: MemoryError: no message (set PACKFORCING_DEBUG=1 to see where)\n"),
+        (
+            MemoryError(),
+            1,
+            "unexpected error: MemoryError: no message (set PACKFORCING_DEBUG=1 to see where)\n",
+        ),
     ],
 )
 def test_a_failure_is_one_message_and_an_exit_code(

@@ -14,7 +14,9 @@ from packforcing_cli.layout import Grid, Layout
 
 WAN = Grid(frames_per_block=4, rows=30, cols=52, layers=30, kv_dim=1536, heads=12, dtype_bytes=2)
 DEMO = Grid(frames_per_block=4, rows=4, cols=8, layers=6, kv_dim=192, heads=3, dtype_bytes=4)
-PAPER = Layout(WAN, sink_blocks=2, recent_blocks=1, top_k=16, bank=256, mid_span=Fraction(4), trained_frames=20)
+PAPER = Layout(
+    WAN, sink_blocks=2, recent_blocks=1, top_k=16, bank=256, mid_span=Fraction(4), trained_frames=20
+)
 
 
 # ------------------------------------------------------------------------------------------------- published figures
@@ -41,7 +43,13 @@ def test_blocks_of_three_frames_have_the_published_counts() -> None:
     layout = Layout(grid, mid_span="fit", trained_frames=21)
     tokens = layout.tokens(100)
     assert (grid.block_tokens, grid.compressed_tokens) == (4680, 182)
-    assert (tokens.sink, tokens.mid, tokens.recent, tokens.current, tokens.active) == (9360, 2912, 4680, 4680, 21632)
+    assert (tokens.sink, tokens.mid, tokens.recent, tokens.current, tokens.active) == (
+        9360,
+        2912,
+        4680,
+        4680,
+        21632,
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +73,8 @@ def test_the_largest_distance_is_that_of_the_published_table(
 
 
 @pytest.mark.parametrize(
-    ("seconds", "blocks", "frames"), [(10, 10, 157), (120, 120, 1917), (0.1, 1, 13), (5, 5, 77), (60, 60, 957)]
+    ("seconds", "blocks", "frames"),
+    [(10, 10, 157), (120, 120, 1917), (0.1, 1, 13), (5, 5, 77), (60, 60, 957)],
 )
 def test_length_is_whole_blocks(seconds: float, blocks: int, frames: int) -> None:
     assert WAN.blocks_for(seconds, 16) == blocks

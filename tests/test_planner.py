@@ -90,7 +90,10 @@ def followed(made: Plan, request: PlanRequest, machine: Machine) -> Plan:
     if name in MemoryOptions.model_fields:
         memory = MemoryOptions(**{**request.memory.model_dump(exclude_unset=True), name: value})
         return plan(PlanRequest(**{**request.model_dump(exclude={"memory"}), "memory": memory}), machine)
-    return plan(PlanRequest(**{**request.model_dump(exclude={"memory"}), name: value, "memory": request.memory}), machine)
+    return plan(
+        PlanRequest(**{**request.model_dump(exclude={"memory"}), name: value, "memory": request.memory}),
+        machine,
+    )
 
 
 @pytest.mark.parametrize(
@@ -139,7 +142,10 @@ def test_nothing_fits_a_machine_without_memory() -> None:
 def test_the_peak_contains_weights_and_cache() -> None:
     made = plan(paper())
     assert made.weights.transformer == 2 * catalog.get("wan2.1-1.3b").transformer_params
-    assert made.peak_bytes == made.weights.transformer + made.weights.vae + made.capacity.live + made.working_bytes
+    assert (
+        made.peak_bytes
+        == made.weights.transformer + made.weights.vae + made.capacity.live + made.working_bytes
+    )
 
 
 def test_this_machine_has_memory_and_disk(tmp_path: Path) -> None:
@@ -173,7 +179,9 @@ def test_a_bank_that_leaves_nothing_to_select_is_warned_about() -> None:
         ({"memory": MemoryOptions(mid_span="7")}, LayoutError),
     ],
 )
-def test_impossible_requests_are_usage_errors_with_a_next_step(values: dict[str, Any], kind: type[UsageError]) -> None:
+def test_impossible_requests_are_usage_errors_with_a_next_step(
+    values: dict[str, Any], kind: type[UsageError]
+) -> None:
     with pytest.raises(kind) as error:
         plan(paper(**values))
     assert error.value.exit_code == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,7 @@ def encode_in_parts(codec: Codec, pixels: Tensor, parts: list[int]) -> Tensor:
     return torch.cat(out if last is None else [*out, last], dim=2)
 
 
-# ------------------------------------------------------------------------------------------------------------ Wan
+# ---------------------------------------------------------------------------------------------------- Wan
 
 
 def test_wan_decoded_frame_by_frame_equals_one_shot_decode_bitwise(wan: WanCodec) -> None:
@@ -139,8 +140,7 @@ def test_wan_encoded_in_parts_equals_one_shot_encode_bitwise(wan: WanCodec) -> N
 
 def test_wan_streams_write_nothing_on_the_module(wan: WanCodec) -> None:
     def attributes() -> dict[str, dict[str, Any]]:
-        names = {name: dict(vars(module)) for name, module in wan.module.named_modules()}
-        return names
+        return {name: dict(vars(module)) for name, module in wan.module.named_modules()}
 
     before = attributes()
     wan.decoder().decode(noise(1, 4, 2, 2, 3))
@@ -163,7 +163,7 @@ def test_a_wan_vae_that_folds_pixels_first_is_refused() -> None:
         WanCodec(Vae())  # type: ignore[arg-type]
 
 
-# ----------------------------------------------------------------------------------------------------- both codecs
+# -------------------------------------------------------------------------------------------- both codecs
 
 
 def codecs() -> list[Any]:
@@ -276,12 +276,11 @@ def test_a_wrong_number_of_frames_or_channels_raises(make: Callable[[], Codec]) 
 
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_decoded_pixels_are_float32_between_zero_and_one(
-    make: Callable[[], Codec], dtype: torch.dtype
-) -> None:
+def test_decoded_pixels_are_float32_in_0_to_1(make: Callable[[], Codec], dtype: torch.dtype) -> None:
     codec = make().to("cpu", dtype)
     pixels = codec.decoder().decode(20 * noise(1, 4, 2, 2, 3))
-    assert pixels.shape == (1, 3, 5, 16, 24) and pixels.dtype == torch.float32
+    assert pixels.shape == (1, 3, 5, 16, 24)
+    assert pixels.dtype == torch.float32
     assert 0 <= float(pixels.min()) < float(pixels.max()) <= 1
     assert encode_in_parts(codec, pixels, [5]).dtype == torch.float32
 
@@ -290,12 +289,12 @@ def test_facts_state_scaling_pixel_range_and_look_ahead(wan: WanCodec) -> None:
     front, ahead = TinyCodec(tiny(SMALL_FOLD)).facts, TinyCodec(tiny(SMALL_TAEHV)).facts
     strides = [(f.latent_channels, f.spatial_stride, f.temporal_stride) for f in (wan.facts, front, ahead)]
     assert strides == [(4, 8, 4)] * 3
-    assert wan.facts.latents_mean == front.latents_mean == MEAN and ahead.latents_mean == ()
+    assert [f.latents_mean for f in (wan.facts, front, ahead)] == [MEAN, MEAN, ()]
     assert [f.pixel_range for f in (wan.facts, front, ahead)] == [(-1, 1), (0, 1), (0, 1)]
     assert [f.encode_lookahead for f in (wan.facts, front, ahead)] == [0, 0, 3]
 
 
-# ------------------------------------------------------------------------------------------------- tiny autoencoder
+# --------------------------------------------------------------------------------------- tiny autoencoder
 
 
 @BOTH
@@ -317,7 +316,7 @@ def test_tiny_streamed_equals_one_shot(config: TinyAutoencoderConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    "config,ahead", [(SMALL_FOLD, 0), (SMALL_TAEHV, 3)], ids=["front aligned", "looks ahead"]
+    ("config", "ahead"), [(SMALL_FOLD, 0), (SMALL_TAEHV, 3)], ids=["front aligned", "looks ahead"]
 )
 def test_an_encoded_frame_reads_exactly_its_look_ahead(config: TinyAutoencoderConfig, ahead: int) -> None:
     module = tiny(config)
@@ -355,14 +354,14 @@ def test_both_halves_can_be_trained_and_also_on_shrunken_frames() -> None:
         (out - pixels).square().mean().backward()
         assert module.encoder_shortcut.weight.grad is not None
         head = module.decoder[-1].weight.grad
-        assert head is not None and float(head.abs().max()) > 0
+        assert head is not None
+        assert float(head.abs().max()) > 0
 
 
 def test_an_untrained_demo_form_already_keeps_the_coarse_picture() -> None:
-    config = dataclasses.replace(
-        SMALL_FOLD, latent_channels=24
-    )  # as many channels as the shortcut has values
-    module = TinyAutoencoder(dataclasses.replace(config, latents_mean=(), latents_std=()))
+    # As many channels as the shortcut has values: nothing is lost.
+    config = dataclasses.replace(SMALL_FOLD, latent_channels=24, latents_mean=(), latents_std=())
+    module = TinyAutoencoder(config)
     nn.init.zeros_(module.encoder[-1].weight)
     nn.init.zeros_(module.encoder[-1].bias)
     colour = torch.tensor([0.9, 0.2, 0.4])[None, :, None, None, None].expand(1, 3, 5, 16, 16)
@@ -371,7 +370,7 @@ def test_an_untrained_demo_form_already_keeps_the_coarse_picture() -> None:
 
 
 def test_names_and_shapes_are_those_of_taew2_1() -> None:
-    """Layer tables of TAEHV for Wan 2.1: 3x3 convolutions, 1x1 time layers without bias, three-conv memory blocks."""
+    """Layers of TAEHV for Wan 2.1: 3x3 convolutions, 1x1 time layers, memory blocks of three convolutions."""
     expected: dict[str, tuple[int, ...]] = {}
 
     def conv(name: str, inputs: int, outputs: int, *, size: int = 3, bias: bool = True) -> None:
@@ -415,7 +414,7 @@ def test_names_and_shapes_are_those_of_taew2_1() -> None:
 
 
 def test_taew2_1_form_equals_a_frame_by_frame_walk() -> None:
-    """The layers applied to one frame at a time with plain loops, as a reference for the folded batch form."""
+    """The layers applied to one frame at a time by plain loops, against the folded batch."""
     module = tiny(SMALL_TAEHV)
     relu = torch.relu
 
@@ -454,7 +453,10 @@ def test_taew2_1_form_equals_a_frame_by_frame_walk() -> None:
         torch.testing.assert_close(module.decode(latents, clamp=False), decoded)
 
 
-def test_the_demo_sizes_are_small() -> None:
+def test_the_recipe_trains_the_demo_codec_and_it_is_small() -> None:
+    recipe = Path(__file__).parents[1] / "recipes" / "demo-vae.toml"
+    model = tomllib.loads(recipe.read_text(encoding="utf-8"))["model"]
+    assert TinyAutoencoderConfig.from_dict(model) == TinyAutoencoderConfig.demo()
     with torch.device("meta"):
         module = TinyAutoencoder(TinyAutoencoderConfig.demo())
     assert sum(p.numel() for p in module.parameters()) < 1_000_000
@@ -474,7 +476,7 @@ def test_a_config_survives_json_types_and_refuses_what_it_does_not_know() -> Non
         dataclasses.replace(SMALL_FOLD, latents_std=(1.0,))
 
 
-# ------------------------------------------------------------------------------------------------------- LR branch
+# ---------------------------------------------------------------------------------------------- LR branch
 
 
 def slow_lr_pixels(pixels: Tensor, previous: Tensor | None) -> Tensor:
@@ -494,13 +496,13 @@ def slow_lr_pixels(pixels: Tensor, previous: Tensor | None) -> Tensor:
     return torch.stack(out, dim=2)
 
 
-@pytest.mark.parametrize("first,later", [(13, 16), (9, 12)], ids=["blocks of 4", "blocks of 3"])
+@pytest.mark.parametrize(("first", "later"), [(13, 16), (9, 12)], ids=["blocks of 4", "blocks of 3"])
 def test_lr_pixels_equal_an_obvious_loop(first: int, later: int) -> None:
     previous: Tensor | None = None
     for index, frames in enumerate((first, later, later)):
         pixels = video(frames, 16, 8, batch=2, seed=index)
         pooled, last = lr_pixels(pixels, previous)
-        assert pooled.shape == (2, 3, 9, 4, 2) and last.shape == (2, 3, 1, 4, 2)
+        assert (pooled.shape, last.shape) == ((2, 3, 9, 4, 2), (2, 3, 1, 4, 2))
         torch.testing.assert_close(pooled, slow_lr_pixels(pixels, previous))
         assert torch.equal(last, pooled[:, :, -1:])
         previous = last

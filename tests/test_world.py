@@ -1,4 +1,4 @@
-"""The demo world: captions, held-out combinations, and frames that depend on the scene and their number alone."""
+"""The demo world: captions, held-out combinations, frames that depend on scene and number alone."""
 
 from __future__ import annotations
 
@@ -93,8 +93,8 @@ def test_subject_moves_by_its_speed_and_wraps_around(direction: str) -> None:
     axis, size = (2, world.WIDTH) if direction in ("left", "right") else (1, world.HEIGHT)
     sign = 1 if direction in ("right", "down") else -1
     # Six whole pixels in four frames (1.5 px a frame), then one lap of the picture.
-    background = world.render_background(scene)
-    steady = Scene(**{**vars(scene), "speed": 1.5})
+    steady = Scene(**{**vars(scene), "speed": 1.5, "gradient_strength": 0.0, "bar_brightness": 0.0})
+    background = world.render_background(steady)
     start, moved = ((render(steady, frame, 1).float() - background).abs().sum(-1) > 128 for frame in (1, 5))
     assert 0.9 < start.sum() / (math.pi * scene.radius**2) < 1.1
     assert torch.equal(torch.roll(start, 6 * sign, axis), moved)

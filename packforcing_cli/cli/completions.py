@@ -130,7 +130,9 @@ def _generated(comment: str = "#") -> str:
 
 
 def _bash(program: str, nodes: Sequence[Node]) -> str:
-    cases, values, takes = [], {}, set()
+    cases: list[str] = []
+    values: dict[str, tuple[str, ...]] = {}
+    takes: set[str] = set()
     for node in nodes:
         words = [child.path[-1] for child in node.commands]
         words += [name for option in node.options for name in option.names]
@@ -172,7 +174,11 @@ def _zsh(program: str, nodes: Sequence[Node]) -> str:
     for node in reversed(nodes):
         lines.append(f"_{'_'.join(node.path).replace('-', '_')}() {{")
         if node.commands:
-            lines += ["    local context state state_descr line", "    typeset -A opt_args", "    local -a commands"]
+            lines += [
+                "    local context state state_descr line",
+                "    typeset -A opt_args",
+                "    local -a commands",
+            ]
         lines.append("    _arguments -s \\")
         for option in node.options:
             several = len(option.names) > 1
@@ -187,7 +193,11 @@ def _zsh(program: str, nodes: Sequence[Node]) -> str:
         if not node.commands:
             lines += ["        '*:file:_files'", "}", ""]
             continue
-        lines += ["        '1:command:->command' '*::argument:->argument'", "    case $state in", "        command)"]
+        lines += [
+            "        '1:command:->command' '*::argument:->argument'",
+            "    case $state in",
+            "        command)",
+        ]
         lines.append("            commands=(")
         lines += [f"                '{child.path[-1]}:{child.help}'" for child in node.commands]
         lines += ["            )", "            _describe command commands ;;", "        argument)"]
@@ -216,7 +226,9 @@ def _fish(program: str, nodes: Sequence[Node]) -> str:
         if node.commands:
             here = f"; and not __fish_seen_subcommand_from {names}" if seen else "__fish_use_subcommand"
             for child in node.commands:
-                lines.append(f"complete -c {program} -n '{inside}{here}' -a {child.path[-1]} -d '{child.help}'")
+                lines.append(
+                    f"complete -c {program} -n '{inside}{here}' -a {child.path[-1]} -d '{child.help}'"
+                )
         for option in node.options:
             spelled = " ".join(
                 f"-l {name[2:]}" if name.startswith("--") else f"-s {name[1:]}" for name in option.names

@@ -63,7 +63,9 @@ def report_unexpected(error: BaseException, *, debug: bool = False) -> None:
     said = " ".join(str(error).split()) or "no message"
     more = "" if debug else " (set PACKFORCING_DEBUG=1 to see where)"
     talk().print(
-        f"[bold red]unexpected error:[/] {type(error).__name__}: {escape(said)}{more}", highlight=False, soft_wrap=True
+        f"[bold red]unexpected error:[/] {type(error).__name__}: {escape(said)}{more}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 

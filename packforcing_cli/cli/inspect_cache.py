@@ -14,12 +14,15 @@ if TYPE_CHECKING:
 
 def inspect_cache(
     model: Annotated[str | None, typer.Option("--model", help="A model's name. Default demo.")] = None,
-    seconds: Annotated[float | None, typer.Option("--seconds", help="Length of the video. Default 10.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option("--seconds", help="Length of the video. Default 10.")
+    ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
     ] = None,
     frames_per_block: Annotated[
-        int | None, typer.Option("--frames-per-block", help="Latent frames a block. Default: the model's own.")
+        int | None,
+        typer.Option("--frames-per-block", help="Latent frames a block. Default: the model's own."),
     ] = None,
     dtype: Annotated[
         str | None, typer.Option("--dtype", metavar="NAME", help="bf16, fp16 or fp32. Default auto (bf16).")
@@ -94,7 +97,9 @@ def _partitions(plan: Plan) -> Any:
 
     grid, tokens = plan.layout.grid, plan.tokens
     view = plan.layout.view(plan.blocks - 1)
-    table = _new_table("What the last block attends", "partition", "blocks", "tokens a block", "tokens", "bytes")
+    table = _new_table(
+        "What the last block attends", "partition", "blocks", "tokens a block", "tokens", "bytes"
+    )
     rows = (
         ("sink", len(view.sink), grid.block_tokens, tokens.sink),
         ("mid, active", view.active, grid.compressed_tokens, tokens.mid),
@@ -102,7 +107,9 @@ def _partitions(plan: Plan) -> Any:
         ("current", 1, grid.block_tokens, tokens.current),
     )
     for name, blocks, each, total in rows:
-        table.add_row(name, f"{blocks:,}", f"{each:,}", f"{total:,}", console.gb(total * grid.bytes_per_token))
+        table.add_row(
+            name, f"{blocks:,}", f"{each:,}", f"{total:,}", console.gb(total * grid.bytes_per_token)
+        )
     blocks = sum(row[1] for row in rows)
     active = console.gb(tokens.active * grid.bytes_per_token)
     table.add_row("all", f"{blocks:,}", "", f"{tokens.active:,}", active, style="bold")
@@ -125,7 +132,9 @@ def _bytes(plan: Plan) -> Any:
     ):
         table.add_row(name, console.gb(size), said)
     table.add_row("live", console.gb(used.live), "all of these", style="bold")
-    table.add_row("full history", console.gb(plan.full_history_bytes), "if nothing were compressed or dropped")
+    table.add_row(
+        "full history", console.gb(plan.full_history_bytes), "if nothing were compressed or dropped"
+    )
     weights = plan.weights.transformer + plan.weights.vae
     table.add_row("weights", console.gb(weights), f"transformer and VAE in {plan.dtype}")
     table.add_row("peak", console.gb(plan.peak_bytes), "estimate, with weights and working memory")

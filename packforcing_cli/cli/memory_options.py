@@ -22,11 +22,15 @@ Policy = Annotated[
 ]
 SinkBlocks = Annotated[
     int | None,
-    typer.Option("--sink-blocks", rich_help_panel=PANEL, help="First blocks, kept at full resolution. Default 2."),
+    typer.Option(
+        "--sink-blocks", rich_help_panel=PANEL, help="First blocks, kept at full resolution. Default 2."
+    ),
 ]
 RecentBlocks = Annotated[
     int | None,
-    typer.Option("--recent-blocks", rich_help_panel=PANEL, help="Newest blocks at full resolution. Default 1."),
+    typer.Option(
+        "--recent-blocks", rich_help_panel=PANEL, help="Newest blocks at full resolution. Default 1."
+    ),
 ]
 TopK = Annotated[
     int | None,
@@ -35,7 +39,10 @@ TopK = Annotated[
 Bank = Annotated[
     str | None,
     typer.Option(
-        "--bank", metavar="N", rich_help_panel=PANEL, help="Compressed blocks kept, or unlimited. Default 256."
+        "--bank",
+        metavar="N",
+        rich_help_panel=PANEL,
+        help="Compressed blocks kept, or unlimited. Default 256.",
     ),
 ]
 Select = Annotated[

@@ -40,10 +40,13 @@ from packforcing_cli.transformer import AloneContext, TransformerConfig, WanTran
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, encode_lr, lr_pixels
 
 FRAMES_PER_BLOCK = 4
-TRAINED_FRAMES = 20  # the paper's training window, five blocks of four latent frames
-SPANS: tuple[Fraction, ...] = (Fraction(1), Fraction(1), Fraction(1), Fraction(2), Fraction(4), Fraction(1, 4))
-"""Slots a mid takes in training, drawn uniformly: the package's default (1) half of the time."""
 MAX_MIDS = 16
+DEFAULT_SPAN = Fraction(1)
+SPANS = (DEFAULT_SPAN, DEFAULT_SPAN, DEFAULT_SPAN, Fraction(2), Fraction(4), Fraction(1, 4))
+"""Slots a mid takes in training, drawn uniformly: the package's default half of the time."""
+LONG_SINKS = 2
+TRAINED_FRAMES = int((LONG_SINKS + 2) * FRAMES_PER_BLOCK + MAX_MIDS * max(SPANS))
+"""Slots of the widest context met in training: sinks, 16 mids at their full span, recent, current."""
 
 
 @dataclass
@@ -220,7 +223,7 @@ def long_item(models: Models, blocks: int, generator: torch.Generator) -> tuple[
     Returns: the item and, for each of its blocks, its number in the scene. Of the neighbours the first is only
     context: its own predecessor is not in the item.
     """
-    sinks = 2
+    sinks = LONG_SINKS
     layout = _layout(models, sinks, _draw(SPANS, generator))
     last = int(torch.randint(sinks + 4 + 3, blocks, (), generator=generator))
     candidates = range(sinks, last - 2)
@@ -409,7 +412,7 @@ def load_codec(recipe: DemoFlow) -> TinyCodec:
 
 
 def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
-    """Run or resume the recipe in `out`; the result is `out/package-parts/`. Returns the figures."""
+    """Run or resume the recipe in `out`; the result is `out/package/`. Returns the figures."""
     settings, data = recipe.train, recipe.data
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -485,10 +488,46 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"steps": state.step}
     if workers.rank == 0:
         loop.save_checkpoint(checkpoints, state, facts)
+        figures |= write_result(recipe, state, models, codec, tokenizer_dir, out)
         log.write(event="done", **figures)
     log.close()
     workers.stop()
     return figures
+
+
+def write_result(
+    recipe: DemoFlow, state: loop.TrainingState, models: Models, codec: TinyCodec, tokenizer_dir: Path, out: Path
+) -> dict[str, Any]:
+    """Write `out/package/` from the averaged weights."""
+    from packforcing_cli.training import demo_package
+
+    for name, module in models.modules().items():
+        module.load_state_dict(state.average.state_of(name))
+        module.eval()
+    provenance = {
+        "recipe": recipe.kind,
+        "steps": state.step,
+        "settings": recipe.model_dump(mode="json", exclude={"vae", "init"}),
+        "data": "packforcing_cli.training.world, rendered; no other data",
+    }
+    demo_package.write(out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=provenance)
+    return {"package": str(out / "package")}
+
+
+def pack_checkpoint(recipe: DemoFlow, out: Path) -> dict[str, Any]:
+    """Write `out/package/` from the newest checkpoint of a run, finished or not.
+
+    Raises: UsageError if the run has no checkpoint, or is of another recipe.
+    """
+    codec = load_codec(recipe)
+    tokenizer_dir = out / "tokenizer0"
+    demo_text.build_demo_tokenizer(tokenizer_dir)
+    models = build(recipe, tokenizer_dir, codec.facts.latent_channels)
+    modules = models.modules()
+    state = loop.TrainingState(modules, loop.MovingAverage(modules, recipe.train.average), optimizers(models, recipe))
+    if not loop.load_checkpoint(out / "checkpoints", state, None):
+        raise UsageError(f"{out} has no checkpoint to pack", hint="Train first: packforcing train demo-flow --out DIR")
+    return {"steps": state.step, **write_result(recipe, state, models, codec, tokenizer_dir, out)}
 
 
 def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:

@@ -1,14 +1,15 @@
 """Exact detectors of the demo world: what a clip shows, read from its pixels alone.
 
-No learned weights. They use what is known of the world (`world.py`): one subject of another colour than its background,
-a background that stands still, three shapes, movement along one axis with wrap-around.
+No learned weights. They use what is known of the world (`world.py`): one subject of another colour than its
+background, a background that stands still, three shapes, movement along one axis with wrap-around.
 
-    frames --> colour of most pixels --> background picture --> cover of the subject --> area, shape, direction
-                     |                          |                (0..1, each pixel)
-                     +--> what differs from it --> colour of the subject
+    frames --> colour of most pixels --> picture of the background --+
+                     |                                               +--> cover of the subject (0..1 a pixel)
+                     +--> what differs --> colour of the subject ----+       |--> area, direction
+                                                                             +--> shape, outline
 
-The background is averaged over the times at which a pixel is not covered: a large subject that moves up and down covers
-the middle of its columns more than half of the time, where a plain temporal median would see the subject.
+The background is averaged over the times at which a pixel is not covered: a large subject that moves up and
+down covers the middle of its columns more than half of the time, and there a temporal median is the subject.
 This module imports torch, the standard library and the world.
 """
 
@@ -38,9 +39,7 @@ from packforcing_cli.training.world import (
 
 NONE = "none"
 
-_SHADING = (
-    32.0  # levels: brightness differences up to here may be gradient or bar, so they count as background
-)
+_SHADING = 32.0  # levels: a difference in brightness up to here may be gradient or bar
 _NEAR = 25.0  # levels: farther from the background's colour than this is left out of the background picture
 _FAINT = 20.0  # levels: a subject that differs less than this is no subject
 _SMALLEST_AREA = 0.4 * 2 * TRIANGLE_HALF_BASE * 2 * TRIANGLE_HALF_HEIGHT / 2 * RADIUS[0] ** 2  # px
@@ -62,8 +61,8 @@ class Detection:
     Attributes:
         present: whether a subject large enough is there in at least half of the frames.
         area: median area of the subject in px.
-        speed: median px a frame along the direction (0 when it stands still).
-        outline: 0..1, how well the subject's outline fits the best shape (mean IoU; 0.97 and more when rendered).
+        speed: mean px a frame along the direction, jumps left out (0 when it stands still).
+        outline: 0..1, how well the subject's outline fits the best shape (mean IoU; rendered: 0.97 and more).
         presence: share of the frames in which the subject is there.
         subject_rgb, background_rgb: median shades, 0..255.
     """
@@ -106,11 +105,10 @@ def detect(frames: Tensor) -> Detection:
         subject_rgb=(0.0, 0.0, 0.0),
         background_rgb=_triple(background_rgb),
     )
-    # The smallest subject takes 7 % of the picture, so the farthest 3 % of all pixels are its own.
-    typical = float(distance[::3, ::2, ::2].flatten().quantile(0.97))
-    if typical < _FAINT:
+    contrast = _contrast(distance)
+    if contrast < _FAINT:
         return absent
-    subject_rgb = planes[:, distance > typical / 2].median(1).values
+    subject_rgb = planes[:, distance > contrast / 2].median(1).values
     cover = _cover(planes, background, subject_rgb)  # [T, H, W]
     areas = cover.sum((1, 2))
     visible = areas >= _SMALLEST_AREA
@@ -139,7 +137,7 @@ def detect(frames: Tensor) -> Detection:
 
 
 def score(detection: Detection, truth: Scene | Combination | str) -> dict[str, bool]:
-    """Which captioned words a clip shows rightly: background, colour, shape, direction, present, and all of them.
+    """Which words a clip shows rightly: background, colour, shape, direction, present, and all of them.
 
     Raises: ValueError if a caption is not one of the demo world.
     """
@@ -172,7 +170,7 @@ def background_picture(frames: Tensor) -> Tensor:
 
 
 def background_correlation(first: Tensor, later: Tensor) -> float:
-    """How much of gradient and landmark bar is kept: correlation of two background pictures, without their colour.
+    """How much of gradient and landmark bar is kept: correlation of two background pictures.
 
     Args:
         first, later: [H, W, 3] of `background_picture`; usually seconds 0-5 and a later window.
@@ -220,8 +218,19 @@ def _background(planes: Tensor, distance: Tensor) -> Tensor:
     picture = torch.stack([(plane * free).sum(0) for plane in planes]) / times.clamp(min=1)
     rare = times < 0.15 * len(distance)
     if bool(rare.any()):
+        # A bar of strong contrast is always there and looks like itself; a subject that hardly moves hides what
+        # is behind it, and the rest of the column (gradient and bar) tells best.
+        column = (picture * times).sum(1) / times.sum(0).clamp(min=1)  # [3, W]
+        hidden = rare & (distance.mean(0) > max(_contrast(distance) / 2, _FAINT)) & (times.sum(0) > 0)
         picture[:, rare] = planes[:, :, rare].median(1).values
+        picture = torch.where(hidden, column[:, None], picture)
     return picture
+
+
+def _contrast(distance: Tensor) -> float:
+    # Levels between subject and background: the smallest subject takes 7 % of the picture, so the farthest 3 % of
+    # all pixels are its own.
+    return float(distance[::3, ::2, ::2].flatten().quantile(0.97))
 
 
 def _cover(planes: Tensor, background: Tensor, subject_rgb: Tensor) -> Tensor:
@@ -235,8 +244,8 @@ def _cover(planes: Tensor, background: Tensor, subject_rgb: Tensor) -> Tensor:
 
 
 def _centres(cover: Tensor) -> Tensor:
-    # [T, 2] px (x, y): phase of the cover's first Fourier term along each axis. It moves exactly with the subject, and
-    # across an edge without a jump.
+    # [T, 2] px (x, y): phase of the cover's first Fourier term along each axis. It moves exactly with the
+    # subject, and across an edge without a jump.
     centres = []
     for profile in (cover.sum(1), cover.sum(2)):  # [T, W], [T, H]
         size = profile.shape[1]
@@ -252,7 +261,10 @@ def _direction(centres: Tensor, visible: Tensor, width: int, height: int) -> tup
         return NONE, 0.0
     size = torch.tensor([width, height], dtype=centres.dtype, device=centres.device)
     steps = (centres[1:] - centres[:-1])[both]
-    x, y = ((steps + size / 2) % size - size / 2).median(0).values.tolist()
+    steps = (steps + size / 2) % size - size / 2
+    usual = steps.median(0).values
+    steady = ((steps - usual).abs() < 1).all(1)  # a jump is no speed
+    x, y = (steps[steady].mean(0) if bool(steady.any()) else usual).tolist()
     if max(abs(x), abs(y)) < _STANDSTILL:
         return NONE, 0.0
     if abs(x) > abs(y):

@@ -128,7 +128,7 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
     part = path.with_suffix(".part")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
+        {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()},  # copies: tied weights are kept twice
         part,
         {"step": str(state.step), "facts": json.dumps(dict(facts))},
     )
@@ -140,9 +140,11 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
     return path
 
 
-def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]) -> bool:
+def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any] | None) -> bool:
     """Restore the newest readable checkpoint of `folder` into `state`; False if there is none.
 
+    Args:
+        facts: what must be as it was when the checkpoint was written; None = do not compare.
     Raises: UsageError if it was written by another recipe (`facts` differ), naming the difference.
     """
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
@@ -153,6 +155,7 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
         except (SafetensorError, OSError):
             continue  # cut short by a kill before the rename could happen on this file system: use the one before
         stored = json.loads(metadata["facts"])
+        facts = stored if facts is None else facts
         differing = sorted(k for k in {*stored, *facts} if stored.get(k) != facts.get(k))
         if differing:
             shown = "; ".join(f"{k}: {stored.get(k)!r} then, {facts.get(k)!r} now" for k in differing)

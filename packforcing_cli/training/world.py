@@ -1,19 +1,19 @@
 r"""The demo world: one coloured shape moves over a coloured background, drawn from a seed, at any length.
 
-A scene is a handful of numbers (`Scene`), so frame n of it is the same whichever window it is drawn in. The caption
-names four things; the rest is seen but never said, and only a memory of earlier frames can keep it:
+A scene is a handful of numbers (`Scene`), so frame n of it is the same whichever window it is drawn in.
+The caption names four things; the rest is seen but never said, and only a memory can keep it:
 
     captioned      shape, colour, background colour, direction
     uncaptioned    shades of both, background gradient, landmark bar, size, speed, start
 
             0                      x                     128
           0 +-------------------------------------------+
-            | darker          |##|          ____        |     |##| landmark bar: 3-6 px wide, full height,
-          y |                 |##|         /    \  -->   |          32 brighter or darker than what is behind it
+            | darker          |##|          ____        |     |##| landmark bar: 3-6 px wide, all of
+          y |                 |##|         /    \  -->   |          the height, 32 brighter or darker
             |                 |##|         \____/        |     subject: wraps around the edge it moves to
          64 +-------------------------------------------+
 
-Some caption combinations are held out of training (`HELD_OUT`); every word and every pair of words stays in it.
+Some combinations are held out of training (`HELD_OUT`); every word and every pair of words stays in it.
 A scene has one caption for all of its blocks; `Scene.block_captions` is where a timeline of captions belongs.
 This module knows neither codec nor model. It imports torch and the standard library only.
 """
@@ -74,8 +74,8 @@ class Combination(NamedTuple):
 
 
 def _is_held_out(shape: int, colour: int, background: int, direction: int) -> bool:
-    # A diagonal plane through the table of combinations. Any two words leave the other two free, and those meet every
-    # remainder, so one combination in seven goes and no pair of words goes with it.
+    # A diagonal plane through the table of combinations: one in seven goes, spread evenly over the words.
+    # No pair of words goes with it: the two words left free always meet more than one remainder.
     return (shape + 2 * colour + 3 * background + 4 * direction) % 7 == 0
 
 
@@ -134,7 +134,7 @@ class Scene:
         speed: px a frame.
         x, y: centre of the subject's bounding box at frame 0, in px.
         subject_rgb, background_rgb: the shades really painted, 0..255.
-        gradient_angle, gradient_strength: direction in radians; levels from the middle to the farthest corner.
+        gradient_angle, gradient_strength: direction in radians; levels from middle to farthest corner.
         bar_x, bar_width, bar_brightness: left edge and width in px; signed levels.
     """
 
