@@ -62,7 +62,7 @@ class Prompt:
     """An encoded prompt: embeddings [1,T,C], and what the person should know of it.
 
     unconditional: embeddings of the empty prompt; None when there is no guidance.
-    unknown:       words the model has no token for.  dropped: tokens at the end that did not fit.
+    unknown:       words the model was not trained on.  dropped: tokens at the end that did not fit.
     """
 
     text: str
@@ -153,7 +153,7 @@ def encode_prompt(model: VideoModel, text: str, *, guided: bool) -> Prompt:
         text=text,
         conditional=encoder.encode(text),
         unconditional=encoder.encode("") if guided else None,
-        unknown=encoder.unknown_words(text),
+        unknown=encoder.unknown_words(text, model.manifest.vocabulary),
         dropped=encoder.num_dropped(text),
     )
 

@@ -108,7 +108,7 @@ def detect(frames: Tensor) -> Detection:
     contrast = _contrast(distance)
     if contrast < _FAINT:
         return absent
-    subject_rgb = planes[:, distance > contrast / 2].median(1).values
+    subject_rgb = planes[:, ::3][:, distance[::3] > contrast / 2].median(1).values
     cover = _cover(planes, background, subject_rgb)  # [T, H, W]
     areas = cover.sum((1, 2))
     visible = areas >= _SMALLEST_AREA
@@ -196,7 +196,8 @@ def _planes(frames: Tensor) -> Tensor:
         raise ValueError(
             f"frames must be uint8 [T, H, W, 3] with T >= 2, got {frames.dtype} {tuple(frames.shape)}"
         )
-    return torch.stack([plane.float() for plane in frames.unbind(-1)])
+    planes = torch.empty(3, *frames.shape[:3], device=frames.device)
+    return planes.copy_(frames.permute(3, 0, 1, 2))
 
 
 def _most_common(planes: Tensor) -> Tensor:
@@ -218,8 +219,8 @@ def _background(planes: Tensor, distance: Tensor) -> Tensor:
     picture = torch.stack([(plane * free).sum(0) for plane in planes]) / times.clamp(min=1)
     rare = times < 0.15 * len(distance)
     if bool(rare.any()):
-        # A bar of strong contrast is always there and looks like itself; a subject that hardly moves hides what
-        # is behind it, and the rest of the column (gradient and bar) tells best.
+        # A bar of strong contrast is always there and looks like itself. A subject that hardly moves hides
+        # what is behind it, and the rest of the column (gradient and bar) tells best.
         column = (picture * times).sum(1) / times.sum(0).clamp(min=1)  # [3, W]
         hidden = rare & (distance.mean(0) > max(_contrast(distance) / 2, _FAINT)) & (times.sum(0) > 0)
         picture[:, rare] = planes[:, :, rare].median(1).values
@@ -228,8 +229,8 @@ def _background(planes: Tensor, distance: Tensor) -> Tensor:
 
 
 def _contrast(distance: Tensor) -> float:
-    # Levels between subject and background: the smallest subject takes 7 % of the picture, so the farthest 3 % of
-    # all pixels are its own.
+    # Levels between subject and background: the smallest subject takes 7 % of the picture, so the farthest
+    # 3 % of all pixels are its own.
     return float(distance[::3, ::2, ::2].flatten().quantile(0.97))
 
 
