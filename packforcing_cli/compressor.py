@@ -45,12 +45,17 @@ class CompressorConfig:
 
     def __post_init__(self) -> None:
         if self.branches not in BRANCHES:
-            raise WeightsError(f"compressor branches {self.branches!r} unknown: use one of {', '.join(BRANCHES)}")
+            raise WeightsError(
+                f"compressor branches {self.branches!r} unknown: use one of {', '.join(BRANCHES)}"
+            )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CompressorConfig:
         known = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{k: tuple(v) if k == "widths" else v for k, v in values.items() if k in known})
+        chosen: dict[str, Any] = {
+            k: tuple(v) if k == "widths" else v for k, v in values.items() if k in known
+        }
+        return cls(**chosen)
 
     def to_dict(self) -> dict[str, Any]:
         return {"_class_name": "Compressor", **dataclasses.asdict(self), "widths": list(self.widths)}

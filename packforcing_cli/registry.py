@@ -575,16 +575,18 @@ def write_package(
     try:
         unfinished.mkdir(parents=True)
         parts: dict[Part, str] = {}
-        for part, values, module in (
-            ("transformer", transformer and transformer.config.to_dict(), transformer),
-            ("compressor", compressor and compressor.config.to_dict(), compressor),
-            ("vae", vae and _vae_config(vae), vae),
-        ):
-            if module is not None:
-                weights.save(
-                    unfinished / part, values, module.state_dict(), dtype=dtype, file_name=_FILE_NAMES[part]
-                )
-                parts[part] = part
+        modules: list[tuple[Part, dict[str, Any], nn.Module]] = []
+        if transformer is not None:
+            modules.append(("transformer", transformer.config.to_dict(), transformer))
+        if compressor is not None:
+            modules.append(("compressor", compressor.config.to_dict(), compressor))
+        if vae is not None:
+            modules.append(("vae", _vae_config(vae), vae))
+        for part, values, module in modules:
+            weights.save(
+                unfinished / part, values, module.state_dict(), dtype=dtype, file_name=_FILE_NAMES[part]
+            )
+            parts[part] = part
         if text_encoder is not None:
             model = text_encoder.model if isinstance(text_encoder, TextEncoder) else text_encoder
             weights.save(unfinished / "text_encoder", *encoder_parts(model), dtype=dtype)

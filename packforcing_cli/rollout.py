@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -119,7 +120,10 @@ def layout_for(model: VideoModel, memory: MemoryOptions, *, size: tuple[int, int
     Raises: UsageError or LayoutError for a size or memory that is not possible.
     """
     return with_package_defaults(model, memory).layout(
-        grid_for(model, size), num_blocks=num_blocks, trained_frames=model.manifest.trained_frames, default_span="fit"
+        grid_for(model, size),
+        num_blocks=num_blocks,
+        trained_frames=model.manifest.trained_frames,
+        default_span="fit",
     )
 
 
@@ -127,7 +131,9 @@ def with_package_defaults(model: VideoModel, memory: MemoryOptions) -> MemoryOpt
     """Fill in the package's own settings where the person set nothing, or `compressor` "auto"."""
     own = model.manifest.cache.model_dump()
     memory = memory.with_defaults(own)
-    return memory.model_copy(update={"compressor": own["compressor"]}) if memory.compressor == "auto" else memory
+    return (
+        memory.model_copy(update={"compressor": own["compressor"]}) if memory.compressor == "auto" else memory
+    )
 
 
 def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
@@ -177,7 +183,10 @@ def stream_generate(
         size:       (width, height) in pixels; None = the package's.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
     """
-    schedule, memory = schedule or schedule_for(model), with_package_defaults(model, memory or MemoryOptions())
+    schedule, memory = (
+        schedule or schedule_for(model),
+        with_package_defaults(model, memory or MemoryOptions()),
+    )
     layout = layout_for(model, memory, size=size or model.manifest.size, num_blocks=num_blocks)
     if isinstance(prompt, str):
         prompt = encode_prompt(model, prompt, guided=schedule.guidance != 1.0)
@@ -200,9 +209,9 @@ def stream_generate(
         with watch.stage("denoise"):
             context = cache.context(i)
             x0 = denoise_block(
-                lambda x, sigma, c=context: velocity(model, x, sigma, text, c),
+                partial(velocity, model, text, context),
                 schedule,
-                unconditional=lambda x, sigma, c=context: velocity(model, x, sigma, empty or text, c),
+                unconditional=None if empty is None else partial(velocity, model, empty, context),
                 seed=seed,
                 block=i,
                 shape=shape,
@@ -232,7 +241,7 @@ def stream_generate(
         )
 
 
-def velocity(model: VideoModel, x: Tensor, sigma: float, text: TextKV, context: CacheContext) -> Tensor:
+def velocity(model: VideoModel, text: TextKV, context: CacheContext, x: Tensor, sigma: float) -> Tensor:
     """The transformer's prediction for a block whose frames all have one noise level."""
     timesteps = torch.full((1, x.shape[2]), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x.device)
     out: Tensor = model.transformer(x, timesteps, text, context)
@@ -287,7 +296,8 @@ def branches(model: VideoModel, kind: str) -> Compressor:
     if network.hr is not None:
         if model.compressor is None or model.compressor.hr is None:
             raise UsageError(
-                f"{model.name} has no trained HR branch, which --compressor {kind} needs", hint="Use --compressor lr."
+                f"{model.name} has no trained HR branch, which --compressor {kind} needs",
+                hint="Use --compressor lr.",
             )
         network.hr = model.compressor.hr
     return network.eval()
@@ -361,7 +371,13 @@ def generate(
     started = clock = time.perf_counter()
     first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
     stream = stream_generate(
-        model, prompt, num_blocks=num_blocks, seed=seed, size=(width, height), schedule=schedule, memory=memory
+        model,
+        prompt,
+        num_blocks=num_blocks,
+        seed=seed,
+        size=(width, height),
+        schedule=schedule,
+        memory=memory,
     )
     with VideoWriter(
         Path(output), fps=fps, width=width, height=height, crf=crf, metadata=metadata, overwrite=overwrite
@@ -407,4 +423,3 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-

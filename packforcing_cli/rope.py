@@ -26,7 +26,9 @@ def split(head_dim: int) -> tuple[int, int, int]:
     Source: Wan 2.1 `rope_apply`, diffusers `WanRotaryPosEmbed`.
     """
     if head_dim % 2 or head_dim < 6:
-        raise LayoutError(f"head dim {head_dim} cannot be split over three rotary axes: it must be even and >= 6")
+        raise LayoutError(
+            f"head dim {head_dim} cannot be split over three rotary axes: it must be even and >= 6"
+        )
     spatial = 2 * (head_dim // 6)
     return head_dim - 2 * spatial, spatial, spatial
 
@@ -64,7 +66,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
     pairs = x.to(compute).unflatten(-1, (-1, 2))
-    if x.device.type == "cpu":  # the same numbers, one complex product: 11x faster than four strided ones here
+    if (
+        x.device.type == "cpu"
+    ):  # the same numbers, one complex product: 11x faster than four strided ones here
         turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
     else:  # compilers for GPUs do not take complex numbers
         even, odd = pairs.unbind(-1)
@@ -72,7 +76,9 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def grid_positions(start: float, frames: int, rows: int, cols: int, *, device: torch.device | str = "cpu") -> Tensor:
+def grid_positions(
+    start: float, frames: int, rows: int, cols: int, *, device: torch.device | str = "cpu"
+) -> Tensor:
     """Positions of a block of full-resolution tokens whose first frame is at slot `start`.
 
     Returns: [frames*rows*cols, 3] float64, order frame, row, column.

@@ -38,8 +38,14 @@ def renoise_sigmas(steps: Sequence[int], shift: float, *, warp: bool = True) -> 
     Source: Self-Forcing `denoising_step_list` with `warp_denoising_step`.
     """
     kept = [s for s in steps if s > 0]
-    if not kept or any(s > NUM_TRAIN_TIMESTEPS for s in kept) or list(kept) != sorted(set(kept), reverse=True):
-        raise UsageError(f"denoising steps {list(steps)} must fall from at most {NUM_TRAIN_TIMESTEPS} towards 0")
+    if (
+        not kept
+        or any(s > NUM_TRAIN_TIMESTEPS for s in kept)
+        or list(kept) != sorted(set(kept), reverse=True)
+    ):
+        raise UsageError(
+            f"denoising steps {list(steps)} must fall from at most {NUM_TRAIN_TIMESTEPS} towards 0"
+        )
     return tuple(shifted(s / NUM_TRAIN_TIMESTEPS, shift) if warp else s / NUM_TRAIN_TIMESTEPS for s in kept)
 
 
@@ -80,7 +86,7 @@ class Schedule:
                     hint="Leave --guidance away.",
                 )
             if isinstance(steps, int):
-                raise UsageError("a renoise schedule takes the list of trained steps, for example [1000, 750, 500, 250]")
+                raise UsageError("a renoise schedule takes the trained steps, such as [1000, 750, 500, 250]")
             return cls(kind, renoise_sigmas(steps, shift, warp=warp))
         raise UsageError(f"unknown schedule {kind!r}: use renoise or euler")
 

@@ -66,9 +66,15 @@ class TransformerConfig:
                     hint="Use a Wan2.1 text-to-video transformer.",
                 )
         known = {f.name for f in dataclasses.fields(cls)}
-        chosen = {k: tuple(v) if k == "patch_size" else v for k, v in values.items() if k in known}
+        chosen: dict[str, Any] = {
+            k: tuple(v) if k == "patch_size" else v for k, v in values.items() if k in known
+        }
         config = cls(**chosen)
-        if config.qk_norm != "rms_norm_across_heads" or not config.cross_attn_norm or config.patch_size[0] != 1:
+        if (
+            config.qk_norm != "rms_norm_across_heads"
+            or not config.cross_attn_norm
+            or config.patch_size[0] != 1
+        ):
             raise WeightsError(
                 f"unsupported transformer: qk_norm={config.qk_norm!r}, cross_attn_norm={config.cross_attn_norm}, "
                 f"patch_size={config.patch_size}",
@@ -237,7 +243,9 @@ class Layer(nn.Module):
         self.eps = config.eps
         self.attn1 = Attention(config)
         self.attn2 = Attention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps)  # Wan's norm3: the affine one, before cross-attention
+        self.norm2 = nn.LayerNorm(
+            config.dim, eps=config.eps
+        )  # Wan's norm3: the affine one, before cross-attention
         self.ffn = FeedForward(config)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, config.dim) / config.dim**0.5)
 
@@ -304,7 +312,9 @@ class ConditionEmbedder(nn.Module):
         """timesteps [B,G] in 0..1000 (1000*sigma, not rounded) -> ([B,G,d], [B,G,6,d])."""
         half = self.freq_dim // 2
         index = torch.arange(half, dtype=torch.float64, device=timesteps.device)
-        angle = timesteps.to(torch.float64)[..., None] * 10_000.0 ** (-index / half)  # Wan 2.1 sinusoidal_embedding_1d
+        angle = timesteps.to(torch.float64)[..., None] * 10_000.0 ** (
+            -index / half
+        )  # Wan 2.1 sinusoidal_embedding_1d
         waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
         head = self.time_embedder(waves.to(self.time_proj.weight.dtype))
         return head, self.time_proj(F.silu(head)).unflatten(-1, (6, -1))
@@ -404,7 +414,9 @@ class WanTransformer(nn.Module):
 
         The last layer is only projected: nobody reads its output (METHOD 7.6, own notes).
         """
-        modulation = self.modulation(torch.zeros(tokens.shape[0], 1, dtype=torch.float64, device=tokens.device))
+        modulation = self.modulation(
+            torch.zeros(tokens.shape[0], 1, dtype=torch.float64, device=tokens.device)
+        )
         attend = self._attend_in(context)
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         layers = self._layers()

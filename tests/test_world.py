@@ -64,9 +64,18 @@ def test_a_seed_gives_one_scene_and_uncaptioned_details_differ_between_seeds() -
     words = Combination("square", "white", "gray", "up")
     one, two = scene_for(1, combination=words), scene_for(2, combination=words)
     assert one.caption == two.caption == words.caption
-    for detail in (
-        "radius speed x y subject_rgb background_rgb gradient_angle gradient_strength bar_x bar_width".split()
-    ):
+    for detail in [
+        "radius",
+        "speed",
+        "x",
+        "y",
+        "subject_rgb",
+        "background_rgb",
+        "gradient_angle",
+        "gradient_strength",
+        "bar_x",
+        "bar_width",
+    ]:
         assert getattr(one, detail) != getattr(two, detail)
 
 

@@ -59,7 +59,11 @@ class Models:
     grid: Grid
 
     def modules(self) -> dict[str, nn.Module]:
-        return {"transformer": self.transformer, "compressor": self.compressor, "text_encoder": self.text.model}
+        return {
+            "transformer": self.transformer,
+            "compressor": self.compressor,
+            "text_encoder": self.text.model,
+        }
 
 
 def build(recipe: DemoFlow, tokenizer_dir: Path, latent_channels: int) -> Models:
@@ -80,7 +84,9 @@ def build(recipe: DemoFlow, tokenizer_dir: Path, latent_channels: int) -> Models
     )
     initialise(transformer)
     compressor = Compressor(
-        CompressorConfig(dim=transformer.config.dim, in_channels=latent_channels, widths=size.compressor_widths)
+        CompressorConfig(
+            dim=transformer.config.dim, in_channels=latent_channels, widths=size.compressor_widths
+        )
     )
     encoder = build_encoder({"model_type": "umt5", **text_config.to_dict()})
     text = TextEncoder(encoder, load_tokenizer(tokenizer_dir), max_length=demo_text.DEMO_TEXT_LENGTH)
@@ -106,7 +112,12 @@ def initialise(transformer: WanTransformer) -> None:
     _, ph, pw = config.patch_size
     cell = config.in_channels * ph * pw
     basis = nn.init.orthogonal_(torch.empty(config.dim, cell))  # [d, C*ph*pw]
-    head = basis.t().reshape(config.in_channels, ph, pw, config.dim).permute(1, 2, 0, 3).reshape(cell, config.dim)
+    head = (
+        basis.t()
+        .reshape(config.in_channels, ph, pw, config.dim)
+        .permute(1, 2, 0, 3)
+        .reshape(cell, config.dim)
+    )
     with torch.no_grad():
         transformer.patch_embedding.weight.copy_(basis.view_as(transformer.patch_embedding.weight))
         nn.init.zeros_(transformer.patch_embedding.bias)  # type: ignore[arg-type]
@@ -116,7 +127,9 @@ def initialise(transformer: WanTransformer) -> None:
         for name, parameter in transformer.named_parameters():
             if ".attn2.to_out.0." in name:
                 parameter.zero_()
-            elif name.endswith((".to_q.weight", ".to_k.weight", ".to_v.weight", ".proj.weight", ".net.2.weight")):
+            elif name.endswith(
+                (".to_q.weight", ".to_k.weight", ".to_v.weight", ".proj.weight", ".net.2.weight")
+            ):
                 nn.init.xavier_uniform_(parameter)
 
 
@@ -146,7 +159,9 @@ def build_pool(path: Path, codec: TinyCodec, *, scenes: int, blocks: int, seed: 
                 return Pool(**load_file(path))
     captions = {caption: n for n, caption in enumerate(world.training_captions())}
     generator = loop.step_generator(seed, blocks)
-    latents, lr, caption = [], [], []
+    latents: list[Tensor] = []
+    lr: list[Tensor] = []
+    caption: list[int] = []
     batch = max(1, 32 // blocks)
     while len(caption) < scenes:
         drawn = [world.sample_scene(generator) for _ in range(min(batch, scenes - len(caption)))]
@@ -281,7 +296,9 @@ class Batch:
 
     def sigmas(self, count: int, shift: float) -> Tensor:
         """Stratified, shifted noise levels [count]."""
-        s = (torch.randperm(count, generator=self.generator) + torch.rand(count, generator=self.generator)) / count
+        s = (
+            torch.randperm(count, generator=self.generator) + torch.rand(count, generator=self.generator)
+        ) / count
         return torch.tensor([shifted(float(x), shift) for x in s]).to(self.device)
 
 
@@ -326,7 +343,11 @@ def packed_loss(
     eps = batch.randn(x0.shape)
     wide = sigma.view(count, M, 1, 1, 1, 1)
     # Half of the clips meet a slightly noisy history, as their own past errors will be; its timestep stays 0.
-    level = batch.rand(count, 1, 1, 1, 1, 1) * recipe.data.context_noise * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
+    level = (
+        batch.rand(count, 1, 1, 1, 1, 1)
+        * recipe.data.context_noise
+        * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
+    )
     clean = (1 - level) * x0 + level * batch.randn(x0.shape)
     text = models.transformer.embed_text(embed(models, batch, captions, recipe.data.caption_dropout))
     v = packed_forward(
@@ -382,7 +403,8 @@ def step_loss(
 
 def optimizers(models: Models, recipe: DemoFlow) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers, AdamW for everything else."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for module in models.modules().values():
         for name, parameter in module.named_parameters():
             inside = parameter.ndim == 2 and ("blocks." in name or ".block." in name)
@@ -453,7 +475,9 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
         )
         if scenes
     }
-    log.write(event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count)
+    log.write(
+        event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
+    )
     saved = time.monotonic()
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers(models, recipe)]
     while state.step < settings.steps:
@@ -471,7 +495,7 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
         loss, parts = step_loss(models, pools, recipe, generator)
         for p in parameters:
             p.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         workers.average_gradients(parameters)
         value = float(loss.detach())
         loop.require_finite(value, state.step, checkpoints)
@@ -481,7 +505,9 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
         state.step += 1
         average.update(modules, state.step)
         if state.step % 10 == 0:
-            log.write(step=state.step, loss=round(value, 4), norm=round(norm, 3), factor=round(factor, 4), **parts)
+            log.write(
+                step=state.step, loss=round(value, 4), norm=round(norm, 3), factor=round(factor, 4), **parts
+            )
         if workers.rank == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
             loop.save_checkpoint(checkpoints, state, facts)
             saved = time.monotonic()
@@ -496,7 +522,12 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
 
 
 def write_result(
-    recipe: DemoFlow, state: loop.TrainingState, models: Models, codec: TinyCodec, tokenizer_dir: Path, out: Path
+    recipe: DemoFlow,
+    state: loop.TrainingState,
+    models: Models,
+    codec: TinyCodec,
+    tokenizer_dir: Path,
+    out: Path,
 ) -> dict[str, Any]:
     """Write `out/package/` from the averaged weights."""
     from packforcing_cli.training import demo_package
@@ -510,7 +541,9 @@ def write_result(
         "settings": recipe.model_dump(mode="json", exclude={"vae", "init"}),
         "data": "packforcing_cli.training.world, rendered; no other data",
     }
-    demo_package.write(out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=provenance)
+    demo_package.write(
+        out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=provenance
+    )
     return {"package": str(out / "package")}
 
 
@@ -524,9 +557,13 @@ def pack_checkpoint(recipe: DemoFlow, out: Path) -> dict[str, Any]:
     demo_text.build_demo_tokenizer(tokenizer_dir)
     models = build(recipe, tokenizer_dir, codec.facts.latent_channels)
     modules = models.modules()
-    state = loop.TrainingState(modules, loop.MovingAverage(modules, recipe.train.average), optimizers(models, recipe))
+    state = loop.TrainingState(
+        modules, loop.MovingAverage(modules, recipe.train.average), optimizers(models, recipe)
+    )
     if not loop.load_checkpoint(out / "checkpoints", state, None):
-        raise UsageError(f"{out} has no checkpoint to pack", hint="Train first: packforcing train demo-flow --out DIR")
+        raise UsageError(
+            f"{out} has no checkpoint to pack", hint="Train first: packforcing train demo-flow --out DIR"
+        )
     return {"steps": state.step, **write_result(recipe, state, models, codec, tokenizer_dir, out)}
 
 
@@ -537,7 +574,9 @@ def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
     for name, module in modules.items():
         path = folder / name / "model.safetensors"
         if not path.is_file():
-            raise UsageError(f"{folder} has no {name} weights to start from", hint="Use init = '' or another package.")
+            raise UsageError(
+                f"{folder} has no {name} weights to start from", hint="Use init = '' or another package."
+            )
         values = {key: value.float() for key, value in load_file(path).items()}
         if name == "text_encoder":
             values.setdefault("encoder.embed_tokens.weight", values["shared.weight"])
@@ -548,7 +587,9 @@ def mean_error(
     models: Models, pools: dict[str, Pool], recipe: DemoFlow, sigma: float, *, count: int = 16
 ) -> dict[str, float]:
     """Velocity error at one noise level with fixed noise: block 0 alone and the later blocks of a strict item."""
-    batch = _FixedSigma(loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device)
+    batch = _FixedSigma(
+        loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device
+    )
     batch.level = sigma
     with torch.no_grad():
         first = first_loss(models, batch, pools["first"], recipe, count)

@@ -10,7 +10,13 @@ import torch
 
 from packforcing_cli.registry import CacheDefaults, CodecFactsRecord, Manifest, Schedule, write_package
 from packforcing_cli.training import demo_text, world
-from packforcing_cli.training.demo_flow import DEFAULT_SPAN, FRAMES_PER_BLOCK, MAX_MIDS, TRAINED_FRAMES, Models
+from packforcing_cli.training.demo_flow import (
+    DEFAULT_SPAN,
+    FRAMES_PER_BLOCK,
+    MAX_MIDS,
+    TRAINED_FRAMES,
+    Models,
+)
 from packforcing_cli.vae import TinyCodec
 
 VERSION = "0.1.0"
@@ -21,7 +27,6 @@ def manifest(codec: TinyCodec, *, shift: float, provenance: Mapping[str, Any]) -
     """What the demo is and how it is run. `provenance`: recipe, data, steps, measured figures."""
     words = {word for caption in world.training_captions() for word in caption.split()}
     return Manifest(
-        schema=1,
         name="demo",
         version=VERSION,
         title="Toy world shipped with packforcing: coloured shapes moving over coloured backgrounds",

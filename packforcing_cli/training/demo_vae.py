@@ -73,7 +73,9 @@ def train(recipe: DemoVae, out: Path) -> dict[str, Any]:
     checkpoints = out / "checkpoints"
     loop.load_checkpoint(checkpoints, state, facts)
     log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl")
-    log.write(event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count)
+    log.write(
+        event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
+    )
     saved = time.monotonic()
     while state.step < settings.steps:
         rate = settings.learning_rate * loop.learning_rate_factor(
@@ -87,7 +89,7 @@ def train(recipe: DemoVae, out: Path) -> dict[str, Any]:
             group["lr"] = rate
         loss, parts = _loss(model, recipe, loop.step_generator(settings.seed, state.step, workers.rank))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         workers.average_gradients(parameters)
         loop.require_finite(float(loss.detach()), state.step, checkpoints)
         norm = loop.clip_gradients(parameters, settings.clip)
@@ -95,7 +97,9 @@ def train(recipe: DemoVae, out: Path) -> dict[str, Any]:
         state.step += 1
         state.average.update(modules, state.step)
         if state.step % 20 == 0:
-            log.write(step=state.step, loss=round(float(loss.detach()), 5), norm=round(norm, 3), rate=rate, **parts)
+            log.write(
+                step=state.step, loss=round(float(loss.detach()), 5), norm=round(norm, 3), rate=rate, **parts
+            )
         if state.step % settings.evaluate_every == 0:
             log.write(event="evaluate", step=state.step, **evaluate(recipe, state))
         if workers.rank == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
@@ -139,7 +143,9 @@ def write_result(recipe: DemoVae, state: loop.TrainingState, out: Path) -> dict[
     return {"steps": state.step, **evaluate(recipe, state)}
 
 
-def _loss(model: TinyAutoencoder, recipe: DemoVae, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+def _loss(
+    model: TinyAutoencoder, recipe: DemoVae, generator: torch.Generator
+) -> tuple[Tensor, dict[str, float]]:
     data = recipe.data
     pixels = draw_clips(generator, data.clips + data.shrunken_clips, data.frames)
     groups = [("full", 1.0, pixels[: data.clips])]

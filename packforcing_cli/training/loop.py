@@ -101,14 +101,16 @@ class MovingAverage:
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """Averaged state dict of one module."""
-        return {key.removeprefix(f"{name}/"): v for key, v in self.values.items() if key.startswith(f"{name}/")}
+        return {
+            key.removeprefix(f"{name}/"): v for key, v in self.values.items() if key.startswith(f"{name}/")
+        }
 
 
 @dataclass
 class TrainingState:
     """Everything a checkpoint holds."""
 
-    modules: dict[str, nn.Module]
+    modules: Mapping[str, nn.Module]
     average: MovingAverage
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
@@ -128,7 +130,9 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
     part = path.with_suffix(".part")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(
-        {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()},  # copies: tied weights are kept twice
+        {
+            k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()
+        },  # copies: tied weights are kept twice
         part,
         {"step": str(state.step), "facts": json.dumps(dict(facts))},
     )

@@ -46,7 +46,7 @@ class Muon(torch.optim.Optimizer):
         super().__init__(list(params), {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure: gradients are there
         """Apply one update; parameters without a gradient stay as they are."""
         for group in self.param_groups:
             shapes: dict[torch.Size, list[nn.Parameter]] = {}
@@ -54,7 +54,9 @@ class Muon(torch.optim.Optimizer):
                 if p.grad is not None:
                     shapes.setdefault(p.shape, []).append(p)
             for shape, parameters in shapes.items():
-                updates = orthogonalise(torch.stack([self._momentum(p, group["momentum"]) for p in parameters]))
+                updates = orthogonalise(
+                    torch.stack([self._momentum(p, group["momentum"]) for p in parameters])
+                )
                 rate = group["lr"] * 0.2 * max(shape) ** 0.5
                 for p, update in zip(parameters, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)

@@ -82,7 +82,11 @@ def _groups(item: PackedItem, grid: Grid, head_dim: int) -> list[_Group]:
 
     contexts: list[tuple[tuple[int, ...], list[Tensor]]] = []
     for view in item.views:
-        keys = (*(clean[b] for b in view.sink), *(packed[b] for b in view.mid), *(clean[b] for b in view.recent))
+        keys = (
+            *(clean[b] for b in view.sink),
+            *(packed[b] for b in view.mid),
+            *(clean[b] for b in view.recent),
+        )
         places = [block_at(start) for start in view.slots.sink_starts]
         places += [_cell_centres(grid, start, view.slots.span) for start in view.slots.mid_starts]
         places += [block_at(start) for start in view.slots.recent_starts]

@@ -43,7 +43,9 @@ class Train(_Strict):
 class VaeData(_Strict):
     clips: int = Field(gt=0, description="clips in a batch")
     frames: int = Field(gt=0, description="pixel frames of a clip, 1 + 4k")
-    shrunken_clips: int = Field(ge=0, description="clips in a batch that are pooled 4x, as the LR branch encodes them")
+    shrunken_clips: int = Field(
+        ge=0, description="clips in a batch that are pooled 4x, as the LR branch encodes them"
+    )
 
 
 class DemoVae(_Strict):
@@ -90,7 +92,9 @@ class FlowData(_Strict):
 class DemoFlow(_Strict):
     kind: Literal["demo-flow"]
     vae: str = Field(description="folder of a trained demo-vae run, or 'package' for the packaged one")
-    init: str = Field(default="", description="'' from nothing, 'package' or a package folder to start from its weights")
+    init: str = Field(
+        default="", description="'' = from nothing; 'package' or a package folder to start from"
+    )
     model: FlowModel
     data: FlowData
     train: Train
@@ -117,7 +121,9 @@ def find(name: str) -> Path:
     path = Path(name)
     if path.suffix == ".toml" or path.exists():
         if not path.is_file():
-            raise UsageError(f"recipe file {name} does not exist", hint=f"Shipped recipes: {', '.join(names())}.")
+            raise UsageError(
+                f"recipe file {name} does not exist", hint=f"Shipped recipes: {', '.join(names())}."
+            )
         return path
     for folder in folders():
         if (folder / f"{name}.toml").is_file():
@@ -175,7 +181,8 @@ def _explain(path: Path, values: Mapping[str, Any], error: ValidationError) -> s
 
 
 def _known_keys(kind: str, where: Sequence[str]) -> list[str]:
-    model: Any = {"demo-vae": DemoVae, "demo-flow": DemoFlow}.get(kind)
+    recipes: dict[str, Any] = {"demo-vae": DemoVae, "demo-flow": DemoFlow}
+    model = recipes.get(kind)
     for part in where:
         field = model.model_fields.get(part) if model is not None else None
         model = field.annotation if field is not None else None

@@ -57,7 +57,11 @@ def score_video(
     record: dict[str, Any] = {"prompt": prompt, "seed": seed, "seconds": total / fps}
     for name, window in (("first", first), ("last", last)):
         seen = detectors.detect(window)
-        record[name] = {**detectors.score(seen, prompt), "outline": round(seen.outline, 3), "area": round(seen.area)}
+        record[name] = {
+            **detectors.score(seen, prompt),
+            "outline": round(seen.outline, 3),
+            "area": round(seen.area),
+        }
     pictures = [detectors.background_picture(window) for window in (first, last)]
     record["background_correlation"] = round(detectors.background_correlation(*pictures), 3)
     record["background_drift"] = round(detectors.background_drift(*pictures), 2)
@@ -84,7 +88,10 @@ def summarise(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for word in (*WORDS, "present", "all"):
             right = sum(bool(record[window][word]) for record in records)
             low, high = wilson(right, len(records))
-            shares[word] = {"share": round(right / len(records), 3), "interval": [round(low, 3), round(high, 3)]}
+            shares[word] = {
+                "share": round(right / len(records), 3),
+                "interval": [round(low, 3), round(high, 3)],
+            }
         summary[window] = shares
         summary[window]["outline"] = round(_median(r[window]["outline"] for r in records), 3)
     for name in ("background_correlation", "background_drift", "wall_seconds"):
@@ -104,7 +111,9 @@ def contact_strip(frames: Tensor, count: int) -> Tensor:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line; see the module docstring."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="demo")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=48)
@@ -117,7 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.set_num_threads(values.threads)
     model = load_model(values.model)
     memory = MemoryOptions(policy=values.policy)
-    records = [json.loads(line) for line in values.out.read_text().splitlines()] if values.out.exists() else []
+    records = (
+        [json.loads(line) for line in values.out.read_text().splitlines()] if values.out.exists() else []
+    )
     known = {(record["prompt"], record["seed"]) for record in records}
     with values.out.open("a", encoding="utf-8") as handle:
         for seed in range(values.seeds):
