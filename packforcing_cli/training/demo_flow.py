@@ -14,8 +14,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -26,7 +25,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from packforcing_cli import rope
+from packforcing_cli import rope, weights
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import BlockView, Grid, Layout
@@ -41,6 +40,7 @@ from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCode
 
 FRAMES_PER_BLOCK = 4
 MAX_MIDS = 16
+EVALUATED_SIGMAS = (0.6, 0.9, 1.0)
 DEFAULT_SPAN = Fraction(1)
 SPANS = (DEFAULT_SPAN, DEFAULT_SPAN, DEFAULT_SPAN, Fraction(2), Fraction(4), Fraction(1, 4))
 """Slots a mid takes in training, drawn uniformly: the package's default half of the time."""
@@ -426,15 +426,27 @@ def load_codec(recipe: DemoFlow) -> TinyCodec:
         raise UsageError(
             f"no trained autoencoder in {folder}", hint="Run: packforcing train demo-vae --out runs/demo-vae"
         )
-    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    values = weights.read_config(folder)
     values.pop("_class_name", None)
     model = TinyAutoencoder(TinyAutoencoderConfig.from_dict(values))
-    model.load_state_dict(load_file(folder / "model.safetensors"))
-    return TinyCodec(model.eval().requires_grad_(False))
+    model.load_state_dict(weights.read_tensors(folder, device=torch.device("cpu"), dtype=torch.float32))
+    return TinyCodec(model)
 
 
-def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
-    """Run or resume the recipe in `out`; the result is `out/package/`. Returns the figures."""
+def train(
+    recipe: DemoFlow,
+    out: Path,
+    *,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Run or resume the recipe in `out`; the result is the model package `out/package/`.
+
+    Args:
+        on_log:      told every line of the log.
+        should_stop: asked after every step; True ends with a checkpoint.
+    Returns: the figures; without "result" when it was stopped.
+    """
     settings, data = recipe.train, recipe.data
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -447,19 +459,17 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
     modules = {name: module.to(device).train() for name, module in models.modules().items()}
     if recipe.init:
         start_from(recipe, modules)
-    parameters = [p for module in modules.values() for p in module.parameters()]
-    average = loop.MovingAverage(modules, settings.average)
-    state = loop.TrainingState(modules, average, optimizers(models, recipe))
+    state = loop.TrainingState(
+        modules, loop.MovingAverage(modules, settings.average), optimizers(models, recipe)
+    )
     facts = {
         "kind": recipe.kind,
         "model": json.dumps(recipe.model.model_dump(mode="json"), sort_keys=True),
         "seed": settings.seed,
         "workers": workers.count,
     }
-    checkpoints = out / "checkpoints"
-    loop.load_checkpoint(checkpoints, state, facts)
-    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl")
-    log.write(event="pool", step=state.step)
+    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log)
+    log.write(event="pool")
     pools = {
         name: build_pool(
             out / "pool" / f"{name}-{workers.rank}.safetensors",
@@ -475,45 +485,21 @@ def train(recipe: DemoFlow, out: Path) -> dict[str, Any]:
         )
         if scenes
     }
-    log.write(
-        event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
+    finished = loop.run(
+        state,
+        settings,
+        lambda generator: step_loss(models, pools, recipe, generator),
+        out=out,
+        facts=facts,
+        workers=workers,
+        log=log,
+        evaluate=lambda: {
+            f"sigma {sigma:g}": mean_error(models, pools, recipe, sigma) for sigma in EVALUATED_SIGMAS
+        },
+        should_stop=should_stop,
     )
-    saved = time.monotonic()
-    peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers(models, recipe)]
-    while state.step < settings.steps:
-        factor = loop.learning_rate_factor(
-            state.step,
-            settings.steps,
-            warmup=settings.warmup,
-            decay_fraction=settings.decay_fraction,
-            floor=settings.floor,
-        )
-        for optimizer, rates in zip(state.optimizers, peak, strict=True):
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate * factor
-        generator = loop.step_generator(settings.seed, state.step, workers.rank)
-        loss, parts = step_loss(models, pools, recipe, generator)
-        for p in parameters:
-            p.grad = None
-        loss.backward()
-        workers.average_gradients(parameters)
-        value = float(loss.detach())
-        loop.require_finite(value, state.step, checkpoints)
-        norm = loop.clip_gradients([p for p in parameters if p.grad is not None], settings.clip)
-        for optimizer in state.optimizers:
-            optimizer.step()
-        state.step += 1
-        average.update(modules, state.step)
-        if state.step % 10 == 0:
-            log.write(
-                step=state.step, loss=round(value, 4), norm=round(norm, 3), factor=round(factor, 4), **parts
-            )
-        if workers.rank == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-            loop.save_checkpoint(checkpoints, state, facts)
-            saved = time.monotonic()
     figures: dict[str, Any] = {"steps": state.step}
-    if workers.rank == 0:
-        loop.save_checkpoint(checkpoints, state, facts)
+    if finished and workers.rank == 0:
         figures |= write_result(recipe, state, models, codec, tokenizer_dir, out)
         log.write(event="done", **figures)
     log.close()
@@ -544,7 +530,7 @@ def write_result(
     demo_package.write(
         out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=provenance
     )
-    return {"package": str(out / "package")}
+    return {"result": str(out / "package")}
 
 
 def pack_checkpoint(recipe: DemoFlow, out: Path) -> dict[str, Any]:
@@ -572,12 +558,11 @@ def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
     package = Path(__file__).resolve().parent.parent / "demo"
     folder = package if recipe.init == "package" else Path(recipe.init)
     for name, module in modules.items():
-        path = folder / name / "model.safetensors"
-        if not path.is_file():
+        if not (folder / name).is_dir():
             raise UsageError(
                 f"{folder} has no {name} weights to start from", hint="Use init = '' or another package."
             )
-        values = {key: value.float() for key, value in load_file(path).items()}
+        values = weights.read_tensors(folder / name, device=torch.device("cpu"), dtype=torch.float32)
         if name == "text_encoder":
             values.setdefault("encoder.embed_tokens.weight", values["shared.weight"])
         module.load_state_dict(values)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,58 +58,47 @@ def latent_statistics(model: TinyAutoencoder, seed: int, clips: int = 64) -> tup
     return z.mean((0, 2, 3, 4)).tolist(), z.std((0, 2, 3, 4)).tolist()
 
 
-def train(recipe: DemoVae, out: Path) -> dict[str, Any]:
-    """Run or resume the recipe in `out`; the result is `out/vae/` (config.json, weights). Returns the figures."""
+def train(
+    recipe: DemoVae,
+    out: Path,
+    *,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Run or resume the recipe in `out`; the result is `out/vae/` (config.json, weights).
+
+    Args:
+        on_log:      told every line of the log.
+        should_stop: asked after every step; True ends with a checkpoint.
+    Returns: the figures; without "result" when it was stopped.
+    """
     settings = recipe.train
     if settings.threads:
         torch.set_num_threads(settings.threads)
     workers = loop.Workers.start()
     model = build(recipe)
-    parameters = list(model.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
     modules = {"vae": model}
     state = loop.TrainingState(modules, loop.MovingAverage(modules, settings.average), [optimizer])
     facts = {"kind": recipe.kind, "model": json.dumps(recipe.model, sort_keys=True), "seed": settings.seed}
-    checkpoints = out / "checkpoints"
-    loop.load_checkpoint(checkpoints, state, facts)
-    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl")
-    log.write(
-        event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
+    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log)
+    finished = loop.run(
+        state,
+        settings,
+        lambda generator: _loss(model, recipe, generator),
+        out=out,
+        facts=facts,
+        workers=workers,
+        log=log,
+        evaluate=lambda: evaluate(recipe, state),
+        should_stop=should_stop,
     )
-    saved = time.monotonic()
-    while state.step < settings.steps:
-        rate = settings.learning_rate * loop.learning_rate_factor(
-            state.step,
-            settings.steps,
-            warmup=settings.warmup,
-            decay_fraction=settings.decay_fraction,
-            floor=settings.floor,
-        )
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss, parts = _loss(model, recipe, loop.step_generator(settings.seed, state.step, workers.rank))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        workers.average_gradients(parameters)
-        loop.require_finite(float(loss.detach()), state.step, checkpoints)
-        norm = loop.clip_gradients(parameters, settings.clip)
-        optimizer.step()
-        state.step += 1
-        state.average.update(modules, state.step)
-        if state.step % 20 == 0:
-            log.write(
-                step=state.step, loss=round(float(loss.detach()), 5), norm=round(norm, 3), rate=rate, **parts
-            )
-        if state.step % settings.evaluate_every == 0:
-            log.write(event="evaluate", step=state.step, **evaluate(recipe, state))
-        if workers.rank == 0 and time.monotonic() - saved > 60 * settings.checkpoint_minutes:
-            loop.save_checkpoint(checkpoints, state, facts)
-            saved = time.monotonic()
-    figures: dict[str, Any] = {}
-    if workers.rank == 0:
-        loop.save_checkpoint(checkpoints, state, facts)
-        figures = write_result(recipe, state, out)
-        log.write(event="done", step=state.step, **figures)
+    figures: dict[str, Any] = {"steps": state.step}
+    if finished and workers.rank == 0:
+        figures |= write_result(recipe, state, out)
+        log.write(event="done", **figures)
     log.close()
     workers.stop()
     return figures
@@ -140,7 +129,7 @@ def write_result(recipe: DemoVae, state: loop.TrainingState, out: Path) -> dict[
     save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     values = {"_class_name": "TinyAutoencoder", **config.to_dict()}
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    return {"steps": state.step, **evaluate(recipe, state)}
+    return {"result": str(folder), **evaluate(recipe, state)}
 
 
 def _loss(

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.training.recipes import Train
+
+LOG_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -195,10 +198,11 @@ def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Log:
-    """`metrics.jsonl`: one JSON object a line, flushed as written."""
+    """`metrics.jsonl`: one JSON object a line, flushed as written; `listener` is told the same."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self._listener = listener
         self._handle = path.open("a", encoding="utf-8")
         self._start = time.monotonic()
 
@@ -206,9 +210,83 @@ class Log:
         record = {"seconds": round(time.monotonic() - self._start, 2), **values}
         self._handle.write(json.dumps(record) + "\n")
         self._handle.flush()
+        if self._listener is not None:
+            self._listener(record)
 
     def close(self) -> None:
         self._handle.close()
+
+
+Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
+"""Generator of the step -> (loss, its parts for the log)."""
+
+
+def run(
+    state: TrainingState,
+    settings: Train,
+    loss: Loss,
+    *,
+    out: Path,
+    facts: Mapping[str, Any],
+    workers: Workers,
+    log: Log,
+    evaluate: Callable[[], dict[str, Any]] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> bool:
+    """Train from `state.step` to `settings.steps`, with checkpoints, log lines and evaluations.
+
+    Args:
+        out:         the run's folder; checkpoints go to `out/checkpoints/`.
+        facts:       stored in checkpoints; a run with other facts cannot go on from them.
+        evaluate:    called every `settings.evaluate_every` steps by the first process; its figures are logged.
+        should_stop: asked after every step; True saves a checkpoint and ends.
+    Returns: whether all steps are done. Raises: WeightsError if the loss is not finite.
+    """
+    checkpoints, saved = out / "checkpoints", time.monotonic()
+    parameters = [p for module in state.modules.values() for p in module.parameters()]
+    peaks = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
+    load_checkpoint(checkpoints, state, facts)
+    log.write(
+        event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
+    )
+    while state.step < settings.steps:
+        factor = learning_rate_factor(
+            state.step,
+            settings.steps,
+            warmup=settings.warmup,
+            decay_fraction=settings.decay_fraction,
+            floor=settings.floor,
+        )
+        groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+        for group, peak in zip(groups, peaks, strict=True):
+            group["lr"] = peak * factor
+        value, parts = loss(step_generator(settings.seed, state.step, workers.rank))
+        for p in parameters:
+            p.grad = None
+        value.backward()
+        workers.average_gradients(parameters)
+        shown = float(value.detach())
+        require_finite(shown, state.step, checkpoints)
+        norm = clip_gradients([p for p in parameters if p.grad is not None], settings.clip)
+        for optimizer in state.optimizers:
+            optimizer.step()
+        state.step += 1
+        state.average.update(state.modules, state.step)
+        if state.step % LOG_EVERY == 0:
+            log.write(
+                step=state.step, loss=round(shown, 5), norm=round(norm, 3), factor=round(factor, 4), **parts
+            )
+        if evaluate is not None and workers.rank == 0 and state.step % settings.evaluate_every == 0:
+            log.write(event="evaluate", step=state.step, **evaluate())
+        stop = should_stop is not None and should_stop()
+        if workers.rank == 0 and (stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
+            save_checkpoint(checkpoints, state, facts)
+            saved = time.monotonic()
+        if stop:
+            return False
+    if workers.rank == 0:
+        save_checkpoint(checkpoints, state, facts)
+    return True
 
 
 def require_finite(loss: float, step: int, checkpoints: Path) -> None:
