@@ -13,7 +13,6 @@ Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
 from __future__ import annotations
 
 import random
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -418,8 +417,12 @@ def random_seed() -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory so far: of the GPU if there is one, else of this process."""
+    """Most memory so far: of the GPU if there is one, else of this process; 0 where the system does not tell."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -40,7 +40,7 @@ def angles(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
         positions: [S, 3] (slot, row, column) of each token; latent frames and patch cells, any real number.
         head_dim:  D, channels of one head.
     Returns: (cos, sin), each [S, D/2] float64, one entry per channel pair.
-    Raises: LayoutError if a position is not finite or the shape is wrong.
+    Raises: LayoutError if the shape is another.
     """
     if positions.ndim != 2 or positions.shape[1] != 3:
         raise LayoutError(f"positions must be [S, 3] (slot, row, column), got {list(positions.shape)}")
@@ -66,14 +66,19 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
     pairs = x.to(compute).unflatten(-1, (-1, 2))
-    if (
-        x.device.type == "cpu"
-    ):  # the same numbers, one complex product: 11x faster than four strided ones here
-        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
-    else:  # compilers for GPUs do not take complex numbers
-        even, odd = pairs.unbind(-1)
-        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    turn = turn_complex if x.device.type == "cpu" else turn_real
+    return turn(pairs, cos, sin).flatten(-2).to(x.dtype)
+
+
+def turn_complex(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn pairs [..., D/2, 2] as complex numbers: 11x faster on a CPU than four strided products."""
+    return torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+
+
+def turn_real(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same without complex numbers, which compilers for GPUs do not take."""
+    even, odd = pairs.unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
 
 
 def grid_positions(

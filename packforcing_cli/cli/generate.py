@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import random
+import shlex
+import signal
 import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,10 +19,15 @@ import typer
 from packforcing_cli.cli import memory_options as memory
 
 if TYPE_CHECKING:
+    import torch
+
     from packforcing_cli.catalog import ModelFacts
-    from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.cli.progress import Display, MemoryReader
+    from packforcing_cli.config import GenerateRequest, MemoryOptions
+    from packforcing_cli.errors import MemoryFitError
     from packforcing_cli.planner import Machine, Plan
-    from packforcing_cli.rollout import Prompt, Result
+    from packforcing_cli.registry import VideoModel
+    from packforcing_cli.rollout import Block, Prompt, Result, Schedule
 
 SCHEMA = 1
 
@@ -22,7 +35,8 @@ SCHEMA = 1
 def generate(
     prompt: Annotated[str, typer.Argument(help='What the video shows; "-" reads it from standard input.')],
     output: Annotated[
-        Path | None, typer.Option("-o", "--output", metavar="FILE.mp4", help="Default: a name made from the prompt.")
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE.mp4", help="Default: a name made from the prompt."),
     ] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", help="Length; the video has whole blocks. Default 10.")
@@ -31,20 +45,31 @@ def generate(
         str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: random, and printed.")] = None,
-    model: Annotated[str | None, typer.Option("--model", help="A model's name or a package folder. Default demo.")] = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps. Default: the model's own.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="A model's name or a package folder. Default demo.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", help="Denoising steps. Default: the model's own.")
+    ] = None,
     guidance: Annotated[
-        float | None, typer.Option("--guidance", help="Classifier-free guidance, 1 = none. Default: the model's own.")
+        float | None,
+        typer.Option("--guidance", help="Classifier-free guidance, 1 = none. Default: the model's own."),
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", metavar="NAME", help="auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32.")
+        str | None,
+        typer.Option(
+            "--dtype", metavar="NAME", help="auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32."
+        ),
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option("--device", metavar="NAME", help="auto (the GPU with most free memory), cpu, cuda or cuda:N."),
+        typer.Option(
+            "--device", metavar="NAME", help="auto (the GPU with most free memory), cpu, cuda or cuda:N."
+        ),
     ] = None,
     vae: Annotated[
-        str | None, typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE.")
+        str | None,
+        typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE."),
     ] = None,
     crf: Annotated[int | None, typer.Option("--crf", help="H.264 quality, 0 to 51. Default 18.")] = None,
     policy: memory.Policy = None,
@@ -65,8 +90,12 @@ def generate(
             help="paper: select by affinity in the first pass, a compressed block takes all its slots.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and the command; make nothing.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of the path.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan and the command; make nothing.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of the path.")
+    ] = False,
     progress: Annotated[str, typer.Option("--progress", help="auto, rich, plain, json or none.")] = "auto",
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
@@ -79,9 +108,9 @@ def generate(
     Exit codes: 0 done, 1 failed, 2 usage, 4 environment, 5 does not fit in memory, 6 disk full, 7 bad weights,
     9 locked, 130 interrupted, 143 terminated. Ctrl-C once ends the video after the block, twice at once.
     """
-    from packforcing_cli.cli import console, settings
     from packforcing_cli.cli import progress as display
-    from packforcing_cli.errors import UsageError
+    from packforcing_cli.cli import settings
+    from packforcing_cli.errors import PackforcingError, UsageError
 
     flags: dict[str, Any] = {
         "model": model,
@@ -105,37 +134,104 @@ def generate(
         "compressor": compressor,
         "compressed_context": compressed_context,
     }
-    text = sys.stdin.read() if prompt == "-" else prompt
-    request = settings.gather(flags).generate_request(text, output)
-    if parity not in (None, "paper"):
-        raise UsageError(f"--parity {parity}: unknown", hint="The only parity there is: --parity paper.")
-    if parity == "paper":
-        request = request.model_copy(update={"memory": request.memory.paper_parity()})
-    shown = display.choose(progress, quiet=quiet, device_memory=_no_memory)  # a wrong mode ends here, torch not loaded
-    facts = _facts(request)
-    path = _output_path(request)
-    request = request.model_copy(update={"seed": _seed(request), "output": path})
-
-    from packforcing_cli import registry
-
-    device_ = registry.resolve_device(request.device)
-    dtype_ = registry.resolve_dtype(request.dtype, device_)
-    plan = _plan(request, facts, path, str(device_), str(dtype_).removeprefix("torch."))
-    command = _command(request, parity)
-    if dry_run:
-        _show_dry_run(plan, path, str(device_), command, as_json=as_json)
-        return
-    plan.require_fit()
-    if not quiet:
-        _introduce(request, plan, str(device_), verbose=verbose)
-    shown = display.choose(progress, quiet=quiet, device_memory=_memory_reader(device_))
-    result, stop_code = _run(request, plan, shown, path, device_, dtype_, quiet=quiet)
-    _report(request, result, plan, str(device_), command, as_json=as_json, quiet=quiet, stop_code=stop_code)
-    if stop_code:
-        raise typer.Exit(stop_code)
+    shown = display.choose(progress, quiet=quiet)
+    try:
+        if parity not in (None, "paper"):
+            raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
+        request = settings.gather(flags).generate_request(_read_prompt(prompt, shown), output)
+        if parity == "paper":
+            request = request.model_copy(update={"memory": request.memory.paper_parity()})
+        job = _prepare(request)
+        if dry_run:
+            _show_plan(job, shown, as_json=as_json)
+            return
+        job.plan.require_fit()
+        _introduce(job, shown, verbose=verbose)
+        outcome = _run(job, shown, verbose=verbose)
+    except PackforcingError as error:
+        if shown.error(error):
+            raise typer.Exit(error.exit_code) from error
+        raise
+    if outcome.result is not None:
+        _report(job, outcome, outcome.result, shown, as_json=as_json)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
 
 
 # -- before the model is loaded ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A request with everything decided.
+
+    planned: the request with the package's own memory options where nothing was set.
+    place:   what `registry.load_model` is given, a name or a folder.
+    machine: what there was when it was planned.
+    command: repeats this job.
+    """
+
+    request: GenerateRequest
+    planned: GenerateRequest
+    facts: ModelFacts
+    place: str | Path
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    machine: Machine
+    plan: Plan
+    command: str
+
+
+def _read_prompt(prompt: str, shown: Display) -> str:
+    """The prompt as clean text; "-" reads standard input."""
+    from packforcing_cli.errors import UsageError
+
+    if prompt == "-":
+        if sys.stdin.isatty():
+            shown.note("Type the prompt; Ctrl-D on an empty line ends it.")
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            raise UsageError(
+                f"the prompt on standard input is not {error.encoding} text",
+                hint="Give the prompt as an argument, or convert it.",
+            ) from error
+    return prompt.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _prepare(request: GenerateRequest) -> _Job:
+    """Decide all that is open. Raises: PackforcingError of any kind; no weights are read for it."""
+    from packforcing_cli import catalog, planner
+
+    facts = _facts(request)
+    path = _output_path(request)
+    seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
+
+    from packforcing_cli import registry
+
+    is_named = request.model.lower() in {known.name for known in catalog.all_models()}
+    place = facts.name if is_named else Path(request.model).expanduser()
+    manifest = registry.read_manifest(registry.find_package(place))
+    device = registry.resolve_device(request.device)
+    dtype = registry.resolve_dtype(request.dtype, device)
+    request = request.model_copy(
+        update={
+            "seed": seed,
+            "output": path,
+            "device": device.type if request.device == "auto" else request.device,
+            "dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).split(".")[-1]],
+        }
+    )
+    own = manifest.cache.model_dump()
+    planned = request.model_copy(update={"memory": _with_own(request.memory, own)})
+    machine = _machine(path, device)
+    plan = planner.plan(planned, machine, facts=facts)
+    if plan.size != facts.default_size:
+        said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
+        plan = replace(plan, warnings=(said, *plan.warnings))
+    command = _command(request)
+    return _Job(request, planned, facts, place, path, device, dtype, machine, plan, command)
 
 
 def _facts(request: GenerateRequest) -> ModelFacts:
@@ -145,7 +241,7 @@ def _facts(request: GenerateRequest) -> ModelFacts:
 
     facts = catalog.of(request.model)
     if facts.kind == "family":
-        names = ", ".join(m.name for m in catalog.all_models() if m.kind == "package")
+        names = " or ".join(m.name for m in catalog.all_models() if m.kind == "package")
         raise UsageError(
             f"{facts.name} is a family of models, known for planning; it has no weights to generate with",
             hint=f"Use --model {names}, or the folder of a model package.",
@@ -154,211 +250,313 @@ def _facts(request: GenerateRequest) -> ModelFacts:
 
 
 def _output_path(request: GenerateRequest) -> Path:
-    """The given output, checked; or a free name made from the prompt in the current folder."""
+    """The given output, checked; or a free name made from the prompt, in the current or the given folder."""
     from packforcing_cli import video
+    from packforcing_cli.errors import UsageError
 
-    if request.output is not None:
-        path = request.output if request.output.suffix else request.output.with_name(request.output.name + ".mp4")
+    given = request.output
+    if given is not None and str(given) == "-":
+        raise UsageError("a video cannot go to standard output", hint="Give a file: -o video.mp4")
+    if given is not None and not given.is_dir():
+        path = given if given.suffix else given.with_name(given.name + ".mp4")
         video.check_output(path, overwrite=request.overwrite)
         return path
+    folder = given or Path()
     number = 1
     while True:
-        path = Path(video.safe_name(request.prompt, ".mp4" if number == 1 else f"-{number}.mp4"))
+        path = folder / video.safe_name(request.prompt, ".mp4" if number == 1 else f"-{number}.mp4")
         if request.overwrite or not (path.exists() or video.part_path(path).exists()):
             video.check_output(path, overwrite=request.overwrite)
             return path
         number += 1
 
 
-def _seed(request: GenerateRequest) -> int:
-    if request.seed is not None:
-        return request.seed
-    import random
+def _with_own(options: MemoryOptions, own: dict[str, Any]) -> MemoryOptions:
+    """Memory options with the package's own where nothing was set."""
+    filled = options.with_defaults(own)
+    return (
+        filled.model_copy(update={"compressor": own["compressor"]}) if filled.compressor == "auto" else filled
+    )
 
-    return random.SystemRandom().randrange(2**31)
 
-
-def _plan(request: GenerateRequest, facts: ModelFacts, path: Path, device: str, dtype: str) -> Plan:
+def _machine(path: Path, device: torch.device) -> Machine:
+    """Free memory where the model runs and free space where the video goes."""
     from packforcing_cli import planner
 
-    short = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
-    return planner.plan(request.model_copy(update={"dtype": short}), _machine(path, device), facts=facts)
-
-
-def _machine(path: Path, device: str) -> Machine:
-    from packforcing_cli import planner
-
-    machine = planner.host_machine(path.absolute().parent)
-    if device == "cpu":
-        return machine
+    host = planner.host_machine(path.absolute().parent)
+    if device.type == "cpu":
+        return host
     import torch
 
-    free = torch.cuda.mem_get_info(torch.device(device))[0]
-    return planner.Machine(free, machine.disk_free_bytes, f"{torch.cuda.get_device_name(device)} ({device})")
+    free = torch.cuda.mem_get_info(device)[0]
+    return planner.Machine(free, host.disk_free_bytes, f"{torch.cuda.get_device_name(device)} ({device})")
 
 
-def _command(request: GenerateRequest, parity: str | None) -> str:
-    """The command that repeats the request exactly."""
-    import shlex
-
-    parts = ["packforcing", "generate", request.prompt]
-    values = {name: getattr(request, name) for name in ("seconds", "model", "seed", "steps", "guidance", "vae")}
-    values |= {"dtype": request.dtype, "device": request.device, "crf": request.crf, "output": request.output}
+def _command(request: GenerateRequest) -> str:
+    """The command that makes the same video again: everything the person set, and what was decided for them."""
+    values: dict[str, Any] = {"output": request.output}
     if request.size is not None:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
-    explicit = request.memory.model_dump(include=request.memory.model_fields_set)
-    if parity == "paper":
-        explicit = {name: v for name, v in explicit.items() if name not in ("select", "mid_span")}
-        values["parity"] = parity
-    for name, value in {**values, **explicit}.items():
-        if value is None and name == "bank":
-            value = "unlimited"
+    for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf"):
+        values[name] = getattr(request, name)
+    values |= request.memory.model_dump(include=request.memory.model_fields_set)
+    if "bank" in values and values["bank"] is None:
+        values["bank"] = "unlimited"
+    options: list[str] = []
+    for name, value in values.items():
         if value is not None:
-            shown = f"{value:g}" if isinstance(value, float) else str(value)
-            parts += ["--" + name.replace("_", "-"), shown]
-    return shlex.join(parts)
+            shown = f"{value:.12g}" if isinstance(value, float) else str(value)
+            options += ["--" + name.replace("_", "-"), shown]
+    if request.overwrite:
+        options.append("--overwrite")
+    prompt = ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
+    words = [*options, *prompt] if len(prompt) == 2 else [*prompt, *options]
+    return shlex.join(["packforcing", "generate", *words])
 
 
-def _show_dry_run(plan: Plan, path: Path, device: str, command: str, *, as_json: bool) -> None:
+def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
+    """What --dry-run prints, on stdout."""
     from packforcing_cli.cli import console
 
+    plan = job.plan
     if as_json:
-        extra = {"output": str(path), "device": device, "downloads": [], "command": command}
+        extra = {
+            "seed": job.request.seed,
+            "device": str(job.device),
+            "output": str(job.path),
+            "downloads": [],
+            "command": job.command,
+        }
         console.result_json({**plan.to_json(), **extra})
         return
     width, height = plan.size
-    last = plan.memory
+    if plan.fits:
+        fits = "yes"
+    else:
+        fits = f"no; try {plan.suggestion}" if plan.suggestion else "no"
     for name, value in (
-        ("model", f"{plan.model.name} on {device}, {plan.dtype}"),
+        ("model", f"{plan.model.name} on {job.device}, {plan.dtype}"),
         ("video", f"{width}x{height}, {plan.fps} fps, {plan.frames} frames = {plan.exact_seconds:.2f} s"),
         ("blocks", f"{plan.blocks} of {plan.frames_per_block} latent frames"),
-        ("KV memory", f"{console.gb(last.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
+        ("seed", str(job.request.seed)),
+        ("memory", _memory_text(job)),
+        ("KV memory", f"{console.gb(plan.memory.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
         ("peak memory", f"about {console.gb(plan.peak_bytes)}"),
-        ("disk", f"at most about {console.gb(plan.disk_bytes)} for {path}"),
+        ("disk", f"at most about {console.gb(plan.disk_bytes)}"),
+        ("output", str(job.path)),
         ("downloads", "none"),
-        ("fits", "yes" if plan.fits else f"no; try {plan.suggestion}" if plan.suggestion else "no"),
-        ("command", command),
+        ("fits", fits),
+        ("command", job.command),
     ):
         console.result(f"{name:<12} {value}")
     for warning in plan.warnings:
-        console.warn(warning)
+        shown.warn(warning)
 
 
-def _introduce(request: GenerateRequest, plan: Plan, device: str, *, verbose: bool) -> None:
-    from packforcing_cli.cli import console
-
-    width, height = plan.size
-    console.say(
-        f"{plan.model.name} on {device} ({plan.dtype}), seed {request.seed}: {plan.seconds:g} s are {plan.blocks} blocks"
-        f" = {plan.frames} frames ({plan.exact_seconds:.2f} s at {plan.fps} fps), {width}x{height}"
+def _memory_text(job: _Job) -> str:
+    options, layout = job.planned.memory, job.plan.layout
+    bank = "unlimited" if layout.bank is None else layout.bank
+    mids = f"top-k {layout.top_k} of a bank of {bank}, {options.select}, mid-span {layout.mid_span}"
+    return f"{options.policy}: sink {layout.sink_blocks}, recent {layout.recent_blocks}" + (
+        f", {mids}, compressor {options.compressor}" if layout.top_k else " blocks"
     )
-    if plan.model.name == "demo":
-        console.say(
-            "demo is a toy world of coloured shapes that needs no download. A model package in a folder runs with"
-            " --model FOLDER; this version cannot fetch Wan weights yet."
+
+
+def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
+    """What will be made, said before it is begun."""
+    plan = job.plan
+    width, height = plan.size
+    if job.place == "demo":
+        shown.note(
+            "demo is a toy world of coloured shapes that ships with packforcing. For other videos: --model FOLDER,"
+            " a model package; this version does not fetch real weights (Wan 2.1) yet."
         )
+    shown.note(
+        f"{plan.model.name} on {job.device} ({plan.dtype}), {width}x{height}, seed {job.request.seed};"
+        f" {plan.seconds:g} s in whole blocks: {plan.blocks} = {plan.frames} frames = {plan.exact_seconds:.2f} s"
+        f" at {plan.fps} fps"
+    )
     for warning in plan.warnings:
-        console.warn(warning)
+        shown.warn(warning)
     if verbose:
-        console.say(f"memory: {request.memory!r}")
+        shown.note(f"memory: {_memory_text(job)}")
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
 
 
-class _Stop:
-    """Turns the first Ctrl-C or SIGTERM into a wish to stop after the block, the second into an exception."""
+@dataclass(frozen=True)
+class _Outcome:
+    """How a run ended.
 
-    def __init__(self) -> None:
+    result:       what was made; None if it was stopped before it could be finished.
+    load_seconds: from the start of loading to the first block's start.
+    exit_code:    130 or 143 for a run that was stopped, else 0.
+    """
+
+    result: Result | None
+    load_seconds: float
+    exit_code: int
+
+
+class _Stop:
+    """Ctrl-C and SIGTERM: while blocks are made the first one asks to stop after the block, the next one at once.
+
+    code: 128 + the first signal's number, 0 without one.
+    """
+
+    def __init__(self, shown: Display) -> None:
         self.code = 0
+        self.making_blocks = False
+        self._shown = shown
 
     def __enter__(self) -> _Stop:
-        import signal
-
-        self._old = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def __exit__(self, *_: object) -> None:
-        import signal
-
-        for number, handler in self._old.items():
+        for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _caught(self, number: int, _frame: object) -> None:
-        from packforcing_cli.cli import console
-
-        if self.code:
+    def _caught(self, number: int, _frame: FrameType | None) -> None:
+        first, self.code = self.code == 0, self.code or 128 + number
+        if not (first and self.making_blocks):
             raise KeyboardInterrupt
-        self.code = 128 + number
-        console.say("Stopping after this block; once more stops at once.")
+        self._shown.stopping("Stopping after this block; Ctrl-C once more stops at once.")
 
 
-def _run(
-    request: GenerateRequest, plan: Plan, shown: Any, path: Path, device: Any, dtype: Any, *, quiet: bool
-) -> tuple[Result | None, int]:
-    """Load, encode, generate. Returns: the result (None if stopped before a block) and the exit code of a stop."""
-    from packforcing_cli import registry, rollout, video
-    from packforcing_cli.cli import console
+def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
+    """Load, encode, generate, finish the file. Raises: PackforcingError, saying what plays."""
+    from packforcing_cli import registry, rollout
+    from packforcing_cli.errors import PackforcingError
 
-    with _Stop() as stop:
+    request = job.request
+    blocks = 0
+
+    def on_block(block: Block, seconds: float) -> None:
+        nonlocal blocks
+        blocks += 1
+        shown.block(block, seconds)
+
+    started = time.perf_counter()
+    load_seconds = 0.0
+    with _Stop(shown) as stop:
         try:
-            model = registry.load_model(_model_place(request.model), device=device, dtype=dtype, vae=request.vae)
+            shown.stage(f"loading {job.facts.name} …")
+            model = registry.load_model(job.place, device=job.device, dtype=job.dtype, vae=request.vae)
             schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
             prompt = rollout.encode_prompt(model, request.prompt, guided=schedule.guidance != 1.0)
-            if not quiet:
-                _warn_about_words(prompt, model.manifest.vocabulary)
-            if stop.code:
-                return None, stop.code
-            shown.start(plan)
+            _warn_about_words(prompt, model.manifest.vocabulary, shown)
+            load_seconds = time.perf_counter() - started
+            if verbose:
+                _describe(model, schedule, load_seconds, shown)
+            shown.start(job.plan, _memory_reader(job.device))
+            stop.making_blocks = True
             result = rollout.generate(
                 model,
                 prompt,
-                path,
+                job.path,
                 seconds=request.seconds,
                 seed=request.seed,
-                size=plan.size,
+                size=job.plan.size,
                 schedule=schedule,
                 memory=request.memory,
                 crf=request.crf,
                 overwrite=request.overwrite,
-                on_block=shown.block,
-                should_stop=lambda: bool(stop.code),
+                on_block=on_block,
+                should_stop=lambda: stop.code != 0,
             )
             shown.done(result)
         except KeyboardInterrupt:
             shown.stop()
-            part = video.part_path(path)
-            console.say(f"Stopped at once; what was finished plays: {part}" if part.exists() else "Stopped.")
-            return None, stop.code or 130
+            kept = _kept(job) if blocks else ""
+            shown.note(f"Stopped at once. {kept or 'Nothing was written.'}")
+            shown.note(f"The whole video: {_again(job)}")
+            return _Outcome(None, load_seconds, stop.code or 130)
+        except PackforcingError as error:
+            shown.stop()
+            if blocks and "plays" not in error.hint:
+                error.hint = f"{error.hint} {_kept(job)}".strip()
+            raise
+        except Exception as error:
+            shown.stop()
+            kept = _kept(job) if blocks else ""
+            if _is_out_of_memory(error):
+                raise _memory_ran_out(job, kept) from error
+            if kept:
+                shown.note(kept)
+            raise
         finally:
             shown.stop()
-    return result, stop.code if result.stopped else 0
+    return _Outcome(result, load_seconds, stop.code if result.stopped else 0)
 
 
-def _model_place(model: str) -> str | Path:
-    return Path(model) if Path(model).is_dir() and model != "demo" else model
+def _kept(job: _Job) -> str:
+    """One sentence about the part file of a run that ended early; empty if there is none."""
+    from packforcing_cli import video
+
+    part = video.part_path(job.path)
+    return f"What was made so far plays: {part}" if part.exists() else ""
 
 
-def _warn_about_words(prompt: Prompt, vocabulary: tuple[str, ...]) -> None:
-    from packforcing_cli.cli import console
+def _again(job: _Job) -> str:
+    return _command(job.request.model_copy(update={"overwrite": True}))
 
-    unknown = [word for word in prompt.unknown]
-    if vocabulary:
-        plain = prompt.text.lower().replace(",", " ").replace(".", " ").split()
-        unknown += [w for w in dict.fromkeys(plain) if w not in vocabulary and w not in unknown]
-    if unknown:
-        knows = f" It understands: {' '.join(vocabulary)}." if vocabulary else ""
-        console.warn(f"this model does not know: {', '.join(dict.fromkeys(unknown))}.{knows}")
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
+def _memory_ran_out(job: _Job, kept: str) -> MemoryFitError:
+    from packforcing_cli import planner
+    from packforcing_cli.errors import MemoryFitError
+
+    less = min(job.machine.memory_bytes, job.plan.peak_bytes) * 9 // 10
+    suggestion = planner.plan(
+        job.planned, replace(job.machine, memory_bytes=less), facts=job.facts
+    ).suggestion
+    hint = (
+        f"Try {suggestion}, or another --device."
+        if suggestion
+        else "Try a smaller --size or another --device."
+    )
+    return MemoryFitError(f"the memory of {job.machine.device} ran out", hint=f"{hint} {kept}".strip())
+
+
+def _warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display) -> None:
+    if prompt.unknown:
+        words = " ".join(vocabulary)
+        shown.warn(
+            f"this model does not know: {', '.join(prompt.unknown)}."
+            + (f" It understands: {words}" if words else "")
+        )
     if prompt.dropped:
-        console.warn(f"the prompt is too long: its last {prompt.dropped} tokens are not seen by the model.")
+        shown.warn(f"the prompt is too long: its last {_count(prompt.dropped, 'token')} will not be seen")
 
 
-def _no_memory() -> tuple[int, int]:
-    return 0, 0
+def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: Display) -> None:
+    """What -v says about the loaded model."""
+    import torch
+
+    steps = len(schedule.sigmas) - (schedule.kind == "euler")
+    parameters = sum(p.numel() for p in model.transformer.parameters())
+    shown.note(
+        f"{model.folder}: version {model.manifest.version}, {parameters:,} parameters in the transformer,"
+        f" loaded in {load_seconds:.1f} s"
+    )
+    shown.note(
+        f"{schedule.kind}, {steps} steps, guidance {schedule.guidance:g};"
+        f" torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    )
 
 
-def _memory_reader(device: Any) -> Any:
-    """-> (bytes of the device in use by us, bytes of this process)."""
+def _memory_reader(device: torch.device) -> MemoryReader:
     import torch
 
     def read() -> tuple[int, int]:
@@ -369,73 +567,82 @@ def _memory_reader(device: Any) -> Any:
 
 
 def _resident_bytes() -> int:
+    """Memory of this process; 0 where the system does not say."""
     try:
-        import resource
-
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * resource.getpagesize()
-    except (OSError, ValueError, ImportError):
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
         return 0
 
 
 # -- afterwards -------------------------------------------------------------------------------------------------
 
 
-def _report(
-    request: GenerateRequest,
-    result: Result | None,
-    plan: Plan,
-    device: str,
-    command: str,
-    *,
-    as_json: bool,
-    quiet: bool,
-    stop_code: int,
-) -> None:
+def _report(job: _Job, outcome: _Outcome, result: Result, shown: Display, *, as_json: bool) -> None:
+    """The figures on stderr, the path or the JSON on stdout."""
     from packforcing_cli.cli import console
 
-    if result is None:
-        return
-    made = result.frames / result.fps
-    spent = result.total_seconds
-    if not quiet:
-        console.say(
-            f"{result.blocks} blocks, {result.frames} frames ({made:.2f} s) in {spent:.1f} s ="
-            f" {result.frames / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
-            f" {console.gb(result.cache.bytes.live)}, peak memory {console.gb(result.peak_memory_bytes)}"
-        )
-        if stop_code:
-            console.say(f"Interrupted: {result.blocks} of {plan.blocks} blocks. The whole video again: {command} --overwrite")
+    plan = job.plan
+    made, spent = result.frames / result.fps, result.total_seconds
+    full_bytes = result.blocks * plan.layout.grid.block_tokens * plan.layout.grid.bytes_per_token
+    shown.note(
+        f"{_count(result.blocks, 'block')}, {result.frames} frames ({made:.2f} s) in {spent:.1f} s:"
+        f" {result.frames / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
+        f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
+        f" peak memory {console.gb(result.peak_memory_bytes)}"
+    )
+    if outcome.exit_code:
+        shown.note(f"Stopped after {result.blocks} of {plan.blocks} blocks. The whole video: {_again(job)}")
     if not as_json:
         console.result(str(result.path))
         return
-    ordered = sorted(result.block_seconds)
+    kv = result.cache.bytes
     console.result_json(
         {
             "schema": SCHEMA,
             "path": str(result.path),
-            "prompt": request.prompt,
+            "prompt": job.request.prompt,
             "seed": result.seed,
             "model": plan.model.name,
-            "device": device,
+            "device": str(job.device),
             "dtype": plan.dtype,
             "size": list(plan.size),
             "fps": result.fps,
             "frames": result.frames,
             "blocks": result.blocks,
             "seconds": made,
-            "interrupted": bool(stop_code),
-            "command": command,
+            "interrupted": bool(outcome.exit_code),
+            "warnings": list(plan.warnings),
+            "command": job.command,
             "figures": {
+                "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),
                 "first_frame_seconds": round(result.first_frame_seconds, 3),
-                "block_seconds_p50": round(ordered[len(ordered) // 2], 4),
-                "block_seconds_p95": round(ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))], 4),
+                "block_seconds_p50": round(_percentile(result.block_seconds, 50), 4),
+                "block_seconds_p95": round(_percentile(result.block_seconds, 95), 4),
                 "stall_seconds": round(result.stall_seconds, 3),
                 "fps": round(result.frames / spent, 3),
-                "kv_bytes": result.cache.bytes.live,
-                "full_cache_bytes": result.blocks * plan.layout.grid.block_tokens * plan.layout.grid.bytes_per_token,
+                "realtime_factor": round(made / spent, 3),
+                "kv_bytes": {
+                    "stored": kv.stored,
+                    "current": kv.current,
+                    "raw_keys": kv.raw_keys,
+                    "backups": kv.backups,
+                    "bank": kv.bank,
+                    "live": kv.live,
+                },
+                "full_cache_bytes": full_bytes,
                 "peak_memory_bytes": result.peak_memory_bytes,
             },
         }
     )
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def _percentile(values: Iterable[float], percent: int) -> float:
+    """The smallest value that at least `percent` of the values do not exceed."""
+    ordered = sorted(values)
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]

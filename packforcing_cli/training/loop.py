@@ -51,6 +51,14 @@ class Workers:
         if self.count > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
+    def any_wants(self, wish: bool) -> bool:
+        """Whether any process wishes it. All of them must ask, and all of them get the same answer."""
+        if self.count == 1:
+            return wish
+        flag = torch.tensor(float(wish), device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its mean over the processes; a missing gradient counts as zero."""
         if self.count == 1:
@@ -278,12 +286,12 @@ def run(
             )
         if evaluate is not None and workers.rank == 0 and state.step % settings.evaluate_every == 0:
             log.write(event="evaluate", step=state.step, **evaluate())
-        stop = should_stop is not None and should_stop()
+        stop = should_stop is not None and workers.any_wants(should_stop())
         if workers.rank == 0 and (stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
             save_checkpoint(checkpoints, state, facts)
             saved = time.monotonic()
         if stop:
-            return False
+            return state.step >= settings.steps
     if workers.rank == 0:
         save_checkpoint(checkpoints, state, facts)
     return True

@@ -78,7 +78,7 @@ class FlowData(_Strict):
     short_scenes: int = Field(gt=0)
     long_scenes: int = Field(ge=0)
     short_blocks: int = Field(default=7, ge=3)
-    long_blocks: int = Field(default=24, ge=3)
+    long_blocks: int = Field(default=24, ge=10)
     packed_clips: int = Field(gt=0)
     packed_blocks: int = Field(ge=2)
     long_clips: int = Field(ge=0)

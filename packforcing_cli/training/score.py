@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first-seed", type=int, default=0, help="to share seeds among processes")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--policy", default="packforcing")
     parser.add_argument("--threads", type=int, default=None)
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     known = {(record["prompt"], record["seed"]) for record in records}
     with values.out.open("a", encoding="utf-8") as handle:
-        for seed in range(values.seeds):
+        for seed in range(values.first_seed, values.first_seed + values.seeds):
             for number, prompt in enumerate(held_out_prompts(values.prompts)):
                 wanted = 1000 * (seed + 1) + number
                 if (prompt, wanted) in known:

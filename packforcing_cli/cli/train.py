@@ -1,0 +1,267 @@
+"""packforcing train RECIPE: run a recipe, or go on with it where it was stopped.
+
+With several processes (torchrun) every one of them runs this command; the first one talks.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from packforcing_cli.training.recipes import DemoFlow, DemoVae
+
+LINE_EVERY_SECONDS = 10.0
+SPEED_WINDOW_SECONDS = 60.0
+
+
+def train(
+    recipe: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a TOML file.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Folder of the run. Default: runs/RECIPE."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a value of the recipe, for example train.steps=100."
+        ),
+    ] = None,
+    vae: Annotated[
+        str | None,
+        typer.Option(
+            "--vae", metavar="DIR", help="Run folder of the trained VAE, for recipes that need one."
+        ),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
+) -> None:
+    """Train a model by a recipe. Prints the folder of the result.
+
+    Example: packforcing train demo-vae, then packforcing train demo-flow --vae runs/demo-vae
+
+    A folder that has checkpoints is continued. Ctrl-C saves a checkpoint first; twice stops at once.
+    """
+    from packforcing_cli.errors import PackforcingError, UsageError
+    from packforcing_cli.training import recipes
+
+    is_first = os.environ.get("RANK", "0") == "0"
+    talk = _Talk(silent=quiet or not is_first)
+    try:
+        chosen = recipes.load(recipe, settings or [])
+        if vae is not None:
+            if "vae" not in type(chosen).model_fields:
+                raise UsageError(
+                    f"--vae {vae}: a {chosen.kind} recipe uses no other VAE", hint="Leave --vae away."
+                )
+            chosen = recipes.load(recipe, [*(settings or []), f"vae={vae}"])
+        folder = out or Path("runs") / recipes.find(recipe).stem
+        _make_folder(folder)
+        again = _command(recipe, folder, settings or [], vae)
+        _introduce(chosen, folder, talk, verbose=verbose)
+        code = _run(chosen, folder, talk, again)
+    except PackforcingError as error:
+        if is_first:
+            raise
+        raise typer.Exit(error.exit_code) from error
+    if code:
+        raise typer.Exit(code)
+    if is_first:
+        _report(chosen, folder, talk)
+
+
+def _make_folder(folder: Path) -> None:
+    """Raises: UsageError if there is no writing into the folder."""
+    from packforcing_cli.errors import UsageError
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK | os.X_OK)
+    except OSError as error:
+        raise UsageError(
+            f"cannot make the folder {folder}: {error.strerror}", hint="Choose another with --out."
+        ) from error
+    if not writable:
+        raise UsageError(f"the folder {folder} is not writable", hint="Choose another with --out.")
+
+
+def _command(recipe: str, folder: Path, settings: list[str], vae: str | None) -> str:
+    """The command that goes on with this run, as it was started."""
+    words = ["packforcing", "train", recipe, "--out", str(folder)]
+    for setting in settings:
+        words += ["--set", setting]
+    if vae is not None:
+        words += ["--vae", vae]
+    count = os.environ.get("WORLD_SIZE", "1")
+    if count != "1":
+        words[:1] = ["torchrun", "--nproc-per-node", count, "-m", "packforcing_cli"]
+    return shlex.join(words)
+
+
+def _introduce(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, *, verbose: bool) -> None:
+    import torch
+
+    steps = recipe.train.steps
+    # The newest may be cut short by a crash; the trainer says at which step it really goes on.
+    found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    what = {"demo-vae": "the demo's autoencoder", "demo-flow": "the demo's transformer and compressor"}
+    where = "the GPU" if torch.cuda.is_available() else "the CPU"
+    threads = recipe.train.threads or torch.get_num_threads()
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = f" in {count} processes" if count > 1 else ""
+    start = "Continuing" if found else "Starting"
+    talk.say(f"{start} {recipe.kind} in {folder}: {what[recipe.kind]}, {steps} steps on {where}{processes}")
+    talk.say(f"log: {folder / 'metrics.jsonl'}, a checkpoint every {recipe.train.checkpoint_minutes:g} min")
+    if verbose:
+        talk.say(f"{threads} CPU threads, torch {torch.__version__}")
+        talk.say(recipe.model_dump_json())
+
+
+class _Talk:
+    """What the first process says; the others are silent."""
+
+    def __init__(self, *, silent: bool) -> None:
+        self.silent = silent
+
+    def say(self, text: str) -> None:
+        from packforcing_cli.cli import console
+
+        if not self.silent:
+            console.say(text)
+
+
+class _Lines:
+    """Turns the lines of a training's log into a line for people now and then."""
+
+    def __init__(self, steps: int, talk: _Talk) -> None:
+        self._steps, self._talk = steps, talk
+        self._shown = float("-inf")
+        self._marks: list[tuple[float, int]] = []  # (time, step) of the newest steps
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        event = record.get("event")
+        if event is not None:
+            self._event(str(event), {n: v for n, v in record.items() if n not in ("event", "seconds")})
+            return
+        now, step = time.monotonic(), int(record["step"])
+        self._marks = [m for m in self._marks if now - m[0] < SPEED_WINDOW_SECONDS] or self._marks[-1:]
+        self._marks.append((now, step))
+        if step < self._steps and now - self._shown < LINE_EVERY_SECONDS:
+            return
+        self._shown = now
+        figures = {name: value for name, value in record.items() if name not in ("step", "seconds")}
+        self._talk.say(f"step {step}/{self._steps}: {_figures(figures)}{self._speed(step)}")
+
+    def _speed(self, step: int) -> str:
+        from packforcing_cli.cli.progress import clock
+
+        (then, first), (now, last) = self._marks[0], self._marks[-1]
+        if last == first:
+            return ""
+        each = (now - then) / (last - first)
+        return f"; {each:.2f} s a step, {clock((self._steps - step) * each)} left"
+
+    def _event(self, event: str, record: dict[str, Any]) -> None:
+        if event == "pool":
+            self._talk.say("rendering and encoding scenes, once for this folder …")
+        elif event == "start":
+            done = f", {record['step']} of {self._steps} steps done already" if record["step"] else ""
+            self._talk.say(f"{record['parameters']:,} parameters{done}")
+        elif event == "evaluate":
+            step = record.pop("step")
+            self._talk.say(f"step {step}, averaged weights: {_figures(record)}")
+
+
+def _figures(values: dict[str, Any]) -> str:
+    """Named numbers as text; a table among them in brackets."""
+    return ", ".join(
+        f"{name} ({_figures(value)})" if isinstance(value, dict) else f"{name} {value:.4g}"
+        for name, value in values.items()
+    )
+
+
+class _Stop:
+    """The first Ctrl-C or SIGTERM asks to stop after the step, the next one stops at once.
+
+    Under torchrun one Ctrl-C arrives twice (from the terminal and from torchrun), so only the first one counts there.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _caught(self, number: int, _frame: FrameType | None) -> None:
+        if self.code and os.environ.get("WORLD_SIZE", "1") == "1":
+            raise KeyboardInterrupt
+        self.code = self.code or 128 + number
+
+
+def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> int:
+    """Train. Returns: 0, or the exit code of a run that was stopped. Raises: PackforcingError."""
+    from packforcing_cli.errors import DiskFullError
+
+    lines = _Lines(recipe.train.steps, talk)
+    with _Stop() as stop:
+        try:
+            figures = _train(recipe, folder, lines, stop)
+        except KeyboardInterrupt:
+            talk.say(f"Stopped at once; the steps since the newest checkpoint are lost. To go on: {again}")
+            return stop.code or 130
+        except Exception as error:
+            if _is_full_disk(error):
+                raise DiskFullError(
+                    f"the disk is full: {folder} could not be written",
+                    hint=f"Free some space, then go on: {again}",
+                ) from error
+            raise
+    if figures["steps"] < recipe.train.steps:
+        talk.say(f"Stopped at step {figures['steps']}, a checkpoint is saved. To go on: {again}")
+        return stop.code or 130
+    return 0
+
+
+def _train(recipe: DemoVae | DemoFlow, folder: Path, lines: _Lines, stop: _Stop) -> dict[str, Any]:
+    if recipe.kind == "demo-vae":
+        from packforcing_cli.training import demo_vae
+
+        return demo_vae.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+    from packforcing_cli.training import demo_flow
+
+    return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+
+
+def _is_full_disk(error: Exception) -> bool:
+    import errno
+
+    # safetensors wraps the system's error in its own, as text.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
+
+
+def _report(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk) -> None:
+    """What was made: the path on stdout, what to do with it on stderr."""
+    from packforcing_cli.cli import console
+
+    if recipe.kind == "demo-vae":
+        result = folder / "vae"
+        talk.say(f"Done. Next: packforcing train demo-flow --vae {shlex.quote(str(folder))}")
+    else:
+        result = folder / "package"
+        talk.say(
+            'Done. Try it: packforcing generate "a red circle moving right on a blue background"'
+            f" --model {shlex.quote(str(result))}"
+        )
+    console.result(str(result))

@@ -1,0 +1,566 @@
+"""packforcing generate, as a person and as a program sees it, with a tiny package of random weights."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from packforcing_cli import planner, registry, rollout, video
+from packforcing_cli.compressor import Compressor, CompressorConfig
+from packforcing_cli.registry import CacheDefaults, CodecFactsRecord, Manifest, Schedule, write_package
+from packforcing_cli.text import build_encoder
+from packforcing_cli.training.demo_text import build_demo_tokenizer, tiny_umt5_config
+from packforcing_cli.transformer import TransformerConfig, WanTransformer
+from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec
+from packforcing_cli.video import VideoReader
+
+PROMPT = "a red circle"
+VOCABULARY = ("a", "red", "circle", "moving", "right")
+
+# The frozen shape of `generate --json`, schema 1. A changed or lost key needs a new schema number.
+RESULT_SHAPE: dict[str, Any] = {
+    "schema": int,
+    "path": str,
+    "prompt": str,
+    "seed": int,
+    "model": str,
+    "device": str,
+    "dtype": str,
+    "size": list,
+    "fps": int,
+    "frames": int,
+    "blocks": int,
+    "seconds": float,
+    "interrupted": bool,
+    "warnings": list,
+    "command": str,
+    "figures": {
+        "load_seconds": float,
+        "total_seconds": float,
+        "first_frame_seconds": float,
+        "block_seconds_p50": float,
+        "block_seconds_p95": float,
+        "stall_seconds": float,
+        "fps": float,
+        "realtime_factor": float,
+        "kv_bytes": {
+            "stored": int,
+            "current": int,
+            "raw_keys": int,
+            "backups": int,
+            "bank": int,
+            "live": int,
+        },
+        "full_cache_bytes": int,
+        "peak_memory_bytes": int,
+    },
+}
+
+
+def write_tiny(folder: Path, *, nan: bool = False) -> Path:
+    """A package that makes a block of noise in a few hundredths of a second."""
+    torch.manual_seed(0)
+    config = TransformerConfig(
+        num_layers=1, num_attention_heads=1, attention_head_dim=16, ffn_dim=16, text_dim=64, freq_dim=16
+    )
+    transformer = WanTransformer(config)
+    if nan:
+        torch.nn.init.constant_(transformer.proj_out.bias, torch.nan)
+    codec = TinyCodec(TinyAutoencoder(TinyAutoencoderConfig.demo()))
+    manifest = Manifest(
+        name="tiny",
+        version="0.1",
+        title="Random weights",
+        license="Apache-2.0",
+        size=(64, 64),
+        fps=16,
+        trained_frames=80,
+        text_length=12,
+        cache=CacheDefaults(frames_per_block=4, sink_blocks=1, mid_span="1"),
+        schedule=Schedule(kind="euler", steps=1, shift=5.0, guidance=1.0),
+        codec=CodecFactsRecord.of(codec),
+        vocabulary=VOCABULARY,
+    )
+    build_demo_tokenizer(folder.parent / "tokenizer")
+    write_package(
+        folder,
+        manifest,
+        transformer=transformer,
+        compressor=Compressor(CompressorConfig(dim=config.dim, widths=(4, 8, 8, 16))),
+        vae=codec.module,
+        text_encoder=build_encoder(tiny_umt5_config().to_dict()),
+        tokenizer_dir=folder.parent / "tokenizer",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("generate") / "tiny")
+
+
+@pytest.fixture
+def generate(run_command: Any, package: Path) -> Callable[..., Any]:
+    """Run `packforcing generate` with the tiny package, three blocks long unless said otherwise."""
+
+    def run(*arguments: str, prompt: str = PROMPT) -> Any:
+        return run_command("generate", prompt, "--model", str(package), "--seconds", "3", *arguments)
+
+    return run
+
+
+def num_frames(path: Path) -> int:
+    return sum(1 for _ in VideoReader(path))
+
+
+def assert_shape(values: Any, shape: dict[str, Any], where: str = "") -> None:
+    assert list(values) == list(shape), where
+    for name, kind in shape.items():
+        if isinstance(kind, dict):
+            assert_shape(values[name], kind, f"{where}.{name}")
+        else:
+            assert isinstance(values[name], kind), f"{where}.{name} is {values[name]!r}"
+
+
+def assert_one_message(result: Any, code: int, said: str, next_step: str) -> None:
+    """One line of error and one of what to do next are the end of the talk; stdout is empty."""
+    assert (result.code, result.out) == (code, ""), result.err
+    assert "Traceback" not in result.err
+    error, hint = result.err.rstrip("\n").split("\n")[-2:]
+    assert error.startswith("error: ")
+    assert said in error
+    assert next_step in hint
+
+
+# ----------------------------------------------------------------------------------------------- what comes out
+
+
+def test_stdout_is_the_path_and_stderr_is_the_talk(generate: Any, tmp_path: Path) -> None:
+    result = generate("--seed", "7", "--progress", "plain")
+    assert (result.code, result.out) == (0, "a-red-circle.mp4\n")
+    said = result.err.splitlines()
+    assert said[0] == (
+        "tiny on cpu (fp32), 64x64, seed 7; 3 s in whole blocks: 3 = 45 frames = 2.81 s at 16 fps"
+    )
+    assert said[1].startswith("block 1/3: 0:01 of 0:03, ")
+    assert said[2].startswith("block 3/3: 0:03 of 0:03, ")
+    assert "sink " in said[2] and "recent " in said[2] and "a full cache for this video: " in said[2]
+    assert said[3].startswith("3 blocks, 45 frames (2.81 s) in ")
+    assert len(said) == 4
+    reader = VideoReader(tmp_path / "a-red-circle.mp4")
+    assert (num_frames(reader.path), reader.width, reader.height, reader.fps) == (45, 64, 64, 16)
+    assert {**reader.metadata, "model": "tiny", "prompt": PROMPT, "seed": "7"} == reader.metadata
+    assert [p.name for p in tmp_path.iterdir()] == ["a-red-circle.mp4"]
+
+
+def test_the_json_is_frozen(generate: Any) -> None:
+    result = generate("--json", "-q", "-o", "clip")
+    assert (result.code, result.err) == (0, "")
+    values = json.loads(result.out)
+    assert values["schema"] == 1
+    assert_shape(values, RESULT_SHAPE)
+    assert (values["path"], values["frames"], values["blocks"]) == ("clip.mp4", 45, 3)
+    assert (values["interrupted"], values["device"], values["dtype"]) == (False, "cpu", "fp32")
+
+
+def test_every_line_of_json_progress_is_an_event(generate: Any) -> None:
+    result = generate("--progress", "json", prompt="a red elephant")
+    events = [json.loads(line) for line in result.err.splitlines()]
+    names = [event["event"] for event in events]
+    assert names == ["note", "warning", "start", "block", "block", "block", "done", "note"]
+    assert events[1]["text"].startswith("this model does not know: elephant. It understands: a red circle")
+    assert [event["index"] for event in events[3:6]] == [0, 1, 2]
+    assert set(events[3]) == {
+        "event",
+        "index",
+        "seconds",
+        "stages",
+        "eta_seconds",
+        "fps",
+        "kv_bytes",
+        "full_cache_bytes",
+        "bank_blocks",
+        "recalled",
+        "device_memory_bytes",
+        "host_memory_bytes",
+    }
+    failed = generate("--progress", "json", "--select", "best")
+    (event,) = [json.loads(line) for line in failed.err.splitlines()]
+    assert (failed.code, event["event"], event["exit_code"]) == (2, "error", 2)
+
+
+def test_the_live_display_shows_speed_memory_and_what_was_recalled(
+    generate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    result = generate("--progress", "rich", "--seconds", "5")
+    assert result.out == "a-red-circle.mp4\n"
+    for text in (
+        "0:05 of 0:05, block 5 of 5",
+        "blocks/s",
+        "FPS",
+        "sink ",
+        "mid 2 of 3 blocks",
+        "recent ",
+        "a full cache for this video",
+        "host ",
+        "recalled",
+        "0:01–0:0",
+    ):
+        assert text in result.err, result.err
+    assert result.err.splitlines()[-1].startswith("5 blocks, 77 frames")
+    assert "\x1b[3" not in result.err  # colours
+
+
+def test_quiet_says_nothing_and_progress_none_only_the_frame_of_the_run(generate: Any) -> None:
+    assert generate("-q").err == ""
+    said = generate("--progress", "none").err.splitlines()
+    assert len(said) == 2
+    assert said[0].startswith("tiny on cpu")
+    assert said[1].startswith("3 blocks")
+
+
+def test_verbose_tells_model_memory_and_sampler(generate: Any) -> None:
+    said = generate("-v", "--seconds", "1").err
+    assert (
+        "memory: packforcing: sink 1, recent 1, top-k 16 of a bank of 256, affinity-recent, mid-span 1"
+        in said
+    )
+    assert "euler, 1 steps, guidance 1" in said
+
+
+def test_names_come_from_the_prompt_and_never_collide(generate: Any, tmp_path: Path) -> None:
+    assert [generate("-q", "--seconds", "1").out for _ in range(2)] == [
+        "a-red-circle.mp4\n",
+        "a-red-circle-2.mp4\n",
+    ]
+    (tmp_path / "videos").mkdir()
+    assert generate("-q", "--seconds", "1", "-o", "videos").out == "videos/a-red-circle.mp4\n"
+    assert generate("-q", "--seconds", "1", "--overwrite").out == "a-red-circle.mp4\n"
+
+
+def test_the_prompt_can_come_from_standard_input(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a red circle\n"))
+    assert generate("-q", "--seconds", "1", prompt="-").out == "a-red-circle.mp4\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(" \n"))
+    assert_one_message(generate(prompt="-"), 2, "PROMPT : is empty", "packforcing generate")
+
+
+def test_another_size_than_trained_is_a_warning(generate: Any) -> None:
+    result = generate("--size", "96x64", "--seconds", "1", "--json")
+    assert "warning: tiny was trained at 64x64; other sizes may look wrong" in result.err
+    values = json.loads(result.out)
+    assert (values["size"], len(values["warnings"])) == ([96, 64], 1)
+
+
+# --------------------------------------------------------------------------------------------------- the plan
+
+
+def test_the_command_of_a_dry_run_repeats_the_plan(generate: Any, run_command: Any, tmp_path: Path) -> None:
+    options = "--size 96x64 --seconds 12.3456 --steps 3 --guidance 1.5 --crf 20 --bank unlimited --top-k 3"
+    for arguments in (
+        options.split(),
+        ["--policy", "window", "--seed", "3"],
+        ["--parity", "paper", "-o", "x y.mp4"],
+    ):
+        first = generate(*arguments, "--dry-run", prompt='two "red" circles')
+        assert first.code == 0
+        command = first.out.splitlines()[-1].removeprefix("command").strip()
+        program, *words = shlex.split(command)
+        assert program == "packforcing"
+        assert run_command(*words, "--dry-run").out == first.out
+        as_json = json.loads(run_command(*words, "--dry-run", "--json").out)
+        assert (as_json["command"], as_json["fits"]) == (command, True)
+        assert as_json["downloads"] == []
+    assert as_json["memory"]["select"] == "affinity"
+    assert as_json["memory"]["sink_blocks"] == 1  # the package's own
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_shows_what_the_video_will_be_and_cost(generate: Any) -> None:
+    said = generate("--seconds", "60", "--dry-run").out
+    for text in ("64x64, 16 fps, 957 frames = 59.81 s", "60 of 4 latent frames", "a full cache: ", "about "):
+        assert text in said
+    names = [line.split("  ")[0] for line in said.splitlines()]
+    assert names == [
+        "model",
+        "video",
+        "blocks",
+        "seed",
+        "memory",
+        "KV memory",
+        "peak memory",
+        "disk",
+        "output",
+        "downloads",
+        "fits",
+        "command",
+    ]
+
+
+def test_a_prompt_that_looks_like_an_option_is_repeated_safely(package: Path, run_command: Any) -> None:
+    first = run_command("generate", "--model", str(package), "--dry-run", "--seed", "1", "--", "-x ray")
+    words = shlex.split(first.out.splitlines()[-1].removeprefix("command"))[1:]
+    assert words[-2:] == ["--", "-x ray"]
+    assert run_command(words[0], "--dry-run", *words[1:]).out == first.out
+
+
+# ------------------------------------------------------------------------------------------------- wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "next_step"),
+    [
+        (["--seconds", "-5"], "--seconds -5.0: must be above 0", "--seconds 60"),
+        (["--seconds", "0"], "--seconds 0.0: must be above 0", "--seconds 60"),
+        (["--seconds", "nan"], "--seconds nan", "--seconds 60"),
+        (["--seconds", "1e9"], "at most 86400", "--seconds 60"),
+        (["--size", "70x64"], "multiples of 16", "tiny was made for 64x64"),
+        (["--select", "best"], "--select best: must be one of", "--help"),
+        (["--policy", "windows"], "did you mean window?", "--help"),
+        (["--parity", "papers"], "--parity papers: must be paper", "--help"),
+        (["--dtype", "int4"], "--dtype int4", "--help"),
+        (["--device", "tpu"], "--device tpu: is unknown", "cuda:1"),
+        (["--progress", "jsn"], "did you mean json?", "--progress plain"),
+        (["--guidance", "nan"], "--guidance nan", "--help"),
+        (["--seed", "-1"], "--seed -1", "--help"),
+        (["--crf", "99"], "--crf 99", "18 looks lossless"),
+        (["--vae", "wan"], "there is no 'wan'", "Leave --vae out"),
+        (["-o", "no/such/a.mp4"], "the folder no/such does not exist", "mkdir -p no/such"),
+        (["-o", "a.avi"], "cannot write a video to a.avi", "ends in .mp4"),
+        (["-o", "-"], "standard output", "-o video.mp4"),
+        (["-o", "/dev/null/a.mp4"], "/dev/null is not a folder", "-o"),
+        (["--model", "dema"], "no model is named 'dema'; did you mean demo", "models list"),
+        (["--model", "wan2.1-1.3b"], "is a family of models", "--model demo"),
+    ],
+)
+def test_wrong_input_is_one_message_with_a_next_step(
+    arguments: list[str], said: str, next_step: str, generate: Any, tmp_path: Path
+) -> None:
+    assert_one_message(generate(*arguments), 2, said, next_step)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_prompt_is_refused(generate: Any) -> None:
+    assert_one_message(generate(prompt=" "), 2, "is empty", 'packforcing generate "a red circle')
+
+
+def test_existing_outputs_are_refused(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"mine")
+    assert_one_message(generate("-o", "a.mp4"), 2, "a.mp4 exists", "--overwrite")
+    (tmp_path / "b.part.mp4").write_bytes(b"mine")
+    assert_one_message(generate("-o", "b.mp4"), 2, "an interrupted run left it", "--overwrite")
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.part.mp4").read_bytes() == b"mine"
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_not_writable_is_refused(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert_one_message(generate("-o", "locked/a.mp4"), 2, "is not writable", "-o")
+
+
+def test_a_gpu_that_is_not_there_is_an_environment_problem(generate: Any) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert_one_message(generate("--device", "cuda"), 4, "sees no CUDA GPU", "--device cpu")
+
+
+def test_a_missing_or_damaged_package_is_bad_weights(run_command: Any, package: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = run_command("generate", PROMPT, "--model", "empty")
+    assert_one_message(result, 7, "is not a complete model package", "--model demo")
+    copy = tmp_path / "copy"
+    for path in package.rglob("*"):
+        if path.is_file():
+            target = copy / path.relative_to(package)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(path.read_bytes())
+    weights = next((copy / "transformer").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    result = run_command("generate", PROMPT, "--model", str(copy))
+    assert_one_message(result, 7, "is damaged: its sha256 is", "Get the package again")
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+# ------------------------------------------------------------------------------------------ failures on the way
+
+
+def test_a_model_that_makes_nan_fails_with_one_message(
+    run_command: Any, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path
+) -> None:
+    broken = write_tiny(tmp_path_factory.mktemp("nan") / "tiny", nan=True)
+    result = run_command("generate", PROMPT, "--model", str(broken))
+    assert_one_message(result, 1, "block 0 came out as NaN", "--dtype fp32")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_a_later_block_keeps_what_was_made(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = rollout.require_finite
+    monkeypatch.setattr(rollout, "require_finite", lambda x, i: check(x / 0 if i == 2 else x, i))
+    result = generate()
+    assert_one_message(
+        result, 1, "block 2 came out as NaN", "What was made so far plays: a-red-circle.part.mp4"
+    )
+    assert num_frames(tmp_path / "a-red-circle.part.mp4") == 29
+
+
+def test_a_full_disk_keeps_what_was_made(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = os.write, []
+
+    def write_some(fd: int, data: Any) -> int:
+        if len(data) > 1000:  # a block, not a line of talk
+            written.append(len(data))
+        if len(written) > 3:  # the header is the first
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(fd, data)
+
+    monkeypatch.setattr(video.os, "write", write_some)
+    result = generate("--seconds", "8")
+    monkeypatch.undo()
+    assert_one_message(result, 6, "the disk is full", "plays: a-red-circle.part.mp4")
+    assert num_frames(tmp_path / "a-red-circle.part.mp4") > 0
+    assert not (tmp_path / "a-red-circle.mp4").exists()
+
+
+def test_what_does_not_fit_is_refused_with_what_would(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "host_machine", lambda folder=None: planner.Machine(20_000_000, 10**12))
+    result = generate("--policy", "full", "--seconds", "600")
+    assert_one_message(result, 5, "of memory are needed and this machine has", "Try --policy packforcing.")
+    monkeypatch.setattr(planner, "host_machine", lambda folder=None: planner.Machine(10**12, 1000))
+    assert_one_message(generate(), 6, "of disk are needed", "--output")
+    dry = generate("--dry-run")
+    assert dry.code == 0
+    assert "fits         no" in dry.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_says_what_would_fit(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = rollout.require_finite
+
+    def run_out(x: torch.Tensor, i: int) -> None:
+        if i == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        check(x, i)
+
+    monkeypatch.setattr(rollout, "require_finite", run_out)
+    result = generate("--policy", "full", "--seconds", "60")
+    assert_one_message(result, 5, "the memory of this machine ran out", "Try --policy packforcing")
+    assert "plays: a-red-circle.part.mp4" in result.err
+    assert num_frames(tmp_path / "a-red-circle.part.mp4") == 29
+
+
+def test_a_failure_nobody_foresaw_is_one_line_and_keeps_what_was_made(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(registry, "load_model", lambda *_, **__: 1 / 0)
+    result = generate()
+    assert result.code == 1
+    assert result.err.splitlines()[-1].startswith("unexpected error: ZeroDivisionError")
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------------------------------- signals
+
+SLOW = (
+    "--seconds",
+    "600",
+    "--steps",
+    "150",
+    "--progress",
+    "plain",
+    "-o",
+    "v.mp4",
+)  # a block takes about a second
+
+
+def start(package: Path, folder: Path) -> subprocess.Popen[str]:
+    """`packforcing generate` in a process of its own, at work on its second block."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "packforcing_cli", "generate", PROMPT, "--model", str(package), *SLOW],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("block 1/"):
+            return process
+    raise AssertionError(f"ended with {process.wait()} before the first block")
+
+
+def end(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    assert "Traceback" not in err
+    return process.returncode, out, err
+
+
+def whole_blocks(path: Path) -> int:
+    """Number of blocks in a file, which must hold nothing but whole ones."""
+    blocks, rest = divmod(num_frames(path) + 3, 16)
+    assert rest == 0
+    return blocks
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_first_signal_finishes_block_and_file(
+    number: signal.Signals, code: int, package: Path, tmp_path: Path
+) -> None:
+    process = start(package, tmp_path)
+    process.send_signal(number)
+    ended, out, err = end(process)
+    assert (ended, out) == (code, "v.mp4\n")
+    assert "Stopping after this block" in err
+    last = err.splitlines()[-1]
+    assert " of 600 blocks. The whole video: packforcing generate 'a red circle' " in last
+    assert last.endswith(" --overwrite")
+    assert whole_blocks(tmp_path / "v.mp4") >= 2
+    assert not (tmp_path / "v.part.mp4").exists()
+
+
+def test_the_second_signal_stops_at_once_and_the_part_plays(package: Path, tmp_path: Path) -> None:
+    process = start(package, tmp_path)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    ended, out, err = end(process)
+    assert (ended, out) == (130, "")
+    assert "Stopped at once. What was made so far plays: v.part.mp4" in err
+    assert whole_blocks(tmp_path / "v.part.mp4") >= 1
+    assert not (tmp_path / "v.mp4").exists()
+
+
+def test_after_kill_9_the_part_plays(package: Path, tmp_path: Path) -> None:
+    process = start(package, tmp_path)
+    part = tmp_path / "v.part.mp4"
+    size = part.stat().st_size
+    deadline = time.monotonic() + 60
+    while part.stat().st_size == size and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert end(process)[:2] == (-signal.SIGKILL, "")
+    assert whole_blocks(part) >= 1

@@ -1,0 +1,400 @@
+"""What every training shares: the optimiser, checkpoints that survive a kill, recipes, several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import CODEC, randomise
+from torch import Tensor, nn
+
+from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.training import demo_vae, loop, recipes
+from packforcing_cli.training.muon import Muon, orthogonalise
+
+torch.set_num_threads(1)
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+# -- Muon -----------------------------------------------------------------------------------------------------
+
+
+def test_orthogonalising_is_a_polynomial_of_the_singular_values() -> None:
+    """U p(S) V^T by a singular value decomposition, p five times a s + b s^3 + c s^5 (Jordan's coefficients)."""
+    for rows, cols in ((6, 6), (4, 10), (10, 4)):
+        matrices = random(3, rows, cols, seed=rows)
+        u, s, vh = torch.linalg.svd(matrices, full_matrices=False)
+        s = s / s.norm(dim=1, keepdim=True)
+        for _ in range(5):
+            s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+        torch.testing.assert_close(orthogonalise(matrices), u * s[:, None] @ vh)
+
+
+@pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon to compare with")
+def test_muon_equals_that_of_torch_up_to_its_bfloat16() -> None:
+    shapes = [(24, 24), (48, 24), (24, 24), (16, 40)]
+    ours = [nn.Parameter(random(*shape, seed=n, dtype=torch.float32)) for n, shape in enumerate(shapes)]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    start = [p.detach().clone() for p in ours]
+    mine = Muon(ours, lr=0.01, weight_decay=0.1)
+    reference = torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(4):
+        for n, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            a.grad = random(*shapes[n], seed=100 * step + n, dtype=torch.float32)
+            b.grad = a.grad.clone()
+        mine.step()
+        reference.step()
+    for a, b, before in zip(ours, theirs, start, strict=True):
+        assert (a - b).norm() < 0.03 * (b - before).norm()
+
+
+def test_muon_leaves_parameters_without_gradient_alone() -> None:
+    still, moving = (nn.Parameter(random(4, 4, dtype=torch.float32)) for _ in range(2))
+    moving.grad = random(4, 4, seed=1, dtype=torch.float32)
+    before = still.detach().clone()
+    Muon([still, moving], lr=0.1, weight_decay=0.5).step()
+    assert torch.equal(still, before)
+    assert not torch.equal(moving, before)
+
+
+# -- schedules and averages -----------------------------------------------------------------------------------
+
+
+def test_learning_rate_warms_up_holds_and_decays_to_its_floor() -> None:
+    factors = [
+        loop.learning_rate_factor(step, 100, warmup=10, decay_fraction=0.5, floor=0.1) for step in range(101)
+    ]
+    assert factors[0] == 0.1 and factors[4] == 0.5 and factors[9] == 1
+    assert set(factors[10:51]) == {1.0}
+    assert factors[75] == pytest.approx(0.55) and factors[100] == pytest.approx(0.1)
+    assert factors[50:] == sorted(factors[50:], reverse=True)
+
+
+def test_the_moving_average_forgets_where_it_started() -> None:
+    module = nn.Linear(1, 1, bias=False)
+    average = loop.MovingAverage({"m": module}, 0.8)
+    expected = float(module.weight.detach())
+    for step in range(1, 60):
+        nn.init.constant_(module.weight, float(step))
+        decay = min(0.8, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * step
+        average.update({"m": module}, step)
+    assert float(average.state_of("m")["weight"]) == pytest.approx(expected, rel=1e-5)
+    assert expected == pytest.approx(59 - 4, abs=0.1)  # lags by 1 / (1 - decay) - 1
+
+
+def test_randomness_of_a_step_depends_on_seed_step_and_rank_alone() -> None:
+    def draw(*key: int) -> list[float]:
+        return torch.rand(4, generator=loop.step_generator(*key)).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    keys = [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 0), (12, 3, 0), (1, 23, 0)]
+    assert len({tuple(draw(*key)) for key in keys}) == len(keys)
+
+
+# -- checkpoints ----------------------------------------------------------------------------------------------
+
+
+def training_state(seed: int) -> loop.TrainingState:
+    """Two modules, two optimisers, after three steps."""
+    modules: dict[str, nn.Module] = {
+        "a": nn.Linear(3, 4),
+        "b": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)),
+    }
+    for n, module in enumerate(modules.values()):
+        randomise(module, seed + n)
+    matrices = [p for m in modules.values() for p in m.parameters() if p.ndim == 2]
+    vectors = [p for m in modules.values() for p in m.parameters() if p.ndim != 2]
+    optimizers = [torch.optim.AdamW(vectors, lr=0.01), Muon(matrices, lr=0.02)]
+    state = loop.TrainingState(modules, loop.MovingAverage(modules, 0.9), optimizers)
+    for _ in range(3):
+        advance(state)
+    return state
+
+
+def advance(state: loop.TrainingState) -> float:
+    x = torch.randn(5, 3, generator=loop.step_generator(0, state.step))
+    loss = state.modules["b"](state.modules["a"](x).tanh()).square().mean()
+    for optimizer in state.optimizers:
+        optimizer.zero_grad()
+    loss.backward()
+    for optimizer in state.optimizers:
+        optimizer.step()
+    state.step += 1
+    state.average.update(state.modules, state.step)
+    return float(loss.detach())
+
+
+def test_a_restored_state_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    state = training_state(0)
+    loop.save_checkpoint(tmp_path, state, {"kind": "test"})
+    restored = training_state(50)
+    assert loop.load_checkpoint(tmp_path, restored, {"kind": "test"})
+    assert restored.step == 3
+    assert [advance(restored) for _ in range(5)] == [advance(state) for _ in range(5)]
+    for name, value in state.average.values.items():
+        assert torch.equal(restored.average.values[name], value)
+
+
+def test_tied_weights_survive(tmp_path: Path) -> None:
+    tied = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    tied[1].weight = tied[0].weight
+    modules = {"m": tied}
+    optimizer = torch.optim.AdamW(tied.parameters())
+    state = loop.TrainingState(modules, loop.MovingAverage(modules, 0.9), [optimizer])
+    loop.save_checkpoint(tmp_path, state, {})
+    assert loop.load_checkpoint(tmp_path, state, {})
+
+
+def test_the_newest_two_checkpoints_are_kept_and_a_broken_one_is_passed_over(tmp_path: Path) -> None:
+    state = training_state(0)
+    for _ in range(3):
+        advance(state)
+        loop.save_checkpoint(tmp_path, state, {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "step-0000005.safetensors",
+        "step-0000006.safetensors",
+    ]
+    newest = tmp_path / "step-0000006.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-100])
+    restored = training_state(50)
+    assert loop.load_checkpoint(tmp_path, restored, {})
+    assert restored.step == 5
+    assert not loop.load_checkpoint(tmp_path / "none", restored, {})
+
+
+def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(tmp_path: Path) -> None:
+    state = training_state(0)
+    loop.save_checkpoint(tmp_path, state, {"kind": "demo-vae", "seed": 1})
+    with pytest.raises(UsageError, match="seed: 1 then, 2 now") as caught:
+        loop.load_checkpoint(tmp_path, state, {"kind": "demo-vae", "seed": 2})
+    assert "--out" in caught.value.hint
+    other = training_state(0)
+    other.modules = {"a": nn.Linear(3, 5), "b": other.modules["b"]}
+    with pytest.raises(WeightsError, match="does not fit"):
+        loop.load_checkpoint(tmp_path, other, {"kind": "demo-vae", "seed": 1})
+
+
+def test_a_loss_that_is_not_finite_names_the_step(tmp_path: Path) -> None:
+    loop.require_finite(1.0, 3, tmp_path)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(WeightsError, match="step 7"):
+            loop.require_finite(bad, 7, tmp_path)
+
+
+# -- killed and resumed ---------------------------------------------------------------------------------------
+
+STEPS, KILLED_AT = 20, 10
+
+
+def write_recipe(folder: Path) -> Path:
+    model = {key: json.dumps(value) for key, value in CODEC.to_dict().items()}
+    path = folder / "tiny.toml"
+    path.write_text(
+        'kind = "demo-vae"\n[model]\n'
+        + "\n".join(f"{key} = {value}" for key, value in model.items())
+        + "\n[data]\nclips = 1\nframes = 5\nshrunken_clips = 1\n"
+        + f"[train]\nsteps = {STEPS}\nlearning_rate = 1e-3\nwarmup = 5\nevaluate_every = 1000\nthreads = 1\n"
+        + "checkpoint_minutes = 1e-6\n",  # after every step
+        "utf-8",
+    )
+    return path
+
+
+KILLED = f"""
+import os, signal, sys
+from pathlib import Path
+from packforcing_cli.training import demo_vae, recipes
+
+def kill(record):
+    if record.get("step") == {KILLED_AT} and "loss" in record:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+demo_vae.train(recipes.load(sys.argv[1]), Path(sys.argv[2]), on_log=kill)
+"""
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def losses(run: Path) -> dict[int, set[float]]:
+    """All losses logged for each step: those after the last checkpoint are there twice."""
+    found: dict[int, set[float]] = {}
+    for record in metrics(run):
+        if "loss" in record:
+            found.setdefault(record["step"], set()).add(record["loss"])
+    return found
+
+
+def test_a_run_killed_and_resumed_equals_an_unbroken_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo_vae, "write_result", lambda recipe, state, out: {})
+    path, broken, whole = write_recipe(tmp_path), tmp_path / "broken", tmp_path / "whole"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), str(broken)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    recipe = recipes.load(str(path))
+    assert isinstance(recipe, recipes.DemoVae)
+    for run in (broken, whole):
+        demo_vae.train(recipe, run)
+    starts = [record["step"] for record in metrics(broken) if record.get("event") == "start"]
+    assert starts == [0, KILLED_AT - 1]
+    assert losses(broken) == losses(whole)
+    assert set(losses(whole)) >= {KILLED_AT, STEPS}
+    last = f"checkpoints/step-{STEPS:07d}.safetensors"
+    resumed, unbroken = load_file(broken / last), load_file(whole / last)
+    assert resumed.keys() == unbroken.keys()
+    assert all(torch.equal(resumed[name], value) for name, value in unbroken.items())
+
+
+def test_a_run_writes_a_codec_that_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo_vae, "latent_statistics", partial(demo_vae.latent_statistics, clips=8))
+    recipe = recipes.load(str(write_recipe(tmp_path)), ["train.steps=1"])
+    assert isinstance(recipe, recipes.DemoVae)
+    figures = demo_vae.train(recipe, tmp_path / "run")
+    assert figures["steps"] == 1 and figures["psnr"] > 0
+    values = json.loads((tmp_path / "run/vae/config.json").read_text("utf-8"))
+    assert values.pop("_class_name") == "TinyAutoencoder"
+    statistics = {name: tuple(values[name]) for name in ("latents_mean", "latents_std")}
+    assert demo_vae.TinyAutoencoderConfig.from_dict(values) == dataclasses.replace(CODEC, **statistics)
+    assert all(std > 0 for std in statistics["latents_std"])
+
+
+def test_asked_to_stop_it_saves_and_says_that_it_is_not_finished(tmp_path: Path) -> None:
+    recipe = recipes.load(str(write_recipe(tmp_path)), ["train.checkpoint_minutes=1000"])
+    assert isinstance(recipe, recipes.DemoVae)
+    figures = demo_vae.train(recipe, tmp_path / "run", should_stop=lambda: True)
+    assert figures == {"steps": 1}
+    assert (tmp_path / "run/checkpoints/step-0000001.safetensors").is_file()
+
+
+# -- several processes ----------------------------------------------------------------------------------------
+
+WORKER = """
+import torch
+from packforcing_cli.training.loop import Workers
+
+workers = Workers.start()
+first, second, none = (torch.nn.Parameter(torch.zeros(n, 2)) for n in (3, 1, 2))
+first.grad = torch.full((3, 2), 1.0 + workers.rank)
+if workers.rank:
+    second.grad = torch.full((1, 2), 5.0)
+workers.average_gradients([first, second, none])
+print(workers.count, first.grad.unique().tolist(), second.grad.unique().tolist(), none.grad.unique().tolist(),
+      workers.any_wants(workers.rank == 1), workers.any_wants(False))
+workers.stop()
+"""
+
+
+def test_two_processes_average_their_gradients() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = os.environ | {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "GLOO_SOCKET_IFNAME": "lo",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER],
+            env=shared | {"RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [worker.communicate(timeout=120)[0].strip() for worker in workers]
+    assert said == ["2 [1.5] [2.5] [0.0] True False"] * 2
+
+
+def test_one_process_alone_joins_no_group() -> None:
+    workers = loop.Workers.start()
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.ones(2)
+    workers.average_gradients([parameter])
+    assert (workers, parameter.grad.tolist()) == (loop.Workers(0, 1), [1.0, 1.0])
+    workers.stop()
+
+
+# -- recipes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_shipped_recipe_is_valid_and_says_how_it_is_run(name: str) -> None:
+    recipe = recipes.load(name)
+    assert recipe.kind in ("demo-vae", "demo-flow")
+    if isinstance(recipe, recipes.DemoVae):
+        demo_vae.build(recipe)
+    header = recipes.find(name).read_text("utf-8").split("\n\n")[0]
+    for word in ("packforcing train", "hardware", "data", "result"):
+        assert word in header
+
+
+def test_there_are_recipes_for_both_parts_of_the_demo() -> None:
+    assert {"demo-vae", "demo-flow"} <= set(recipes.names())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("train.stepz=3", "train.stepz: unknown key; nearest known: steps"),
+        ("latent_noize=3", "latent_noize: unknown key; nearest known: latent_noise"),
+        ("data.clip=3", "data.clip: unknown key; nearest known: clips"),
+        ("train.steps=0", "train.steps: Input should be greater than 0"),
+        ("train.learning_rate=fast", "train.learning_rate: "),
+        ("kind=demo-text", "demo-text"),
+        ("train", "key=value"),
+        ("=3", "key=value"),
+        ("kind.name=3", "kind is not a table"),
+    ],
+)
+def test_a_wrong_setting_is_named(setting: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        recipes.load("demo-vae", [setting])
+    assert message in str(caught.value)
+
+
+def test_settings_replace_values_in_order() -> None:
+    recipe = recipes.load(
+        "demo-vae", ["train.steps=7", "train.steps=9", "latent_noise=0.25", "model.activation=relu"]
+    )
+    assert isinstance(recipe, recipes.DemoVae)
+    assert (recipe.train.steps, recipe.latent_noise) == (9, 0.25)
+    assert recipe.model["activation"] == "relu"
+    assert recipe.train.warmup == recipes.load("demo-vae").train.warmup
+
+
+def test_an_impossible_model_is_a_usage_error() -> None:
+    recipe = recipes.load("demo-vae", ["model.encoder_pools=[1]"])
+    assert isinstance(recipe, recipes.DemoVae)
+    with pytest.raises(UsageError, match="recipe model"):
+        demo_vae.build(recipe)
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="demo-vea") as caught:
+        recipes.find("demo-vea")
+    assert "demo-vae" in caught.value.hint
+    with pytest.raises(UsageError, match="does not exist"):
+        recipes.find(str(tmp_path / "mine.toml"))
+    (tmp_path / "broken.toml").write_text("kind = \n", "utf-8")
+    with pytest.raises(UsageError, match="not valid TOML"):
+        recipes.load(str(tmp_path / "broken.toml"))
