@@ -78,6 +78,33 @@ def test_an_untrained_compressor_equals_the_low_resolution_branch_alone_bit_for_
     assert not torch.equal(trained[4:], lr[4:])
 
 
+def test_the_compressor_reads_the_clean_block_and_its_streamed_pixels_after_the_frame_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """LR as in METHOD 10.9: the last pooled frame of the block before and 8 pooled ones; the last two latents."""
+    model, seen = video_model(torch.float32), []
+    commit_tokens = model.transformer.commit_tokens
+
+    def spy(tokens: Tensor, *rest: Any) -> Any:
+        if tokens.shape[1] == 2:  # the compressed ones
+            seen.append(tokens)
+        return commit_tokens(tokens, *rest)
+
+    monkeypatch.setattr(model.transformer, "commit_tokens", spy)
+    made = [block.latents for block in stream(model, num_blocks=5)]
+    assert model.compressor is not None and model.compressor.hr is not None
+    pixels = model.codec.decoder().decode(torch.cat(made, dim=2))
+    small = pixels.reshape(1, 3, -1, 16, 4, 16, 4).mean((4, 6))
+    assert len(seen) == 3  # blocks 0 and 1 are sinks
+    for block, tokens in zip((2, 3, 4), seen, strict=True):
+        start = 13 + 16 * (block - 1)
+        nine = [small[:, :, n : n + 2].mean(2) for n in range(start - 2, start + 16, 2)]
+        lr = model.codec.encoder().encode(torch.stack(nine, 2))[:, :, 1:]
+        expected = model.transformer.patch_embedding(lr) + model.compressor.hr(made[block])
+        expected = expected.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(tokens, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_every_compressor_makes_another_video(model: VideoModel) -> None:
     last = {
         kind: latents(model, WIDE.model_copy(update={"compressor": kind}), num_blocks=5)[-1]
@@ -225,7 +252,7 @@ class Operations(TorchDispatchMode):
     """Counts what torch runs, by operation and shapes of what comes out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.counts: Counter[tuple[str, ...]] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -334,21 +334,22 @@ def packed_loss(
     scene_blocks: tuple[int, ...],
     count: int,
 ) -> Tensor:
-    """Squared velocity errors [count, M] of every full block of an item, for `count` scenes."""
+    """Squared velocity errors [count, K, M] of every full block of an item: `count` scenes, K noise draws each."""
     latents, lr, captions = batch.pick(pool, count)
     latents, lr = latents[:, list(scene_blocks)], lr[:, list(scene_blocks)]
-    x0 = latents[:, list(item.full)]
-    M = len(item.full)
-    sigma = batch.sigmas(count * M, recipe.shift).view(count, M)
+    history = latents[:, list(item.full)]
+    draws, M = recipe.data.packed_draws, len(item.full)
+    x0 = history.repeat(1, draws, 1, 1, 1, 1)
+    sigma = batch.sigmas(count * draws * M, recipe.shift).view(count, draws * M)
     eps = batch.randn(x0.shape)
-    wide = sigma.view(count, M, 1, 1, 1, 1)
+    wide = sigma.view(count, draws * M, 1, 1, 1, 1)
     # Half of the clips meet a slightly noisy history, as their own past errors will be; its timestep stays 0.
     level = (
         batch.rand(count, 1, 1, 1, 1, 1)
         * recipe.data.context_noise
         * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
     )
-    clean = (1 - level) * x0 + level * batch.randn(x0.shape)
+    clean = (1 - level) * history + level * batch.randn(history.shape)
     text = models.transformer.embed_text(embed(models, batch, captions, recipe.data.caption_dropout))
     v = packed_forward(
         models.transformer,
@@ -360,7 +361,7 @@ def packed_loss(
         timesteps=NUM_TRAIN_TIMESTEPS * sigma,
         text=text,
     )
-    return (v - (eps - x0)).square().mean((2, 3, 4, 5))
+    return (v - (eps - x0)).square().mean((2, 3, 4, 5)).unflatten(1, (draws, M))
 
 
 def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -390,11 +391,11 @@ def step_loss(
         add("first", first_loss(models, batch, pools["first"], recipe, data.first_clips))
     item = strict_item(models, data.packed_blocks, generator)
     scene = tuple(range(data.packed_blocks))
-    add("packed", packed_loss(models, batch, pools["short"], recipe, item, scene, data.packed_clips)[:, 1:])
+    add("packed", packed_loss(models, batch, pools["short"], recipe, item, scene, data.packed_clips))
     if data.long_clips and torch.rand((), generator=generator) < data.long_probability:
         item, scene = long_item(models, data.long_blocks, generator)
         error = packed_loss(models, batch, pools["long"], recipe, item, scene, data.long_clips)
-        add("long", error[:, -2:])
+        add("long", error[:, :, -2:])
     return torch.cat(errors).mean(), parts
 
 
@@ -580,7 +581,7 @@ def mean_error(
         first = first_loss(models, batch, pools["first"], recipe, count)
         item = strict_item(models, recipe.data.packed_blocks, batch.generator)
         scene = tuple(range(recipe.data.packed_blocks))
-        later = packed_loss(models, batch, pools["short"], recipe, item, scene, max(1, count // 4))[:, 1:]
+        later = packed_loss(models, batch, pools["short"], recipe, item, scene, max(1, count // 4))[:, :, 1:]
     return {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
 
 

@@ -67,7 +67,7 @@ def _cell_centres(grid: Grid, start: Fraction, span: Fraction) -> Tensor:
     return torch.tensor(cells, dtype=torch.float64)
 
 
-def _groups(item: PackedItem, grid: Grid, head_dim: int) -> list[_Group]:
+def _groups(item: PackedItem, grid: Grid, head_dim: int, draws: int) -> list[_Group]:
     """Query groups in token order: clean, compressed, noisy. Pieces are numbered in the same order."""
     frames = grid.frames_per_block
     clean = {b: n for n, b in enumerate(item.full)}
@@ -111,7 +111,7 @@ def _groups(item: PackedItem, grid: Grid, head_dim: int) -> list[_Group]:
 
     groups = [own(n, n) for n in range(len(item.full))]
     groups += [compressed(block) for block in item.compressed]
-    groups += [own(first_noisy + n, n) for n in range(len(item.full))]
+    groups += [own(first_noisy + n, n % len(item.full)) for n in range(draws * len(item.full))]
     return groups
 
 
@@ -131,19 +131,20 @@ def packed_forward(
     Args:
         clean:      [B,M,C,F,h,w] clean latents of the full blocks (M = len(item.full)), as the commit pass reads them.
         compressed: [B,K,N_c,d] compressor output of the compressed blocks (K = len(item.compressed), may be 0).
-        noisy:      [B,M,C,F,h,w] noisy latents of the full blocks.
-        timesteps:  [B,M] 1000*sigma of each noisy block.
-    Returns: [B,M,C,F,h,w] velocities eps - x0.
+        noisy:      [B,K*M,C,F,h,w] noisy latents of the full blocks, K draws of all of them one after another; the
+                    draws share the clean and compressed tokens and do not see each other.
+        timesteps:  [B,K*M] 1000*sigma of each noisy block.
+    Returns: [B,K*M,C,F,h,w] velocities eps - x0.
     """
     B, M, _, frames, h, w = clean.shape
     tokens = [model.patch(clean[:, n]) for n in range(M)]
     tokens += [compressed[:, n] for n in range(len(item.compressed))]
-    tokens += [model.patch(noisy[:, n]) for n in range(M)]
+    tokens += [model.patch(noisy[:, n]) for n in range(noisy.shape[1])]
     sizes = [t.shape[1] for t in tokens]
     x = torch.cat(tokens, dim=1)
 
     still = torch.zeros(B, 1, dtype=timesteps.dtype, device=timesteps.device)
-    group_of_piece = [0] * (M + len(item.compressed)) + list(range(1, M + 1))
+    group_of_piece = [0] * (M + len(item.compressed)) + list(range(1, noisy.shape[1] + 1))
     index = torch.repeat_interleave(torch.tensor(group_of_piece), torch.tensor(sizes)).to(x.device)
     modulation = model.modulation(torch.cat((still, timesteps), dim=1), index)
 
@@ -155,7 +156,7 @@ def packed_forward(
             (g.query_angles[0].to(x.device, wide), g.query_angles[1].to(x.device, wide)),
             (g.key_angles[0].to(x.device, wide), g.key_angles[1].to(x.device, wide)),
         )
-        for g in _groups(item, grid, model.config.attention_head_dim)
+        for g in _groups(item, grid, model.config.attention_head_dim, noisy.shape[1] // M)
     ]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -176,5 +177,5 @@ def packed_forward(
     start = sum(sizes[: M + len(item.compressed)])
     tail = model.modulation(timesteps)
     _, ph, pw = model.config.patch_size
-    cells = model.head(x[:, start:], tail).unflatten(1, (M, -1)).flatten(0, 1)
-    return model.unpatch(cells, frames, h // ph, w // pw).unflatten(0, (B, M))
+    cells = model.head(x[:, start:], tail).unflatten(1, (noisy.shape[1], -1)).flatten(0, 1)
+    return model.unpatch(cells, frames, h // ph, w // pw).unflatten(0, (B, noisy.shape[1]))

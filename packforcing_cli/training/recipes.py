@@ -81,6 +81,7 @@ class FlowData(_Strict):
     long_blocks: int = Field(default=24, ge=10)
     packed_clips: int = Field(gt=0)
     packed_blocks: int = Field(ge=2)
+    packed_draws: int = Field(default=1, ge=1, description="noise draws that share a clip's clean pass")
     long_clips: int = Field(ge=0)
     long_probability: float = Field(default=1.0, ge=0, le=1)
     first_clips: int = Field(ge=0)
