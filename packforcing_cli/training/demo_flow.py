@@ -469,41 +469,40 @@ def train(
         "seed": settings.seed,
         "workers": workers.count,
     }
-    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log)
-    log.write(event="pool")
-    pools = {
-        name: build_pool(
-            out / "pool" / f"{name}-{workers.rank}.safetensors",
-            codec,
-            scenes=max(1, scenes // workers.count),
-            blocks=blocks,
-            seed=data.seed * 1000 + workers.rank,
+    with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
+        log.write(event="pool")
+        pools = {
+            name: build_pool(
+                out / "pool" / f"{name}-{workers.rank}.safetensors",
+                codec,
+                scenes=max(1, scenes // workers.count),
+                blocks=blocks,
+                seed=data.seed * 1000 + workers.rank,
+            )
+            for name, scenes, blocks in (
+                ("first", data.first_scenes, 1),
+                ("short", data.short_scenes, data.short_blocks),
+                ("long", data.long_scenes, data.long_blocks),
+            )
+            if scenes
+        }
+        finished = loop.run(
+            state,
+            settings,
+            lambda generator: step_loss(models, pools, recipe, generator),
+            out=out,
+            facts=facts,
+            workers=workers,
+            log=log,
+            evaluate=lambda: {
+                f"sigma {sigma:g}": mean_error(models, pools, recipe, sigma) for sigma in EVALUATED_SIGMAS
+            },
+            should_stop=should_stop,
         )
-        for name, scenes, blocks in (
-            ("first", data.first_scenes, 1),
-            ("short", data.short_scenes, data.short_blocks),
-            ("long", data.long_scenes, data.long_blocks),
-        )
-        if scenes
-    }
-    finished = loop.run(
-        state,
-        settings,
-        lambda generator: step_loss(models, pools, recipe, generator),
-        out=out,
-        facts=facts,
-        workers=workers,
-        log=log,
-        evaluate=lambda: {
-            f"sigma {sigma:g}": mean_error(models, pools, recipe, sigma) for sigma in EVALUATED_SIGMAS
-        },
-        should_stop=should_stop,
-    )
-    figures: dict[str, Any] = {"steps": state.step}
-    if finished and workers.rank == 0:
-        figures |= write_result(recipe, state, models, codec, tokenizer_dir, out)
-        log.write(event="done", **figures)
-    log.close()
+        figures: dict[str, Any] = {"steps": state.step}
+        if finished and workers.rank == 0:
+            figures |= write_result(recipe, state, models, codec, tokenizer_dir, out)
+            log.write(event="done", **figures)
     workers.stop()
     return figures
 

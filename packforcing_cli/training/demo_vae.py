@@ -83,23 +83,22 @@ def train(
     modules = {"vae": model}
     state = loop.TrainingState(modules, loop.MovingAverage(modules, settings.average), [optimizer])
     facts = {"kind": recipe.kind, "model": json.dumps(recipe.model, sort_keys=True), "seed": settings.seed}
-    log = loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log)
-    finished = loop.run(
-        state,
-        settings,
-        lambda generator: _loss(model, recipe, generator),
-        out=out,
-        facts=facts,
-        workers=workers,
-        log=log,
-        evaluate=lambda: evaluate(recipe, state),
-        should_stop=should_stop,
-    )
-    figures: dict[str, Any] = {"steps": state.step}
-    if finished and workers.rank == 0:
-        figures |= write_result(recipe, state, out)
-        log.write(event="done", **figures)
-    log.close()
+    with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
+        finished = loop.run(
+            state,
+            settings,
+            lambda generator: _loss(model, recipe, generator),
+            out=out,
+            facts=facts,
+            workers=workers,
+            log=log,
+            evaluate=lambda: evaluate(recipe, state),
+            should_stop=should_stop,
+        )
+        figures: dict[str, Any] = {"steps": state.step}
+        if finished and workers.rank == 0:
+            figures |= write_result(recipe, state, out)
+            log.write(event="done", **figures)
     workers.stop()
     return figures
 

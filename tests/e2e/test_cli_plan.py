@@ -206,7 +206,7 @@ def test_every_memory_option_reaches_the_plan(run_command: Any) -> None:
         (["--select", "best"], "--select best: must be one of", "--help"),
         (["--policy", "windows"], "did you mean window?", "--help"),
         (["--bank", "-1"], "--bank -1", "--bank 256"),
-        (["--mid-span", "fit", "--sink-blocks", "9"], "fit is impossible", "--mid-span 1"),
+        (["--mid-span", "fit", "--sink-blocks", "19"], "fit is impossible", "--mid-span 1"),
         (["--mid-span", "9"], "at most frames_per_block 4, got 9", "--mid-span"),
         (["--recent-blocks", "0"], "recent_blocks must be at least 1", "--recent-blocks 1"),
         (["--frames-per-block", "3"], "demo is not known with 3", "--frames-per-block 4"),
