@@ -25,7 +25,6 @@ from torch import Tensor, nn
 from packforcing_cli.errors import WeightsError
 
 BRANCHES = ("hr+lr", "hr", "lr")
-TIME_ROWS = 2  # rows of compressed tokens in time, for blocks of 3 and of 4 frames (METHOD 3.5)
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ M = TypeVar("M", bound=nn.Module)
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "compressor"]
 REQUIRED_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "tokenizer")
 
-_AGAIN = "Get the package again; for the demo: pip install --force-reinstall packforcing."
+_AGAIN = "Get the package again; for the demo, install packforcing again from a fresh checkout."
 
 
 # ------------------------------------------------------------------------------------------------- manifest
@@ -310,7 +310,7 @@ def find_package(name_or_folder: str | Path) -> Path:
     Raises: UsageError for a family (facts without weights), an unknown name, or a folder that does not exist.
     """
     name = str(name_or_folder)
-    if name == "demo":
+    if name_or_folder == "demo":  # a Path of that name is a folder
         return DEMO_FOLDER
     folder = Path(name).expanduser()
     if isinstance(name_or_folder, Path) or folder.is_dir() or os.sep in name or name.startswith((".", "~")):

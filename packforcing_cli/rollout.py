@@ -127,7 +127,10 @@ def layout_for(model: VideoModel, memory: MemoryOptions, *, size: tuple[int, int
 
 
 def with_package_defaults(model: VideoModel, memory: MemoryOptions) -> MemoryOptions:
-    """Fill in the package's own settings where the person set nothing, or `compressor` "auto"."""
+    """Fill in the package's own settings where the person set nothing, or `compressor` "auto".
+
+    A package without a compressor is run with the LR branch alone, which needs no weights.
+    """
     own = model.manifest.cache.model_dump()
     memory = memory.with_defaults(own)
     return (
@@ -198,11 +201,17 @@ def stream_generate(
         seed=seed,
         compressed_context=memory.compressed_context,
     )
-    compress = BlockCompressor(model, memory.compressor)
+    compress = BlockCompressor(model, memory.compressor) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
     text = transformer.embed_text(prompt.conditional)
     empty = None if prompt.unconditional is None else transformer.embed_text(prompt.unconditional)
-    shape = (1, transformer.config.in_channels, layout.grid.frames_per_block, *latent_size(layout.grid))
+    shape = (
+        1,
+        transformer.config.in_channels,
+        layout.grid.frames_per_block,
+        layout.grid.latent_rows,
+        layout.grid.latent_cols,
+    )
     for i in range(num_blocks):
         watch = Stopwatch(model.device)
         with watch.stage("denoise"):
@@ -223,7 +232,7 @@ def stream_generate(
         with watch.stage("decode"):
             pixels = decoder.decode(x0)
         with watch.stage("compress"):
-            backup = compress(cache, i, x0, pixels, kv, text)
+            backup = None if compress is None else compress(cache, i, x0, pixels, kv, text)
         with watch.stage("commit"):
             selected = context.selected.cpu()
             cache.commit(i, kv)
@@ -300,11 +309,6 @@ def branches(model: VideoModel, kind: str) -> Compressor:
             )
         network.hr = model.compressor.hr
     return network.eval()
-
-
-def latent_size(grid: Grid) -> tuple[int, int]:
-    """Latent height and width of a frame."""
-    return grid.latent_rows, grid.latent_cols
 
 
 def to_uint8(pixels: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ What a file goes through; after every single write the bytes on disk play up to 
     write   NAME.part.mp4   [ftyp moov][free......block 0]                 one box, which players skip,
                             [ftyp moov][free][moof mdat]                   opened by changing one byte
     write   NAME.part.mp4   [ftyp moov][free][moof mdat][free][moof mdat]  block 1
-    close   NAME.tmp.mp4    [ftyp moov mdat]                               stream copy, index in front, fsync
+    close   a hidden file   [ftyp moov mdat]                               stream copy, index in front, fsync
             NAME.mp4                                                       rename, folder fsync, part removed
 
 A block is encoded by a fresh encoder with fixed options and one thread, and flushed: a closed group whose
@@ -30,6 +30,7 @@ import errno
 import io
 import os
 import queue
+import secrets
 import shlex
 import struct
 import threading
@@ -499,7 +500,7 @@ def remux(
 ) -> int:
     """Copy the video stream of `source` into an ordinary MP4, without re-encoding, whole or not at all.
 
-    The copy is made beside `target` (NAME.tmp.mp4, index in front), fsynced and renamed; `source` stays.
+    The copy is made beside `target` (a hidden file, index in front), fsynced and renamed; `source` stays.
 
     Args:
         metadata:   keys and values of the new file.
@@ -508,7 +509,7 @@ def remux(
     Returns: the number of frames copied.
     Raises: DiskFullError; VideoError if `source` cannot be read or lacks frames, or `target` has appeared.
     """
-    temporary = target.with_name(f"{target.stem}.tmp.mp4")
+    temporary = target.with_name(f".{secrets.token_hex(8)}.mp4")  # never a name that somebody else's file has
     count = 0
     try:
         with (

@@ -132,3 +132,6 @@ def save(
         folder / file_name,
         metadata={"format": "pt"},
     )
+    (folder / file_name).chmod(
+        (folder / CONFIG).stat().st_mode
+    )  # safetensors makes files for their owner alone

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from packforcing_cli.errors import MemoryFitError
     from packforcing_cli.planner import Machine, Plan
     from packforcing_cli.registry import VideoModel
-    from packforcing_cli.rollout import Block, Prompt, Result, Schedule
+    from packforcing_cli.rollout import Block, Prompt, Result
+    from packforcing_cli.sampler import Schedule
 
 SCHEMA = 1
 
@@ -320,7 +321,7 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
 
     plan = job.plan
     if as_json:
-        extra = {
+        extra: dict[str, Any] = {
             "seed": job.request.seed,
             "device": str(job.device),
             "output": str(job.path),

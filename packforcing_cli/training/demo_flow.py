@@ -12,9 +12,10 @@ mids. Figures behind the choices: the project's DEMO study. Needs torch and tran
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -152,7 +153,7 @@ class Pool:
 
 def build_pool(path: Path, codec: TinyCodec, *, scenes: int, blocks: int, seed: int) -> Pool:
     """Render and encode `scenes` scenes of `blocks` blocks, or read them from `path` if it holds them already."""
-    wanted = {"scenes": str(scenes), "blocks": str(blocks), "seed": str(seed)}
+    wanted = {"scenes": str(scenes), "blocks": str(blocks), "seed": str(seed), "vae": fingerprint(codec)}
     if path.is_file():
         with safe_open(path, framework="pt") as handle:
             if handle.metadata() == wanted:
@@ -176,6 +177,16 @@ def build_pool(path: Path, codec: TinyCodec, *, scenes: int, blocks: int, seed: 
     save_file({"latents": pool.latents, "lr": pool.lr, "caption": pool.caption}, part, wanted)
     part.replace(path)
     return pool
+
+
+def fingerprint(codec: TinyCodec) -> str:
+    """Hash of an autoencoder's weights and latent statistics: latents of different ones must not be mixed."""
+    digest = hashlib.sha256(
+        repr((codec.module.config.latents_mean, codec.module.config.latents_std)).encode()
+    )
+    for name, value in sorted(codec.module.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()
@@ -452,7 +463,7 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     workers = loop.Workers.start()
-    device = torch.device("cuda", workers.rank) if torch.cuda.is_available() else torch.device("cpu")
+    device = workers.device
     codec = load_codec(recipe)
     tokenizer_dir = out / f"tokenizer{workers.rank}"
     demo_text.build_demo_tokenizer(tokenizer_dir)
@@ -468,6 +479,8 @@ def train(
         "model": json.dumps(recipe.model.model_dump(mode="json"), sort_keys=True),
         "seed": settings.seed,
         "workers": workers.count,
+        "shift": recipe.shift,
+        "vae": fingerprint(codec),
     }
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         log.write(event="pool")
@@ -514,29 +527,39 @@ def write_result(
     codec: TinyCodec,
     tokenizer_dir: Path,
     out: Path,
+    *,
+    averaged: bool = True,
+    provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write `out/package/` from the averaged weights."""
+    """Write `out/package/` from the averaged weights, or from the last ones."""
     from packforcing_cli.training import demo_package
 
     for name, module in models.modules().items():
-        module.load_state_dict(state.average.state_of(name))
+        if averaged:
+            module.load_state_dict(state.average.state_of(name))
         module.eval()
-    provenance = {
+    facts = {
         "recipe": recipe.kind,
         "steps": state.step,
-        "settings": recipe.model_dump(mode="json", exclude={"vae", "init"}),
+        "weights": "averaged" if averaged else "last",
+        "settings": recipe.model_dump(mode="json", exclude={"vae"}),
         "data": "packforcing_cli.training.world, rendered; no other data",
+        "vae": fingerprint(codec),
+        **(provenance or {}),
     }
-    demo_package.write(
-        out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=provenance
-    )
+    demo_package.write(out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=facts)
     return {"result": str(out / "package")}
 
 
-def pack_checkpoint(recipe: DemoFlow, out: Path) -> dict[str, Any]:
+def pack_checkpoint(
+    recipe: DemoFlow, out: Path, *, averaged: bool = True, provenance: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Write `out/package/` from the newest checkpoint of a run, finished or not.
 
-    Raises: UsageError if the run has no checkpoint, or is of another recipe.
+    Args:
+        averaged:   take the moving average; False = the last weights, better soon after the data mix was changed.
+        provenance: entries that replace those of the recipe, such as the phases of a run.
+    Raises: UsageError if the run has no checkpoint.
     """
     codec = load_codec(recipe)
     tokenizer_dir = out / "tokenizer0"
@@ -550,7 +573,10 @@ def pack_checkpoint(recipe: DemoFlow, out: Path) -> dict[str, Any]:
         raise UsageError(
             f"{out} has no checkpoint to pack", hint="Train first: packforcing train demo-flow --out DIR"
         )
-    return {"steps": state.step, **write_result(recipe, state, models, codec, tokenizer_dir, out)}
+    figures = write_result(
+        recipe, state, models, codec, tokenizer_dir, out, averaged=averaged, provenance=provenance
+    )
+    return {"steps": state.step, **figures}
 
 
 def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:

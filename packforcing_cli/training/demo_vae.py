@@ -76,7 +76,7 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     workers = loop.Workers.start()
-    model = build(recipe)
+    model = build(recipe).to(workers.device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -135,7 +135,8 @@ def _loss(
     model: TinyAutoencoder, recipe: DemoVae, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     data = recipe.data
-    pixels = draw_clips(generator, data.clips + data.shrunken_clips, data.frames)
+    device = next(model.parameters()).device
+    pixels = draw_clips(generator, data.clips + data.shrunken_clips, data.frames).to(device)
     groups = [("full", 1.0, pixels[: data.clips])]
     if data.shrunken_clips:
         groups.append(("shrunken", recipe.shrunken_weight, F.avg_pool3d(pixels[data.clips :], (1, 4, 4))))
@@ -143,7 +144,7 @@ def _loss(
     parts: dict[str, float] = {}
     for name, weight, clips in groups:
         z = model.encode(clips)
-        noise = torch.randn(z.shape, generator=generator) * recipe.latent_noise
+        noise = torch.randn(z.shape, generator=generator).to(device) * recipe.latent_noise
         out = model.decode(z + noise, clamp=False)
         error = F.mse_loss(out, clips)
         loss = F.l1_loss(out, clips) + 2 * error + recipe.latent_penalty * z.square().mean()

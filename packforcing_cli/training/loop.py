@@ -27,6 +27,7 @@ from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.training.recipes import Train
 
 LOG_EVERY = 10  # steps
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,16 +36,21 @@ class Workers:
 
     rank: int = 0
     count: int = 1
+    device: torch.device = CPU
 
     @classmethod
     def start(cls) -> Workers:
-        """Join the group torchrun announced through WORLD_SIZE, or be alone."""
+        """Join the group torchrun announced through WORLD_SIZE, or be alone; takes this process's GPU if any."""
         count = int(os.environ.get("WORLD_SIZE", "1"))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
         if count == 1:
-            return cls()
+            return cls(device=device)
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-        return cls(dist.get_rank(), count)
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+        return cls(dist.get_rank(), count, device)
 
     def stop(self) -> None:
         """Leave the group."""
@@ -55,7 +61,7 @@ class Workers:
         """Whether any process wishes it. All of them must ask, and all of them get the same answer."""
         if self.count == 1:
             return wish
-        flag = torch.tensor(float(wish), device="cuda" if torch.cuda.is_available() else "cpu")
+        flag = torch.tensor(float(wish), device=self.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
@@ -160,15 +166,18 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
 
     Args:
         facts: what must be as it was when the checkpoint was written; None = do not compare.
-    Raises: UsageError if it was written by another recipe (`facts` differ), naming the difference.
+    Raises: UsageError if it was written by another recipe (`facts` differ), naming the difference; WeightsError if
+        there are checkpoints and none can be read.
     """
+    unreadable: list[str] = []
     for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
         try:
             with safe_open(path, framework="pt") as handle:
                 metadata = handle.metadata() or {}
                 tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
         except (SafetensorError, OSError):
-            continue  # cut short by a kill before the rename could happen on this file system: use the one before
+            unreadable.append(path.name)  # the file system lost its end in a crash: use the one before
+            continue
         stored = json.loads(metadata["facts"])
         facts = stored if facts is None else facts
         differing = sorted(k for k in {*stored, *facts} if stored.get(k) != facts.get(k))
@@ -180,7 +189,14 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
             )
         _restore(state, tensors)
         state.step = int(metadata["step"])
+        for name in unreadable:
+            (folder / name).rename(folder / f"{name}.bad")
         return True
+    if unreadable:
+        raise WeightsError(
+            f"no checkpoint in {folder} can be read: {', '.join(unreadable)}",
+            hint="Remove the folder to start again, or use another --out.",
+        )
     return False
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from packforcing_cli.errors import UsageError
 
@@ -55,7 +55,7 @@ class DemoVae(_Strict):
     train: Train
     latent_noise: float = 0.1
     latent_penalty: float = 1e-3
-    shrunken_weight: float = Field(default=0.15, ge=0, description="weight of the shrunken clips' loss")
+    shrunken_weight: float = Field(default=1.0, ge=0, description="weight of the shrunken clips' loss")
 
 
 class FlowModel(_Strict):
@@ -89,6 +89,14 @@ class FlowData(_Strict):
     context_noise: float = Field(default=0.15, ge=0, lt=1)
     seed: int = 1
 
+    @model_validator(mode="after")
+    def _items_fit_scenes(self) -> FlowData:
+        if self.packed_blocks > self.short_blocks:
+            raise ValueError(f"packed_blocks {self.packed_blocks} exceeds short_blocks {self.short_blocks}")
+        if self.long_clips and (self.long_scenes == 0 or self.long_blocks < 10):
+            raise ValueError("long_clips need long_scenes of at least 10 long_blocks")
+        return self
+
 
 class DemoFlow(_Strict):
     kind: Literal["demo-flow"]
@@ -120,7 +128,7 @@ def names() -> list[str]:
 def find(name: str) -> Path:
     """Path of a recipe by name or file. Raises: UsageError naming the nearest recipes."""
     path = Path(name)
-    if path.suffix == ".toml" or path.exists():
+    if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
             raise UsageError(
                 f"recipe file {name} does not exist", hint=f"Shipped recipes: {', '.join(names())}."

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from packforcing_cli import planner, registry, rollout, video
+from packforcing_cli import planner, registry, rollout
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.registry import CacheDefaults, CodecFactsRecord, Manifest, Schedule, write_package
 from packforcing_cli.text import build_encoder
@@ -161,7 +161,7 @@ def test_stdout_is_the_path_and_stderr_is_the_talk(generate: Any, tmp_path: Path
     assert said[3].startswith("3 blocks, 45 frames (2.81 s) in ")
     assert len(said) == 4
     reader = VideoReader(tmp_path / "a-red-circle.mp4")
-    assert (num_frames(reader.path), reader.width, reader.height, reader.fps) == (45, 64, 64, 16)
+    assert (num_frames(reader.path), reader.width, reader.height, int(reader.fps)) == (45, 64, 64, 16)
     assert {**reader.metadata, "model": "tiny", "prompt": PROMPT, "seed": "7"} == reader.metadata
     assert [p.name for p in tmp_path.iterdir()] == ["a-red-circle.mp4"]
 
@@ -422,7 +422,7 @@ def test_a_full_disk_keeps_what_was_made(
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data)
 
-    monkeypatch.setattr(video.os, "write", write_some)
+    monkeypatch.setattr(os, "write", write_some)
     result = generate("--seconds", "8")
     monkeypatch.undo()
     assert_one_message(result, 6, "the disk is full", "plays: a-red-circle.part.mp4")

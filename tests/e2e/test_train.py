@@ -65,7 +65,9 @@ def _cheap_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 def vae_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished demo-vae run."""
     folder = tmp_path_factory.mktemp("train") / "vae"
-    demo_vae.train(recipes.load("demo-vae", settings(VAE, train__steps="1")[1::2]), folder)
+    recipe = recipes.load("demo-vae", settings(VAE, train__steps="1")[1::2])
+    assert recipe.kind == "demo-vae"
+    demo_vae.train(recipe, folder)
     return folder
 
 
@@ -74,7 +76,8 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let a signal reach this process in a step of demo-vae."""
 
     def set_up(step: int, number: int, times: int = 1) -> None:
-        loss, calls = demo_vae._loss, []
+        loss = demo_vae._loss
+        calls: list[None] = []
 
         def counted(*arguments: Any) -> Any:
             calls.append(None)
