@@ -1,8 +1,9 @@
-"""Check that a video plays, has the right number of frames, is not blank and moves. Usage: check_video.py FILE FRAMES"""
+"""Check that a video plays, has the right number of frames, is not blank and moves: check_video.py FILE FRAMES"""
 
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,9 +15,11 @@ def main(path: str, wanted: str) -> None:
     assert len(frames) == int(wanted), f"{len(frames)} frames instead of {wanted}"
     contrast = [float(frame.std()) for frame in frames]
     assert min(contrast) > 5, f"a frame is blank: contrast {min(contrast):.1f} of 255"
-    changes = [float(np.abs(a - b).mean()) for a, b in zip(frames, frames[1:], strict=False)]
+    changes = [float(np.abs(a - b).mean()) for a, b in pairwise(frames)]
     assert np.median(changes) > 0.2, f"nothing moves: median change {np.median(changes):.2f} of 255"
-    print(f"{path}: {len(frames)} frames, contrast {min(contrast):.0f}+, median change {np.median(changes):.2f}")
+    print(
+        f"{path}: {len(frames)} frames, contrast {min(contrast):.0f}+, median change {np.median(changes):.2f}"
+    )
 
 
 main(*sys.argv[1:])

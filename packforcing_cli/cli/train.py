@@ -170,13 +170,13 @@ class _Lines:
 
     def _event(self, event: str, record: dict[str, Any]) -> None:
         if event == "pool":
-            self._talk.say("rendering and encoding scenes, once for this folder …")
+            self._talk.say("scenes are rendered and encoded, once for this folder …")
         elif event == "start":
             done = f", {record['step']} of {self._steps} steps done already" if record["step"] else ""
             self._talk.say(f"{record['parameters']:,} parameters{done}")
         elif event == "evaluate":
             step = record.pop("step")
-            self._talk.say(f"step {step}, averaged weights: {_figures(record)}")
+            self._talk.say(f"step {step}, evaluated: {_figures(record)}")
 
 
 def _figures(values: dict[str, Any]) -> str:

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from packforcing_cli.config import MemoryOptions
-from packforcing_cli.registry import VideoModel, load_model
+from packforcing_cli.errors import UsageError
+from packforcing_cli.registry import MANIFEST, VideoModel, load_model, read_manifest
 from packforcing_cli.rollout import grid_for, stream_generate
 from packforcing_cli.training import detectors, world
 
@@ -103,10 +103,13 @@ def _median(values: Iterable[float]) -> float:
     return float(torch.tensor(list(values), dtype=torch.float64).median())
 
 
-def contact_strip(frames: Tensor, count: int) -> Tensor:
-    """`count` evenly spaced frames of [T,H,W,3], side by side: [H, count*W, 3]."""
-    picks = torch.linspace(0, len(frames) - 1, count).round().long()
-    return torch.cat(list(frames[picks]), dim=1)
+def record_in_package(folder: Path, scores: dict[str, Any]) -> None:
+    """Put a summary into the manifest of a package, as `provenance.scores`; nothing else in it changes."""
+    manifest = read_manifest(folder)
+    changed = manifest.model_copy(update={"provenance": {**manifest.provenance, "scores": scores}})
+    part = folder / f"{MANIFEST}.part"
+    part.write_text(changed.to_json(), encoding="utf-8")
+    part.replace(folder / MANIFEST)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -122,26 +125,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--policy", default="packforcing")
     parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument(
+        "--record", type=Path, default=None, help="package folder whose manifest takes the summary"
+    )
     values = parser.parse_args(arguments)
     if values.threads:
         torch.set_num_threads(values.threads)
     model = load_model(values.model)
     memory = MemoryOptions(policy=values.policy)
-    records = (
-        [json.loads(line) for line in values.out.read_text().splitlines()] if values.out.exists() else []
+    weights = model.manifest.files["transformer/diffusion_pytorch_model.safetensors"].sha256[:16]
+    setting = {"weights": weights, "policy": values.policy, "seconds": values.seconds}
+    known = (
+        [json.loads(line) for line in values.out.read_text("utf-8").splitlines()]
+        if values.out.exists()
+        else []
     )
-    known = {(record["prompt"], record["seed"]) for record in records}
+    if any(record["setting"] != setting for record in known):
+        raise UsageError(
+            f"{values.out} holds scores of another setting than {setting}", hint="Use another --out."
+        )
+    wanted = [
+        (prompt, 1000 * (seed + 1) + number)
+        for seed in range(values.first_seed, values.first_seed + values.seeds)
+        for number, prompt in enumerate(held_out_prompts(values.prompts))
+    ]
+    records = [record for record in known if (record["prompt"], record["seed"]) in wanted]
+    done = {(record["prompt"], record["seed"]) for record in records}
     with values.out.open("a", encoding="utf-8") as handle:
-        for seed in range(values.first_seed, values.first_seed + values.seeds):
-            for number, prompt in enumerate(held_out_prompts(values.prompts)):
-                wanted = 1000 * (seed + 1) + number
-                if (prompt, wanted) in known:
-                    continue
-                records.append(score_video(model, prompt, seed=wanted, seconds=values.seconds, memory=memory))
+        for prompt, seed in wanted:
+            if (prompt, seed) not in done:
+                record = score_video(model, prompt, seed=seed, seconds=values.seconds, memory=memory)
+                records.append({"setting": setting, **record})
                 handle.write(json.dumps(records[-1]) + "\n")
                 handle.flush()
-                print(f"{len(records)}: {prompt} -> {records[-1]['last']}", file=sys.stderr)
-    print(json.dumps(summarise(records), indent=2))
+                print(f"{len(records)}: {prompt} -> {record['last']}", file=sys.stderr)
+    summary = {**setting, **summarise(records)}
+    if values.record is not None:
+        record_in_package(values.record, summary)
+    print(json.dumps(summary, indent=2))
 
 
 if __name__ == "__main__":
