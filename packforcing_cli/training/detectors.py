@@ -44,6 +44,7 @@ _NEAR = 25.0  # levels: farther from the background's colour than this is left o
 _FAINT = 20.0  # levels: a subject that differs less than this is no subject
 _SMALLEST_AREA = 0.4 * 2 * TRIANGLE_HALF_BASE * 2 * TRIANGLE_HALF_HEIGHT / 2 * RADIUS[0] ** 2  # px
 _STANDSTILL = 0.3 * SPEED[0]  # px a frame
+_BASELINE = 4  # frames over which a movement is measured: at most 8 px of the 64 after which it would wrap
 _SHAPE_FRAMES = 24  # frames of a clip that the shape is read from
 _CROP = 64  # px: window around the subject
 _GAINS = (0.75, 1.2)  # how much darker or lighter a shade of a named colour may be
@@ -257,12 +258,14 @@ def _centres(cover: Tensor) -> Tensor:
 
 
 def _direction(centres: Tensor, visible: Tensor, width: int, height: int) -> tuple[str, float]:
-    both = visible[1:] & visible[:-1]
+    # Over a few frames, because a codec may show a movement in fewer steps than there are frames.
+    baseline = min(_BASELINE, len(centres) - 1)
+    both = visible[baseline:] & visible[:-baseline]
     if not bool(both.any()):
         return NONE, 0.0
     size = torch.tensor([width, height], dtype=centres.dtype, device=centres.device)
-    steps = (centres[1:] - centres[:-1])[both]
-    steps = (steps + size / 2) % size - size / 2
+    steps = (centres[baseline:] - centres[:-baseline])[both]
+    steps = ((steps + size / 2) % size - size / 2) / baseline
     usual = steps.median(0).values
     steady = ((steps - usual).abs() < 1).all(1)  # a jump is no speed
     x, y = (steps[steady].mean(0) if bool(steady.any()) else usual).tolist()
