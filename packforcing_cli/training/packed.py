@@ -1,8 +1,8 @@
 """Packed teacher forcing: every block of a clip trained in one pass, each in exactly the context it meets at inference.
 
-The layers run once over [clean | compressed | noisy] tokens of all blocks. In every layer each query group (the clean
-tokens of a block, its compressed tokens, its noisy tokens) attends the keys of its view, rotated to the slots of that
-view, and its own tokens; no masks.
+The layers run once over [clean | compressed | noisy] tokens of all blocks. In every layer each piece (the clean tokens
+of a block, its compressed tokens, its noisy tokens) attends the keys of its view, rotated to the slots of that view,
+and its own tokens; no masks. Pieces that share a view are one attention call over a common, once rotated context.
 
     tokens      c0 c1 c2 c3 c4 | m2 m3 | x0 x1 x2 x3 x4          cI clean, mI compressed, xI noisy
     noisy x4    sees c0 c1 (sinks)  m2 (mid)  c3 (recent)  x4     at the slots layout.py gives block 4
@@ -16,7 +16,7 @@ dropped. Knows no data, loss or optimiser. Source: METHOD 2.4, 5 and 7.6; teache
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -56,10 +56,12 @@ class PackedItem:
 
 @dataclass(frozen=True)
 class _Group:
-    query: int
-    keys: tuple[int, ...]
-    query_angles: tuple[Tensor, Tensor]
-    key_angles: tuple[Tensor, Tensor]
+    """Pieces of equal length that see one context at the same slots: a clean block and its noisy draws, say."""
+
+    pieces: tuple[int, ...]
+    context: tuple[int, ...]
+    angles: tuple[Tensor, Tensor]
+    context_angles: tuple[Tensor, Tensor] | None  # None without a context
 
 
 def _cell_centres(grid: Grid, start: Fraction, span: Fraction) -> Tensor:
@@ -92,27 +94,29 @@ def _groups(item: PackedItem, grid: Grid, head_dim: int, draws: int) -> list[_Gr
         places += [block_at(start) for start in view.slots.recent_starts]
         contexts.append((keys, places))
 
-    def own(piece: int, n: int) -> _Group:
-        keys, places = contexts[n]
-        place = block_at(item.views[n].slots.current_start)
-        return _Group(piece, (*keys, piece), angles([place]), angles([*places, place]))
+    def group(pieces: tuple[int, ...], keys: tuple[int, ...], places: list[Tensor], own: Tensor) -> _Group:
+        return _Group(pieces, keys, angles([own]), angles(places) if places else None)
 
-    def compressed(block: int) -> _Group:
-        if item.sinks is None:
-            n = clean[block]
-            keys, places = contexts[n]
-            start = item.views[n].slots.current_start
-        else:
-            keys = tuple(clean[b] for b in item.sinks)
-            places = [block_at(Fraction(n * frames)) for n in range(len(item.sinks))]
-            start = Fraction(len(item.sinks) * frames)
-        place = _cell_centres(grid, start, Fraction(frames))
-        return _Group(packed[block], (*keys, packed[block]), angles([place]), angles([*places, place]))
-
-    groups = [own(n, n) for n in range(len(item.full))]
-    groups += [compressed(block) for block in item.compressed]
-    groups += [own(first_noisy + n, n % len(item.full)) for n in range(draws * len(item.full))]
+    groups = []
+    for n, (view, (keys, places)) in enumerate(zip(item.views, contexts, strict=True)):
+        noisy = tuple(first_noisy + n + draw * len(item.full) for draw in range(draws))
+        groups.append(group((n, *noisy), keys, places, block_at(view.slots.current_start)))
+    if item.sinks is None:
+        for block in item.compressed:
+            keys, places = contexts[clean[block]]
+            start = item.views[clean[block]].slots.current_start
+            own = _cell_centres(grid, start, Fraction(frames))
+            groups.append(group((packed[block],), keys, places, own))
+    elif item.compressed:
+        keys = tuple(clean[b] for b in item.sinks)
+        places = [block_at(Fraction(n * frames)) for n in range(len(item.sinks))]
+        own = _cell_centres(grid, Fraction(len(item.sinks) * frames), Fraction(frames))
+        groups.append(group(tuple(packed[b] for b in item.compressed), keys, places, own))
     return groups
+
+
+def _cast(angles: tuple[Tensor, Tensor], like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return angles[0].to(like.device, dtype), angles[1].to(like.device, dtype)
 
 
 def packed_forward(
@@ -150,28 +154,31 @@ def packed_forward(
 
     wide = x.dtype if x.dtype == torch.float64 else torch.float32
     groups = [
-        _Group(
-            g.query,
-            g.keys,
-            (g.query_angles[0].to(x.device, wide), g.query_angles[1].to(x.device, wide)),
-            (g.key_angles[0].to(x.device, wide), g.key_angles[1].to(x.device, wide)),
+        replace(
+            g,
+            angles=_cast(g.angles, x, wide),
+            context_angles=None if g.context_angles is None else _cast(g.context_angles, x, wide),
         )
         for g in _groups(item, grid, model.config.attention_head_dim, noisy.shape[1] // M)
     ]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         qs, ks, vs = q.split(sizes, 1), k.split(sizes, 1), v.split(sizes, 1)
-        return torch.cat(
-            [
-                attention(
-                    rope.rotate(qs[g.query], *g.query_angles),
-                    rope.rotate(torch.cat([ks[n] for n in g.keys], 1), *g.key_angles),
-                    torch.cat([vs[n] for n in g.keys], 1),
-                )
-                for g in groups
-            ],
-            dim=1,
-        )
+        attended: dict[int, Tensor] = {}
+        for g in groups:
+            P = len(g.pieces)
+            own_q, own_k, own_v = (
+                torch.stack([t[n] for n in g.pieces], 1).flatten(0, 1) for t in (qs, ks, vs)
+            )  # [B*P,S,N,D]
+            keys, values = rope.rotate(own_k, *g.angles), own_v
+            if g.context_angles is not None:
+                past = rope.rotate(torch.cat([ks[n] for n in g.context], 1), *g.context_angles)
+                keys = torch.cat((past.repeat_interleave(P, 0), keys), 1)
+                past = torch.cat([vs[n] for n in g.context], 1)
+                values = torch.cat((past.repeat_interleave(P, 0), values), 1)
+            out = attention(rope.rotate(own_q, *g.angles), keys, values).unflatten(0, (B, P))
+            attended |= {n: out[:, i] for i, n in enumerate(g.pieces)}
+        return torch.cat([attended[n] for n in range(len(sizes))], dim=1)
 
     x = model.run_layers(x, modulation, text, attend)
     start = sum(sizes[: M + len(item.compressed)])
