@@ -204,7 +204,9 @@ def stream_generate(
     compress = BlockCompressor(model, memory.compressor) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
     text = transformer.embed_text(prompt.conditional)
-    empty = None if prompt.unconditional is None else transformer.embed_text(prompt.unconditional)
+    guided = text  # of both passes of classifier-free guidance, which run as one
+    if prompt.unconditional is not None:
+        guided = transformer.embed_text(torch.cat((prompt.conditional, prompt.unconditional)))
     shape = (
         1,
         transformer.config.in_channels,
@@ -217,9 +219,8 @@ def stream_generate(
         with watch.stage("denoise"):
             context = cache.context(i)
             x0 = denoise_block(
-                partial(velocity, model, text, context),
+                partial(velocity, model, guided, context),
                 schedule,
-                unconditional=None if empty is None else partial(velocity, model, empty, context),
                 seed=seed,
                 block=i,
                 shape=shape,
@@ -250,7 +251,7 @@ def stream_generate(
 
 
 def velocity(model: VideoModel, text: TextKV, context: CacheContext, x: Tensor, sigma: float) -> Tensor:
-    """The transformer's prediction for a block whose frames all have one noise level."""
+    """The transformer's prediction for each prompt in `text`, the block's frames all at one noise level."""
     timesteps = torch.full((1, x.shape[2]), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x.device)
     out: Tensor = model.transformer(x, timesteps, text, context)
     return out

@@ -22,7 +22,7 @@ from packforcing_cli.errors import UsageError
 
 NUM_TRAIN_TIMESTEPS = 1000
 Velocity = Callable[[Tensor, float], Tensor]
-"""(x [B,C,F,h,w], sigma) -> velocity of the same shape."""
+"""(x [B,C,F,h,w], sigma) -> velocity of the same shape; under guidance [2B,C,F,h,w], the unconditional ones last."""
 
 
 def shifted(s: float, shift: float) -> float:
@@ -112,7 +112,6 @@ def denoise_block(
     velocity: Velocity,
     schedule: Schedule,
     *,
-    unconditional: Velocity | None = None,
     seed: int,
     block: int,
     shape: Sequence[int],
@@ -122,9 +121,9 @@ def denoise_block(
     """Noise -> clean latents of one block.
 
     Args:
-        velocity:      conditional prediction; called with x in `dtype`.
-        unconditional: prediction with the empty prompt; needed when guidance is not 1, unused otherwise.
-        shape:         [B,C,F,h,w].
+        velocity: prediction; called with x in `dtype`. When guidance is not 1 it answers for the prompt and for the
+                  empty prompt at once, see `Velocity`.
+        shape:    [B,C,F,h,w].
     Returns: x0 [B,C,F,h,w] in `dtype`. The state between steps is float32 (float64 for float64 models).
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -135,8 +134,8 @@ def denoise_block(
     def predict(x: Tensor, sigma: float) -> Tensor:
         v = velocity(x.to(dtype), sigma).to(wide)
         if schedule.guidance != 1.0:
-            assert unconditional is not None, "guidance needs an unconditional prediction"
-            u = unconditional(x.to(dtype), sigma).to(wide)
+            assert v.shape[0] == 2 * x.shape[0], "guidance needs an unconditional prediction"
+            v, u = v.chunk(2)
             v = u + schedule.guidance * (v - u)
         return v
 

@@ -380,12 +380,17 @@ class WanTransformer(nn.Module):
     def _layers(self) -> list[Layer]:
         return [layer for layer in self.blocks if isinstance(layer, Layer)]
 
-    def _attend_in(self, context: Context) -> Attend:
+    def _attend_in(self, context: Context, batch: int) -> Attend:
         cos, sin = rope.angles(context.positions, self.config.attention_head_dim)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            keys, values = context.layer(layer, rope.rotate(k, cos, sin), v, _token_sum(q))
-            return attention(rope.rotate(q, cos, sin), keys, values)
+            turned, q_sum = rope.rotate(q, cos, sin), _token_sum(q)
+            rows = zip(*(t.split(batch) for t in (turned, rope.rotate(k, cos, sin), v, q_sum)), strict=True)
+            out = [
+                attention(q_row, *context.layer(layer, k_row, v_row, sum_row))
+                for q_row, k_row, v_row, sum_row in rows
+            ]
+            return out[0] if len(out) == 1 else torch.cat(out)
 
         return attend
 
@@ -397,12 +402,16 @@ class WanTransformer(nn.Module):
         Args:
             latents:   [B,C,F,h,w] noisy latents of the block.
             timesteps: [B,F] 1000*sigma of each latent frame.
-        Returns: [B,C,F,h,w] velocity eps - x0, same dtype as latents. The context is not changed.
+            text:      P*B rows (or one for all): the block under P prompts, which share the context; the first prompt
+                       decides what `affinity` recalls.
+        Returns: [P*B,C,F,h,w] velocity eps - x0, same dtype as latents. The context is not changed.
         """
         frames, (h, w) = latents.shape[2], latents.shape[3:]
         _, ph, pw = self.config.patch_size
-        modulation = self.modulation(timesteps)
-        x = self.run_layers(self.patch(latents), modulation, text, self._attend_in(context))
+        prompts = max(1, text.layers[0][0].shape[0] // latents.shape[0])
+        attend = self._attend_in(context, latents.shape[0])
+        modulation = self.modulation(timesteps.repeat(prompts, 1))
+        x = self.run_layers(self.patch(latents).repeat(prompts, 1, 1), modulation, text, attend)
         return self.unpatch(self.head(x, modulation), frames, h // ph, w // pw)
 
     def commit(self, latents: Tensor, text: TextKV, context: Context) -> BlockKV:
@@ -417,7 +426,7 @@ class WanTransformer(nn.Module):
         modulation = self.modulation(
             torch.zeros(tokens.shape[0], 1, dtype=torch.float64, device=tokens.device)
         )
-        attend = self._attend_in(context)
+        attend = self._attend_in(context, tokens.shape[0])
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
         layers = self._layers()
         x = tokens

@@ -135,7 +135,7 @@ def test_a_perfect_student_arrives_in_any_number_of_steps() -> None:
 
 def test_guidance_extrapolates_from_the_unconditional_prediction() -> None:
     schedule = Schedule.build("euler", steps=3, shift=2.0, guidance=2.5)
-    guided = run(lambda x, s: 0.4 * x + s, schedule, unconditional=lambda x, s: 0.1 * x - s)
+    guided = run(lambda x, s: torch.cat((0.4 * x + s, 0.1 * x - s)), schedule)
     plain = Schedule.build("euler", steps=3, shift=2.0)
     expected = run(lambda x, s: (0.1 * x - s) + 2.5 * ((0.4 * x + s) - (0.1 * x - s)), plain)
     torch.testing.assert_close(guided, expected)

@@ -161,6 +161,32 @@ def test_block_by_block_with_a_cache_equals_one_masked_pass(frames_per_block: in
         cache.commit(i, model.commit(clean[:, :, now], text, context))
 
 
+@pytest.mark.parametrize("select", ["affinity", "affinity-recent"])
+def test_several_prompts_in_one_pass_equal_a_pass_for_each(select: Any) -> None:
+    model, blocks = transformer(7), 5
+    grid = Grid(4, 4, 4, layers=2, kv_dim=24, heads=2, dtype_bytes=8)
+    layout = Layout(
+        grid=grid, sink_blocks=1, recent_blocks=1, top_k=1, bank=None, mid_span=1, trained_frames=20
+    )
+    generator = torch.Generator().manual_seed(11)
+    clean = torch.randn(blocks, 1, 4, 4, 8, 8, generator=generator).double()
+    embeds = torch.randn(2, 5, 8, generator=generator).double()
+    each, together = ([], [])
+    for found, rows in ((each, (slice(0, 1), slice(1, 2))), (together, (slice(0, 2),))):
+        cache = KVCache(layout, num_blocks=blocks, dtype=torch.float64, select=select)
+        text = model.embed_text(embeds[:1])
+        for i in range(blocks):
+            context = cache.context(i)
+            times = torch.full((1, 4), 900.0, dtype=torch.float64)
+            found += [model(clean[i], times, model.embed_text(embeds[r]), context) for r in rows]
+            cache.commit(i, kv := model.commit(clean[i], text, context))
+            if cache.needs_backup(i):
+                tokens = model.patch(clean[i])[:, : grid.compressed_tokens]
+                cache.add_backup(i, model.commit_tokens(tokens, text, cache.compressed_context(i)))
+            assert kv.k.shape[1] == 1
+    torch.testing.assert_close(torch.cat(together), torch.cat(each), rtol=1e-10, atol=1e-10)
+
+
 def test_a_commit_keeps_what_a_pass_at_timestep_0_computes() -> None:
     model, generator = transformer(9), torch.Generator().manual_seed(9)
     latents = torch.randn(1, 4, 3, 4, 8, generator=generator, dtype=torch.float64)
@@ -169,7 +195,7 @@ def test_a_commit_keeps_what_a_pass_at_timestep_0_computes() -> None:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.append((k, v, q.sum(1)))
-        return model._attend_in(alone(3, 2, 4))(layer, q, k, v)
+        return model._attend_in(alone(3, 2, 4), 1)(layer, q, k, v)
 
     model.run_layers(
         model.patch(latents), model.modulation(torch.zeros(1, 3, dtype=torch.float64)), text, attend

@@ -78,7 +78,7 @@ def train(
     workers = loop.Workers.start()
     model = build(recipe).to(workers.device)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
+        model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=settings.weight_decay
     )
     modules = {"vae": model}
     state = loop.TrainingState(modules, loop.MovingAverage(modules, settings.average), [optimizer])

@@ -269,6 +269,7 @@ def run(
         should_stop: asked after every step; True saves a checkpoint and ends.
     Returns: whether all steps are done. Raises: WeightsError if the loss is not finite.
     """
+    torch.set_flush_denormal(True)  # a unit that dies leaves denormals behind: 8x slower steps on a CPU
     checkpoints, saved = out / "checkpoints", time.monotonic()
     parameters = [p for module in state.modules.values() for p in module.parameters()]
     peaks = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
