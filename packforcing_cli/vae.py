@@ -124,10 +124,10 @@ class TinyAutoencoderConfig:
     def demo(cls) -> TinyAutoencoderConfig:
         """Configuration of the packaged demo codec: 64x128 pixels, 8x8x4, 16 channels, causal."""
         return cls(
-            encoder_widths=(16, 48, 96),
+            encoder_widths=(32, 64, 96),
             encoder_depths=(1, 1),
             encoder_pools=(1, 2),
-            decoder_widths=(96, 48, 16),
+            decoder_widths=(96, 64, 32),
             decoder_depths=(1, 1),
             decoder_grows=(2, 1),
             block_convs=2,

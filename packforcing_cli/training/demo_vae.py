@@ -4,7 +4,9 @@ Half of what it must do is unusual: the compressor's LR branch re-encodes frames
 4x4-pooled scenes. After training the per-channel mean and standard deviation of raw latents are measured and stored in
 the configuration, so that the transformer works on normalised latents.
 
-Losses: L1 + 2 MSE on unclamped pixels, a small penalty on z^2, noise on z before decoding (values: DEMO study).
+Losses: L1 + 2 MSE on unclamped pixels, the same kind of error of frame differences, a small penalty on z^2, noise on z
+before decoding (values: DEMO study). Without the differences the two frames that are folded together are learned as
+one, and everything moves at half the frame rate for a long time.
 """
 
 from __future__ import annotations
@@ -148,6 +150,8 @@ def _loss(
         out = model.decode(z + noise, clamp=False)
         error = F.mse_loss(out, clips)
         loss = F.l1_loss(out, clips) + 2 * error + recipe.latent_penalty * z.square().mean()
+        moved, really = out.diff(dim=2), clips.diff(dim=2)
+        loss = loss + recipe.motion_weight * (F.l1_loss(moved, really) + 4 * F.mse_loss(moved, really))
         total = total + weight * loss
         parts[f"mse_{name}"] = round(float(error.detach()), 6)
     return total, parts

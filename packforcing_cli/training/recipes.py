@@ -55,6 +55,7 @@ class DemoVae(_Strict):
     train: Train
     latent_noise: float = 0.1
     latent_penalty: float = 1e-3
+    motion_weight: float = Field(default=1.0, ge=0, description="weight of the error of frame differences")
     shrunken_weight: float = Field(default=1.0, ge=0, description="weight of the shrunken clips' loss")
 
 
