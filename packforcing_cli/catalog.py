@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from packforcing_cli.layout import Grid, Span
 
 TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
 WEIGHT_BYTES = 2  # packages hold 16-bit weights
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library allows
 DEMO_FOLDER = Path(__file__).parent / "demo"
 
 
@@ -51,6 +53,9 @@ class ModelFacts:
     default_size:     (width, height) in pixels.
     trained_by_block: latent frames seen in training, by frames_per_block.
     span_by_block:    default slots of a mid block, by frames_per_block, as written in models.toml.
+    codec:            kind of the VAE, "wan" or "tiny".
+    cache:            memory options the model was trained with, by name; empty = the general defaults.
+    branches:         trained branches of its compressor, "hr+lr" or "hr"; "lr" without one: LR needs no weights.
     """
 
     name: str
@@ -73,6 +78,9 @@ class ModelFacts:
     text_params: int
     vae_params: int
     install: str
+    codec: Literal["wan", "tiny"] = "wan"
+    cache: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    branches: str = "lr"
     patch: tuple[int, int, int] = (1, 2, 2)
     spatial_stride: int = 8
     temporal_stride: int = 4
@@ -169,6 +177,16 @@ class ModelFacts:
     def default_size_text(self) -> str:
         return f"{self.default_size[0]}x{self.default_size[1]}"
 
+    def require_weights(self) -> None:
+        """Raises: UsageError for a family, which has no weights to generate with."""
+        if self.kind == "family":
+            names = " or ".join(m.name for m in all_models() if m.kind == "package")
+            raise UsageError(
+                f"{self.name} is a family of models, known for planning and bench; it has no weights to generate"
+                " with",
+                hint=f"Use --model {names}, or the folder of a model package.",
+            )
+
 
 def check_size(size: tuple[int, int], multiple: int, *, name: str, default_size: tuple[int, int]) -> None:
     """Raises: UsageError if a size (width, height) in pixels does not fit a model's token grid."""
@@ -178,6 +196,49 @@ def check_size(size: tuple[int, int], multiple: int, *, name: str, default_size:
         raise UsageError(
             f"size {width}x{height} does not fit: width and height must be multiples of {multiple} pixels",
             hint=f"The nearest size is {near}; {name} was made for {default_size[0]}x{default_size[1]}.",
+        )
+
+
+def check_sampling(
+    name: str, kind: str, num_steps: int, *, steps: int | None, guidance: float | None
+) -> None:
+    """Refuse what a model's schedule cannot do; None = the model's own.
+
+    Args:
+        kind:      "renoise" or "euler".
+        num_steps: the model's own number of steps.
+    Raises: UsageError for guidance, or another number of steps, on a few-step student.
+    """
+    if kind != "renoise":
+        return
+    if steps is not None and steps != num_steps:
+        raise UsageError(
+            f"{name} is a few-step student: it was trained for {num_steps} steps, not {steps}",
+            hint="Leave --steps away.",
+        )
+    if guidance is not None and guidance != 1.0:
+        raise UsageError(
+            f"guidance {guidance:g} does not work with {name}: it is a few-step student, guidance is distilled"
+            " into its weights",
+            hint="Leave --guidance away.",
+        )
+
+
+def check_compressor(name: str, branches: str, wanted: str) -> None:
+    """Raises: UsageError if a compressor needs the HR branch (`wanted`) and the model has none (`branches`)."""
+    if "hr" in wanted and "hr" not in branches:
+        raise UsageError(
+            f"{name} has no trained HR branch, which --compressor {wanted} needs",
+            hint="Use --compressor lr.",
+        )
+
+
+def check_vae(name: str, own: str, wanted: str) -> None:
+    """Raises: UsageError if a VAE (`wanted`) is neither the model's own kind nor a folder."""
+    if wanted != own and (wanted in ("tiny", "wan") or not Path(wanted).is_dir()):
+        raise UsageError(
+            f"model {name} has the VAE {own!r}; there is no {wanted!r}",
+            hint=f"Leave --vae out, or use --vae {own}.",
         )
 
 
@@ -200,14 +261,15 @@ def get(name: str) -> ModelFacts:
 
 
 def of(model: str) -> ModelFacts:
-    """Facts of a model by name, or of the package in a folder.
+    """Facts of a model by name, or of the package in a folder; of an installed model what its manifest says.
 
     Raises: UsageError for an unknown name, naming the nearest; WeightsError for a folder that is not a package.
     """
     folder = Path(model).expanduser()
     if model.lower() not in _load() and folder.is_dir():
         return of_package(folder)
-    return get(model)
+    facts = get(model)
+    return of_package(DEMO_FOLDER) if is_installed(facts) else facts
 
 
 def of_package(folder: Path) -> ModelFacts:
@@ -240,9 +302,12 @@ def of_package(folder: Path) -> ModelFacts:
             trained_by_block=MappingProxyType({frames: manifest["trained_frames"]}),
             span_by_block=MappingProxyType({frames: str(cache_["mid_span"])}),
             schedule=ScheduleFacts(schedule["kind"], steps, schedule["shift"], schedule["guidance"]),
-            text_params=_stored_bytes(manifest, "text_encoder") // WEIGHT_BYTES,
-            vae_params=_stored_bytes(manifest, "vae") // WEIGHT_BYTES,
+            text_params=_stored_params(manifest, folder, "text_encoder"),
+            vae_params=_stored_params(manifest, folder, "vae"),
             install="installed",
+            codec=codec["kind"],
+            cache=MappingProxyType({k: v for k, v in cache_.items() if k != "frames_per_block"}),
+            branches=_branches(parts["compressor"]) if "compressor" in parts else "lr",
             spatial_stride=codec["spatial_stride"],
             temporal_stride=codec["temporal_stride"],
         )
@@ -253,13 +318,34 @@ def of_package(folder: Path) -> ModelFacts:
         ) from error
 
 
-def _stored_bytes(manifest: Mapping[str, Any], part: str) -> int:
-    place = manifest["parts"][part]
-    return sum(
-        record["size"]
-        for name, record in manifest["files"].items()
-        if name.startswith(f"{place}/") and name.endswith(".safetensors")
-    )
+def _branches(folder: Path) -> str:
+    branches: str = json.loads((folder / "config.json").read_text("utf-8"))["branches"]
+    return branches
+
+
+def _stored_params(manifest: Mapping[str, Any], folder: Path, part: str) -> int:
+    """Parameters of a part, counted in the headers of its files.
+
+    A file that is damaged counts by its size at 16 bit; verification says what is wrong with it.
+    """
+    place, found = manifest["parts"][part], 0
+    for name, record in manifest["files"].items():
+        if name.startswith(f"{place}/") and name.endswith(".safetensors"):
+            try:
+                found += _params_in(folder / name)
+            except (OSError, ValueError, KeyError, TypeError):
+                found += record["size"] // WEIGHT_BYTES
+    return found
+
+
+def _params_in(path: Path) -> int:
+    """Parameters in a safetensors file: eight bytes with the length of a JSON header, then that."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path} has no safetensors header")
+        header = json.loads(file.read(length))
+    return sum(math.prod(tensor["shape"]) for name, tensor in header.items() if name != "__metadata__")
 
 
 def is_installed(facts: ModelFacts) -> bool:
@@ -278,6 +364,7 @@ def _facts(name: str, entry: Mapping[str, Any]) -> ModelFacts:
     schedule = dict(values.pop("schedule"))
     steps = schedule.pop("steps")
     width, height = values.pop("size")
+    cache_options = MappingProxyType(values.pop("cache", {}))
     return ModelFacts(
         name=name,
         default_size=(width, height),
@@ -285,6 +372,7 @@ def _facts(name: str, entry: Mapping[str, Any]) -> ModelFacts:
             {int(n): frames for n, frames in values.pop("trained_frames").items()}
         ),
         span_by_block=MappingProxyType({int(n): span for n, span in values.pop("mid_span").items()}),
+        cache=cache_options,
         schedule=ScheduleFacts(steps=(steps,) if isinstance(steps, int) else tuple(steps), **schedule),
         **values,
     )

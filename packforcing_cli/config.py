@@ -15,6 +15,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import random
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -161,9 +162,15 @@ class MemoryOptions(Options):
         )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> MemoryOptions:
-        """Take a package's values for everything that was not set explicitly; names unknown here are left out."""
+        """Take a package's values for everything that was not set explicitly, and for the compressor "auto".
+
+        Names unknown here are left out.
+        """
         known = {name: value for name, value in defaults.items() if name in MemoryOptions.model_fields}
-        return MemoryOptions(**{**known, **self.model_dump(include=self.model_fields_set)})
+        own = self.model_dump(include=self.model_fields_set)
+        if own.get("compressor") == "auto" and "compressor" in known:
+            del own["compressor"]
+        return MemoryOptions(**{**known, **own})
 
     def paper_parity(self) -> MemoryOptions:
         """As in the paper: every layer selects in the first pass over a block, a mid block keeps its full span.
@@ -271,6 +278,11 @@ class GenerateRequest(PlanRequest):
         if kind in ("auto", "cpu", "cuda") and (not colon or (kind == "cuda" and index.isdecimal())):
             return value.strip().lower()
         raise ValueError("is unknown")
+
+
+def random_seed() -> int:
+    """A seed for somebody who gave none: short enough to type."""
+    return random.SystemRandom().randrange(2**31)
 
 
 # ---------------------------------------------------------------------------------------------- where values come from

@@ -8,12 +8,9 @@ accelerator passes its free memory in a Machine.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from packforcing_cli import catalog
@@ -21,6 +18,9 @@ from packforcing_cli.catalog import ModelFacts
 from packforcing_cli.config import MemoryOptions, PlanRequest
 from packforcing_cli.errors import DiskFullError, MemoryFitError
 from packforcing_cli.layout import TEMPORAL_STRIDE, Layout, MemoryBytes, TokenCount
+from packforcing_cli.machine import Machine, host_machine
+
+__all__ = ["Machine", "Plan", "host_machine", "plan"]
 
 SCHEMA = 1
 GROWTH_SECONDS = (5, 10, 30, 60, 120, 300, 600, 1800, 3600)
@@ -34,20 +34,6 @@ DECODER_MAPS = 4
 VIDEO_BITS_PER_PIXEL = 0.15
 VIDEO_COPIES = 2
 HEADROOM = 0.95  # share of the free memory a plan may take
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a plan may use.
-
-    memory_bytes:    free memory where the model runs.
-    disk_free_bytes: free space where the video goes; None = not looked at.
-    device:          a name for messages.
-    """
-
-    memory_bytes: int
-    disk_free_bytes: int | None = None
-    device: str = "this machine"
 
 
 @dataclass(frozen=True)
@@ -101,6 +87,7 @@ class Plan:
     capacity:           bytes of the preallocated cache.
     full_history_bytes: keys and values of everything that was asked for, at full resolution, nothing dropped.
     growth:             the same over time.
+    options:            the memory options, with the model's own where nothing was set.
     peak_bytes:         estimate of the most memory at one time: weights, cache, working memory.
     disk_bytes:         estimate of the disk space while the video is made.
     fits:               whether peak and disk fit the machine; True when no machine was given.
@@ -216,7 +203,8 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
     Raises: UsageError or LayoutError if the request describes no possible video.
     """
     facts = facts or catalog.of(request.model)
-    parts = _Parts(request, facts)
+    own_memory = request.memory.with_defaults(facts.cache)
+    parts = _Parts(request.model_copy(update={"memory": own_memory}), facts)
     peak, disk = parts.peak_bytes, parts.disk_bytes
     fits = machine is None or (_memory_fits(peak, machine) and _disk_fits(disk, machine))
     grid, last = parts.layout.grid, parts.layout.view(parts.blocks - 1)
@@ -235,7 +223,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         frames=grid.frames_for(parts.blocks),
         blocks=parts.blocks,
         latent_frames=parts.blocks * grid.frames_per_block,
-        options=request.memory,
+        options=own_memory,
         layout=parts.layout,
         tokens=parts.layout.tokens(last),
         memory=parts.layout.bytes(last),
@@ -254,15 +242,6 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         suggestion="" if fits or machine is None else _suggestion(parts, machine),
         warnings=_warnings(parts, slot_plan),
     )
-
-
-def host_machine(output_folder: Path | None = None) -> Machine:
-    """This machine's free memory and disk, as the operating system tells; nothing is loaded for it."""
-    disk = None
-    if output_folder is not None:
-        existing = next((p for p in (output_folder, *output_folder.absolute().parents) if p.exists()), None)
-        disk = shutil.disk_usage(existing).free if existing else None
-    return Machine(memory_bytes=_available_memory(), disk_free_bytes=disk)
 
 
 class _Parts:
@@ -401,19 +380,6 @@ def _memory_fits(peak: int, machine: Machine) -> bool:
 
 def _disk_fits(needed: int, machine: Machine) -> bool:
     return machine.disk_free_bytes is None or needed <= machine.disk_free_bytes
-
-
-def _available_memory() -> int:
-    try:
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (AttributeError, OSError, ValueError):
-        return 2**63 - 1  # the system does not say; the plan then never refuses
 
 
 def _gb(size: int) -> str:

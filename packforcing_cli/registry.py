@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "packforcing.json"
 SCHEMA = 1
-DEMO_FOLDER = Path(__file__).parent / "demo"
 
 M = TypeVar("M", bound=nn.Module)
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "compressor"]
@@ -311,27 +310,19 @@ def find_package(name_or_folder: str | Path) -> Path:
     """
     name = str(name_or_folder)
     if name_or_folder == "demo":  # a Path of that name is a folder
-        return DEMO_FOLDER
+        return catalog.DEMO_FOLDER
     folder = Path(name).expanduser()
     if isinstance(name_or_folder, Path) or folder.is_dir() or os.sep in name or name.startswith((".", "~")):
         if not folder.is_dir():
             raise UsageError(f"there is no model folder {name}", hint="Check the path, or use --model demo.")
         return folder
     facts = catalog.get(name)  # UsageError with the nearest names
-    nearest = _nearest_installable(name)
-    if facts.kind == "family":
-        raise UsageError(
-            f"{name} is a family of models, known for planning and bench; it has no weights to generate with",
-            hint=f"Use --model {nearest}, or the folder of a model package.",
-        )
+    facts.require_weights()
+    if facts.name == "demo":
+        return catalog.DEMO_FOLDER
     raise UsageError(
-        f"{name} is not installed", hint=f"Use --model {nearest}, or the folder of a model package."
+        f"{facts.name} is not installed", hint="Use --model demo, or the folder of a model package."
     )
-
-
-def _nearest_installable(name: str) -> str:
-    names = [facts.name for facts in catalog.all_models() if facts.kind == "package"]
-    return (difflib.get_close_matches(name, names, n=1, cutoff=0.0) or ["demo"])[0]
 
 
 def load_model(
@@ -401,11 +392,7 @@ def load_model(
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
     if vae is None or str(vae) == manifest.codec.kind:
         return folder / manifest.parts["vae"]
-    if str(vae) in ("tiny", "wan") or not Path(vae).is_dir():
-        raise UsageError(
-            f"model {manifest.name} has the VAE {manifest.codec.kind!r}; there is no {str(vae)!r}",
-            hint=f"Leave --vae out, or use --vae {manifest.codec.kind}.",
-        )
+    catalog.check_vae(manifest.name, manifest.codec.kind, str(vae))
     return Path(vae)
 
 
@@ -535,6 +522,11 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     if dtype not in _DTYPES:
         raise UsageError(f"unknown dtype {dtype!r}", hint="Use auto, bf16, fp16 or fp32.")
     return _DTYPES[dtype]
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """The name `resolve_dtype` takes: bf16, fp16, fp32."""
+    return next(name for name, known in _DTYPES.items() if known == dtype)
 
 
 # -------------------------------------------------------------------------------------------------- writing

@@ -12,7 +12,6 @@ Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
 
 from __future__ import annotations
 
-import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,12 +23,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog
+from packforcing_cli import __version__, catalog, config
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
 from packforcing_cli.config import MemoryOptions
-from packforcing_cli.errors import GenerationError, UsageError
-from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.errors import GenerationError
+from packforcing_cli.layout import Grid
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.transformer import BlockKV, TextKV
@@ -100,41 +99,12 @@ def schedule_for(model: VideoModel, *, steps: int | None = None, guidance: float
     Raises: UsageError for guidance, or another number of steps, on a few-step student.
     """
     own = model.manifest.schedule
-    if own.kind == "renoise" and steps is not None and steps != len(own.timesteps):
-        raise UsageError(
-            f"{model.name} is a few-step student: it was trained for {len(own.timesteps)} steps, not {steps}",
-            hint="Leave --steps away.",
-        )
+    catalog.check_sampling(model.name, own.kind, own.steps, steps=steps, guidance=guidance)
     return Schedule.build(
         own.kind,
         steps=own.timesteps if own.kind == "renoise" else steps or own.steps,
         shift=own.shift,
         guidance=own.guidance if guidance is None else guidance,
-    )
-
-
-def layout_for(model: VideoModel, memory: MemoryOptions, *, size: tuple[int, int], num_blocks: int) -> Layout:
-    """The layout of a video of this model; what was not set in `memory` is the package's own.
-
-    Raises: UsageError or LayoutError for a size or memory that is not possible.
-    """
-    return with_package_defaults(model, memory).layout(
-        grid_for(model, size),
-        num_blocks=num_blocks,
-        trained_frames=model.manifest.trained_frames,
-        default_span="fit",
-    )
-
-
-def with_package_defaults(model: VideoModel, memory: MemoryOptions) -> MemoryOptions:
-    """Fill in the package's own settings where the person set nothing, or `compressor` "auto".
-
-    A package without a compressor is run with the LR branch alone, which needs no weights.
-    """
-    own = model.manifest.cache.model_dump()
-    memory = memory.with_defaults(own)
-    return (
-        memory.model_copy(update={"compressor": own["compressor"]}) if memory.compressor == "auto" else memory
     )
 
 
@@ -185,11 +155,14 @@ def stream_generate(
         size:       (width, height) in pixels; None = the package's.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
     """
-    schedule, memory = (
-        schedule or schedule_for(model),
-        with_package_defaults(model, memory or MemoryOptions()),
+    schedule = schedule or schedule_for(model)
+    memory = (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump())
+    layout = memory.layout(
+        grid_for(model, size or model.manifest.size),
+        num_blocks=num_blocks,
+        trained_frames=model.manifest.trained_frames,
+        default_span="fit",
     )
-    layout = layout_for(model, memory, size=size or model.manifest.size, num_blocks=num_blocks)
     if isinstance(prompt, str):
         prompt = encode_prompt(model, prompt, guided=schedule.guidance != 1.0)
     cache = KVCache(
@@ -303,12 +276,9 @@ def branches(model: VideoModel, kind: str) -> Compressor:
     with torch.device("meta"):
         network = Compressor(config)
     if network.hr is not None:
-        if model.compressor is None or model.compressor.hr is None:
-            raise UsageError(
-                f"{model.name} has no trained HR branch, which --compressor {kind} needs",
-                hint="Use --compressor lr.",
-            )
-        network.hr = model.compressor.hr
+        trained = model.compressor.hr if model.compressor is not None else None
+        catalog.check_compressor(model.name, "lr" if trained is None else "hr", kind)
+        network.hr = trained
     return network.eval()
 
 
@@ -369,7 +339,7 @@ def generate(
     width, height = size or model.manifest.size
     grid = grid_for(model, (width, height))
     num_blocks, fps = grid.blocks_for(seconds, model.manifest.fps), model.manifest.fps
-    seed = random_seed() if seed is None else seed
+    seed = config.random_seed() if seed is None else seed
     text = prompt if isinstance(prompt, str) else prompt.text
     metadata = {"prompt": text, "seed": str(seed), "model": model.name, "version": __version__}
     started = clock = time.perf_counter()
@@ -414,11 +384,6 @@ def generate(
         cache=last.cache,
         peak_memory_bytes=peak_memory_bytes(model.device),
     )
-
-
-def random_seed() -> int:
-    """A seed for somebody who gave none: short enough to type."""
-    return random.SystemRandom().randrange(2**31)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -103,6 +103,11 @@ def test_the_demos_facts_equal_the_packaged_manifest() -> None:
     assert schedule["kind"] == facts.schedule.kind
     assert (schedule["steps"], schedule["shift"]) == (facts.schedule.num_steps, facts.schedule.shift)
     assert schedule["guidance"] == facts.schedule.guidance
+    installed = catalog.of("demo")
+    assert installed.cache == {name: value for name, value in cache.items() if name != "frames_per_block"}
+    assert (installed.codec, facts.codec) == ("tiny", "tiny")
+    assert installed.branches == facts.branches == "hr+lr"
+    assert (installed.text_params, installed.vae_params) == (facts.text_params, facts.vae_params)
     assert transformer["num_layers"] == facts.layers
     assert transformer["num_attention_heads"] == facts.heads
     assert transformer["attention_head_dim"] == facts.head_dim

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shlex
 import signal
 import sys
@@ -19,11 +18,9 @@ import typer
 from packforcing_cli.cli import memory_options as memory
 
 if TYPE_CHECKING:
-    import torch
-
     from packforcing_cli.catalog import ModelFacts
     from packforcing_cli.cli.progress import Display, MemoryReader
-    from packforcing_cli.config import GenerateRequest, MemoryOptions
+    from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import MemoryFitError
     from packforcing_cli.planner import Machine, Plan
     from packforcing_cli.registry import VideoModel
@@ -166,19 +163,17 @@ def generate(
 class _Job:
     """A request with everything decided.
 
-    planned: the request with the package's own memory options where nothing was set.
     place:   what `registry.load_model` is given, a name or a folder.
+    device:  its name, such as cpu or cuda:0.
     machine: what there was when it was planned.
     command: repeats this job.
     """
 
     request: GenerateRequest
-    planned: GenerateRequest
     facts: ModelFacts
     place: str | Path
     path: Path
-    device: torch.device
-    dtype: torch.dtype
+    device: str
     machine: Machine
     plan: Plan
     command: str
@@ -202,52 +197,51 @@ def _read_prompt(prompt: str, shown: Display) -> str:
 
 
 def _prepare(request: GenerateRequest) -> _Job:
-    """Decide all that is open. Raises: PackforcingError of any kind; no weights are read for it."""
-    from packforcing_cli import catalog, planner
+    """Decide all that is open. Raises: PackforcingError of any kind; no weights are read for it.
 
-    facts = _facts(request)
+    torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
+    """
+    from packforcing_cli import catalog, config, planner
+
+    facts = catalog.of(request.model)
+    facts.require_weights()
+    _check_abilities(request, facts)
     path = _output_path(request)
-    seed = random.SystemRandom().randrange(2**31) if request.seed is None else request.seed
-
-    from packforcing_cli import registry
-
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
     place = facts.name if is_named else Path(request.model).expanduser()
-    manifest = registry.read_manifest(registry.find_package(place))
-    device = registry.resolve_device(request.device)
-    dtype = registry.resolve_dtype(request.dtype, device)
+    planner.plan(
+        request, facts=facts
+    )  # a size or memory that is not possible is refused before torch is loaded
+    device, dtype, machine = _device(request, path)
     request = request.model_copy(
         update={
-            "seed": seed,
+            "seed": config.random_seed() if request.seed is None else request.seed,
             "output": path,
-            "device": device.type if request.device == "auto" else request.device,
-            "dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[str(dtype).split(".")[-1]],
+            "device": device.partition(":")[0] if request.device == "auto" else request.device,
+            "dtype": dtype,
         }
     )
-    own = manifest.cache.model_dump()
-    planned = request.model_copy(update={"memory": _with_own(request.memory, own)})
-    machine = _machine(path, device)
-    plan = planner.plan(planned, machine, facts=facts)
+    plan = planner.plan(request, machine, facts=facts)
     if plan.size != facts.default_size:
         said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
         plan = replace(plan, warnings=(said, *plan.warnings))
     command = _command(request)
-    return _Job(request, planned, facts, place, path, device, dtype, machine, plan, command)
+    return _Job(request, facts, place, path, device, machine, plan, command)
 
 
-def _facts(request: GenerateRequest) -> ModelFacts:
-    """Facts of the model to run. Raises: UsageError for a family, which has no weights."""
+def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
+    """Raises: UsageError for what the model cannot do: a schedule, a branch or a VAE it was not made with."""
     from packforcing_cli import catalog
-    from packforcing_cli.errors import UsageError
 
-    facts = catalog.of(request.model)
-    if facts.kind == "family":
-        names = " or ".join(m.name for m in catalog.all_models() if m.kind == "package")
-        raise UsageError(
-            f"{facts.name} is a family of models, known for planning; it has no weights to generate with",
-            hint=f"Use --model {names}, or the folder of a model package.",
-        )
-    return facts
+    schedule = facts.schedule
+    catalog.check_sampling(
+        facts.name, schedule.kind, schedule.num_steps, steps=request.steps, guidance=request.guidance
+    )
+    memory = request.memory.with_defaults(facts.cache)
+    if memory.top_k and memory.policy == "packforcing" and memory.select != "none":
+        catalog.check_compressor(facts.name, facts.branches, memory.compressor)
+    if request.vae is not None:
+        catalog.check_vae(facts.name, facts.codec, request.vae)
 
 
 def _output_path(request: GenerateRequest) -> Path:
@@ -272,25 +266,24 @@ def _output_path(request: GenerateRequest) -> Path:
         number += 1
 
 
-def _with_own(options: MemoryOptions, own: dict[str, Any]) -> MemoryOptions:
-    """Memory options with the package's own where nothing was set."""
-    filled = options.with_defaults(own)
-    return (
-        filled.model_copy(update={"compressor": own["compressor"]}) if filled.compressor == "auto" else filled
-    )
-
-
-def _machine(path: Path, device: torch.device) -> Machine:
-    """Free memory where the model runs and free space where the video goes."""
-    from packforcing_cli import planner
+def _device(request: GenerateRequest, path: Path) -> tuple[str, str, Machine]:
+    """Device, dtype and what there is to use. Raises: EnvironmentProblem for a GPU that is not there."""
+    from packforcing_cli import machine, planner
 
     host = planner.host_machine(path.absolute().parent)
+    if request.device == "cpu" or (request.device == "auto" and not machine.has_nvidia_driver()):
+        return "cpu", "fp32" if request.dtype == "auto" else request.dtype, host
+    from packforcing_cli import registry
+
+    device = registry.resolve_device(request.device)
+    dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
     if device.type == "cpu":
-        return host
+        return "cpu", dtype, host
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
-    return planner.Machine(free, host.disk_free_bytes, f"{torch.cuda.get_device_name(device)} ({device})")
+    name = f"{torch.cuda.get_device_name(device)} ({device})"
+    return str(device), dtype, planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
 
 
 def _command(request: GenerateRequest) -> str:
@@ -323,7 +316,7 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
     if as_json:
         extra: dict[str, Any] = {
             "seed": job.request.seed,
-            "device": str(job.device),
+            "device": job.device,
             "output": str(job.path),
             "downloads": [],
             "command": job.command,
@@ -355,7 +348,7 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
 
 
 def _memory_text(job: _Job) -> str:
-    options, layout = job.planned.memory, job.plan.layout
+    options, layout = job.plan.options, job.plan.layout
     bank = "unlimited" if layout.bank is None else layout.bank
     mids = f"top-k {layout.top_k} of a bank of {bank}, {options.select}, mid-span {layout.mid_span}"
     return f"{options.policy}: sink {layout.sink_blocks}, recent {layout.recent_blocks}" + (
@@ -444,7 +437,7 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
     with _Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            model = registry.load_model(job.place, device=job.device, dtype=job.dtype, vae=request.vae)
+            model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
             schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
             prompt = rollout.encode_prompt(model, request.prompt, guided=schedule.guidance != 1.0)
             _warn_about_words(prompt, model.manifest.vocabulary, shown)
@@ -520,7 +513,7 @@ def _memory_ran_out(job: _Job, kept: str) -> MemoryFitError:
 
     less = min(job.machine.memory_bytes, job.plan.peak_bytes) * 9 // 10
     suggestion = planner.plan(
-        job.planned, replace(job.machine, memory_bytes=less), facts=job.facts
+        job.request, replace(job.machine, memory_bytes=less), facts=job.facts
     ).suggestion
     hint = (
         f"Try {suggestion}, or another --device."
@@ -557,11 +550,11 @@ def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown:
     )
 
 
-def _memory_reader(device: torch.device) -> MemoryReader:
+def _memory_reader(device: str) -> MemoryReader:
     import torch
 
     def read() -> tuple[int, int]:
-        used = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        used = 0 if device == "cpu" else torch.cuda.memory_allocated(device)
         return used, _resident_bytes()
 
     return read
@@ -605,7 +598,7 @@ def _report(job: _Job, outcome: _Outcome, result: Result, shown: Display, *, as_
             "prompt": job.request.prompt,
             "seed": result.seed,
             "model": plan.model.name,
-            "device": str(job.device),
+            "device": job.device,
             "dtype": plan.dtype,
             "size": list(plan.size),
             "fps": result.fps,

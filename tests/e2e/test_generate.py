@@ -70,8 +70,11 @@ RESULT_SHAPE: dict[str, Any] = {
 }
 
 
-def write_tiny(folder: Path, *, nan: bool = False) -> Path:
-    """A package that makes a block of noise in a few hundredths of a second."""
+def write_tiny(folder: Path, *, nan: bool = False, student: bool = False) -> Path:
+    """A package that makes a block of noise in a few hundredths of a second.
+
+    student: few steps, and no compressor.
+    """
     torch.manual_seed(0)
     config = TransformerConfig(
         num_layers=1, num_attention_heads=1, attention_head_dim=16, ffn_dim=16, text_dim=64, freq_dim=16
@@ -89,8 +92,12 @@ def write_tiny(folder: Path, *, nan: bool = False) -> Path:
         fps=16,
         trained_frames=80,
         text_length=12,
-        cache=CacheDefaults(frames_per_block=4, sink_blocks=1, mid_span="1"),
-        schedule=Schedule(kind="euler", steps=1, shift=5.0, guidance=1.0),
+        cache=CacheDefaults(
+            frames_per_block=4, sink_blocks=1, mid_span="1", compressor="lr" if student else "hr+lr"
+        ),
+        schedule=Schedule(kind="renoise", steps=2, shift=5.0, timesteps=(1000, 500))
+        if student
+        else Schedule(kind="euler", steps=1, shift=5.0, guidance=1.0),
         codec=CodecFactsRecord.of(codec),
         vocabulary=VOCABULARY,
     )
@@ -99,7 +106,7 @@ def write_tiny(folder: Path, *, nan: bool = False) -> Path:
         folder,
         manifest,
         transformer=transformer,
-        compressor=Compressor(CompressorConfig(dim=config.dim, widths=(4, 8, 8, 16))),
+        compressor=None if student else Compressor(CompressorConfig(dim=config.dim, widths=(4, 8, 8, 16))),
         vae=codec.module,
         text_encoder=build_encoder(tiny_umt5_config().to_dict()),
         tokenizer_dir=folder.parent / "tokenizer",
@@ -307,6 +314,43 @@ def test_a_prompt_that_looks_like_an_option_is_repeated_safely(package: Path, ru
     assert run_command(words[0], "--dry-run", *words[1:]).out == first.out
 
 
+def test_the_plan_of_a_folder_has_the_bytes_of_the_live_cache(
+    generate: Any, run_command: Any, package: Path
+) -> None:
+    for options in ([], ["--top-k", "2", "--compressor", "identity"], ["--policy", "window"]):
+        arguments = ("--model", str(package), "--seconds", "6", *options, "--json")
+        plan = json.loads(run_command("inspect-cache", *arguments, "--dtype", "fp32").out)
+        made = json.loads(run_command("generate", PROMPT, *arguments, "-o", "a.mp4", "--overwrite").out)
+        assert plan["capacity_bytes"] == made["figures"]["kv_bytes"]  # after the last block
+        dry = json.loads(run_command("generate", PROMPT, *arguments, "--dry-run").out)
+        assert (dry["capacity_bytes"], dry["memory"]) == (plan["capacity_bytes"], plan["memory"])
+    assert plan["memory"]["sink_blocks"] == 1  # the package's own
+    assert plan["memory"]["compressor"] == "hr+lr"
+
+
+def test_a_plan_needs_no_torch_without_an_nvidia_driver(package: Path, tmp_path: Path) -> None:
+    arguments = ["generate", PROMPT, "--model", str(package), "--device", "cpu"]
+    code = (
+        "import sys\n"
+        "from packforcing_cli import planner\n"
+        "from packforcing_cli.cli import main\n"
+        "memory = int(sys.argv.pop(1))\n"
+        "planner.host_machine = lambda folder=None: planner.Machine(memory)\n"
+        "try:\n    main()\n"
+        "except SystemExit as stop:\n"
+        "    assert 'torch' not in sys.modules\n    raise\n"
+    )
+    for memory, more, expected in (
+        ("99999999999", ["--dry-run"], 0),
+        ("99999999999", ["--size", "70x64"], 2),
+        ("99999999999", ["--guidance", "nan"], 2),
+        ("1000", [], 5),
+    ):
+        command = [sys.executable, "-c", code, memory, *arguments, *more]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        assert done.returncode == expected, done.stderr
+
+
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -341,6 +385,40 @@ def test_wrong_input_is_one_message_with_a_next_step(
 ) -> None:
     assert_one_message(generate(*arguments), 2, said, next_step)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("student") / "tiny", student=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "next_step"),
+    [
+        (["--guidance", "3"], "guidance 3 does not work with tiny: it is a few-step student", "--guidance"),
+        (["--steps", "8"], "it was trained for 2 steps, not 8", "--steps"),
+        (["--compressor", "hr"], "has no trained HR branch, which --compressor hr needs", "--compressor lr"),
+        (["--compressor", "hr+lr"], "has no trained HR branch", "--compressor lr"),
+        (["--vae", "wan"], "there is no 'wan'", "Leave --vae out"),
+    ],
+)
+def test_what_a_package_cannot_do_is_refused_before_anything_is_loaded(
+    arguments: list[str],
+    said: str,
+    next_step: str,
+    student: Path,
+    run_command: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(registry, "load_model", lambda *_, **__: 1 / 0)
+    for more in ([], ["--dry-run"]):
+        result = run_command("generate", PROMPT, "--model", str(student), *arguments, *more)
+        assert_one_message(result, 2, said, next_step)
+
+
+def test_a_few_step_package_without_a_compressor_generates(student: Path, run_command: Any) -> None:
+    same = ("--steps", "2", "--guidance", "1", "--compressor", "lr")
+    assert run_command("generate", PROMPT, "--model", str(student), "--seconds", "5", *same, "-q").code == 0
 
 
 def test_an_empty_prompt_is_refused(generate: Any) -> None:
