@@ -32,7 +32,8 @@ from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.transformer import BlockKV, TextKV
+from packforcing_cli.timeline import Script
+from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
 from packforcing_cli.vae import encode_lr, lr_pixels
 from packforcing_cli.video import VideoWriter
 
@@ -70,6 +71,14 @@ class Prompt:
     unconditional: Tensor | None = None
     unknown: tuple[str, ...] = ()
     dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Story:
+    """A script and its encoded prompts, one for each scene."""
+
+    script: Script
+    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)
@@ -113,17 +122,27 @@ def schedule_for(model: VideoModel, *, steps: int | None = None, guidance: float
     )
 
 
-def layout_for(model: VideoModel, memory: MemoryOptions, *, size: tuple[int, int], num_blocks: int) -> Layout:
+def layout_for(
+    model: VideoModel,
+    memory: MemoryOptions,
+    *,
+    size: tuple[int, int],
+    num_blocks: int,
+    script: Script | None = None,
+) -> Layout:
     """The layout of a video of this model; what was not set in `memory` is the package's own.
 
+    Args:
+        script: its cuts and pins belong to the layout.
     Raises: UsageError or LayoutError for a size or memory that is not possible.
     """
-    return with_package_defaults(model, memory).layout(
+    layout = with_package_defaults(model, memory).layout(
         grid_for(model, size),
         num_blocks=num_blocks,
         trained_frames=model.manifest.trained_frames,
         default_span="fit",
     )
+    return layout if script is None else replace(layout, cuts=script.cuts, pins=script.pins)
 
 
 def with_package_defaults(model: VideoModel, memory: MemoryOptions) -> MemoryOptions:
@@ -156,20 +175,73 @@ def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
 
 def encode_prompt(model: VideoModel, text: str, *, guided: bool) -> Prompt:
     """Encode a prompt; the text encoder is loaded for it and dropped afterwards."""
+    return encode_script(model, Script((text,)), guided=guided).prompts[0]
+
+
+def encode_script(model: VideoModel, script: Script, *, guided: bool) -> Story:
+    """Encode the prompts of a script, equal ones once; the text encoder is dropped afterwards."""
     encoder = model.load_text_encoder()
-    return Prompt(
-        text=text,
-        conditional=encoder.encode(text),
-        unconditional=encoder.encode("") if guided else None,
-        unknown=encoder.unknown_words(text, model.manifest.vocabulary),
-        dropped=encoder.num_dropped(text),
-    )
+    empty = encoder.encode("") if guided else None
+    encoded = {
+        text: Prompt(
+            text=text,
+            conditional=encoder.encode(text),
+            unconditional=empty,
+            unknown=encoder.unknown_words(text, model.manifest.vocabulary),
+            dropped=encoder.num_dropped(text),
+        )
+        for text in dict.fromkeys(script.prompts)
+    }
+    return Story(script, tuple(encoded[text] for text in script.prompts))
+
+
+class StoryText:
+    """Cross-attention keys and values for each block of a story.
+
+    Those of a prompt are kept as long as a later scene may come back to it; those of a blend belong to one block.
+    """
+
+    def __init__(self, transformer: WanTransformer, story: Story) -> None:
+        self._transformer, self._story = transformer, story
+        self._kept: dict[str, tuple[TextKV, TextKV]] = {}
+
+    def at(self, block: int) -> tuple[TextKV, TextKV]:
+        """Keys and values of a block's text; a blend is as timeline.py says. Ask once a block, in order.
+
+        Returns: those of the text alone, and those of both passes of classifier-free guidance, which run as one
+            (the same if there is no guidance).
+        """
+        script, prompts = self._story.script, self._story.prompts
+        scene, weight = script.scene(block), float(script.weight(block))
+        prompt = prompts[scene]
+        if weight < 1:
+            before = prompts[scene - 1].conditional
+            return self._embed((1 - weight) * before + weight * prompt.conditional)
+        if prompt.text not in self._kept:
+            later = {prompt.text for prompt in prompts[scene:]}
+            self._kept = {text: kv for text, kv in self._kept.items() if text in later}
+            self._kept[prompt.text] = self._embed(prompt.conditional)
+        return self._kept[prompt.text]
+
+    def _embed(self, embeds: Tensor) -> tuple[TextKV, TextKV]:
+        text = self._transformer.embed_text(embeds)
+        empty = self._story.prompts[0].unconditional
+        return text, text if empty is None else self._transformer.embed_text(torch.cat((embeds, empty)))
+
+
+def as_story(model: VideoModel, prompt: str | Prompt | Script | Story, *, guided: bool) -> Story:
+    """A story of whatever says what the video shows; text is encoded."""
+    if isinstance(prompt, Story):
+        return prompt
+    if isinstance(prompt, Prompt):
+        return Story(Script((prompt.text,)), (prompt,))
+    return encode_script(model, Script((prompt,)) if isinstance(prompt, str) else prompt, guided=guided)
 
 
 @torch.no_grad()
 def stream_generate(
     model: VideoModel,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Script | Story,
     *,
     num_blocks: int,
     seed: int,
@@ -189,9 +261,10 @@ def stream_generate(
         schedule or schedule_for(model),
         with_package_defaults(model, memory or MemoryOptions()),
     )
-    layout = layout_for(model, memory, size=size or model.manifest.size, num_blocks=num_blocks)
-    if isinstance(prompt, str):
-        prompt = encode_prompt(model, prompt, guided=schedule.guidance != 1.0)
+    story = as_story(model, prompt, guided=schedule.guidance != 1.0)
+    layout = layout_for(
+        model, memory, size=size or model.manifest.size, num_blocks=num_blocks, script=story.script
+    )
     cache = KVCache(
         layout,
         num_blocks=num_blocks,
@@ -203,10 +276,7 @@ def stream_generate(
     )
     compress = BlockCompressor(model, memory.compressor) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
-    text = transformer.embed_text(prompt.conditional)
-    guided = text  # of both passes of classifier-free guidance, which run as one
-    if prompt.unconditional is not None:
-        guided = transformer.embed_text(torch.cat((prompt.conditional, prompt.unconditional)))
+    texts = StoryText(transformer, story)
     shape = (
         1,
         transformer.config.in_channels,
@@ -217,7 +287,7 @@ def stream_generate(
     for i in range(num_blocks):
         watch = Stopwatch(model.device)
         with watch.stage("denoise"):
-            context = cache.context(i)
+            context, (text, guided) = cache.context(i), texts.at(i)
             x0 = denoise_block(
                 partial(velocity, model, guided, context),
                 schedule,
@@ -344,7 +414,7 @@ class Stopwatch:
 
 def generate(
     model: VideoModel,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Script | Story,
     output: Path | str,
     *,
     seconds: float = 10.0,
@@ -370,13 +440,19 @@ def generate(
     grid = grid_for(model, (width, height))
     num_blocks, fps = grid.blocks_for(seconds, model.manifest.fps), model.manifest.fps
     seed = random_seed() if seed is None else seed
-    text = prompt if isinstance(prompt, str) else prompt.text
-    metadata = {"prompt": text, "seed": str(seed), "model": model.name, "version": __version__}
+    schedule = schedule or schedule_for(model)
+    story = as_story(model, prompt, guided=schedule.guidance != 1.0)
+    metadata = {
+        "prompt": story.prompts[0].text,
+        "seed": str(seed),
+        "model": model.name,
+        "version": __version__,
+    }
     started = clock = time.perf_counter()
     first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
     stream = stream_generate(
         model,
-        prompt,
+        story,
         num_blocks=num_blocks,
         seed=seed,
         size=(width, height),
@@ -384,7 +460,14 @@ def generate(
         memory=memory,
     )
     with VideoWriter(
-        Path(output), fps=fps, width=width, height=height, crf=crf, metadata=metadata, overwrite=overwrite
+        Path(output),
+        fps=fps,
+        width=width,
+        height=height,
+        crf=crf,
+        metadata=metadata,
+        chapters=story.script.chapters(grid),
+        overwrite=overwrite,
     ) as writer:
         for block in stream:
             first = first or time.perf_counter() - started
