@@ -730,7 +730,7 @@ class VideoReader:
             self.fps: Fraction = Fraction(rate)
             self.metadata: dict[str, str] = dict(container.metadata)
             self.chapters: tuple[tuple[float, str], ...] = tuple(
-                (float(c["start"] * c["time_base"]), c["metadata"].get("title", ""))
+                (float(c["start"] * (c["time_base"] or 1)), c["metadata"].get("title", ""))
                 for c in container.chapters()
             )
             self._num_frames: int | None = stream.frames or None  # 0: the container does not say
