@@ -14,7 +14,7 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --crf|--frames-per-block|--guidance|--out|--output|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--crf|--frames-per-block|--guidance|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
@@ -22,7 +22,7 @@ _packforcing() {
     done
     case "$path" in
         "packforcing") words="generate inspect-cache models train --version --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --json --help -h" ;;
         "packforcing models") words="list --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;

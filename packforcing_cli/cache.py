@@ -3,7 +3,8 @@
 The life of a block, for sink_blocks = 2 and recent_blocks = 1:
 
     denoise i ........... context(i) is read; nothing but the scratch is written
-    commit(i, kv) ....... i < 2: sink, for good. Else: recent; the block leaving recent goes on to the bank
+    commit(i, kv) ....... i < 2: sink, for good. Else: recent; the block leaving recent goes on to the bank.
+                          Before a cut all of recent does, block i too, as soon as its backup is there
     add_backup(i, kv) ... keys and values of i's compressed tokens: what goes on when i leaves recent
     the bank is full .... its oldest block that is not pinned makes room
 
@@ -57,13 +58,17 @@ class BlockKV(Protocol):
 
 @dataclass(frozen=True)
 class CacheStats:
-    """What the cache holds: bytes of its tensors, block numbers; `active` has one tuple of them a layer."""
+    """What the cache holds: bytes of its tensors, block numbers; `active` has one tuple of them a layer.
+
+    pinned: blocks of the bank that are always recalled.
+    """
 
     bytes: MemoryBytes
     sink: tuple[int, ...]
     bank: tuple[int, ...]
     recent: tuple[int, ...]
     active: tuple[tuple[int, ...], ...]
+    pinned: tuple[int, ...] = ()
 
 
 class CacheContext:
@@ -117,7 +122,7 @@ class CacheContext:
                 scores=None if self.scores is None else self.scores[part],
                 seed=cache.seed,
                 block=self.block,
-                pinned=cache.pinned,
+                pinned=cache.layout.pins,
                 device=cache.device,
             )
             forced, self.degenerate[part] = choice.ids, choice.degenerate
@@ -167,7 +172,6 @@ class KVCache:
         batch: int = 1,
         select: str = "affinity-recent",
         seed: int = 0,
-        pinned: frozenset[int] = frozenset(),
         compressed_context: str = "sinks",
     ) -> None:
         """Allocate all that a video of `num_blocks` blocks needs; an unlimited bank grows block by block.
@@ -176,11 +180,10 @@ class KVCache:
             bank_device: where the bank's keys and values live, by default `device`. Scores never read them.
             select:      a mode of `selection.py`; with top_k 0 there is nothing to select, whatever it says.
             seed:        of `select="random"`.
-            pinned:      blocks that are recalled first and that the bank never drops.
             compressed_context: "sinks" or "history", see the method of that name.
         Raises: LayoutError or UsageError if the settings contradict each other.
         """
-        grid, full, has_mid = layout.grid, layout.view(num_blocks), layout.top_k > 0
+        grid, full, has_mid = layout.grid, layout.largest_view(num_blocks), layout.top_k > 0
         selection.check_mode(select)
         if has_mid and select == "none":
             raise LayoutError("selecting none contradicts top_k > 0", hint="Use a layout with top_k = 0.")
@@ -190,7 +193,7 @@ class KVCache:
             raise LayoutError(f"{dtype} has {dtype.itemsize} bytes a number, the layout {grid.dtype_bytes}")
         self.layout, self.num_blocks = layout, num_blocks
         self.layers, self.dtype, self.device = grid.layers, dtype, torch.device(device)
-        self.select, self.seed, self.pinned = select if has_mid else "none", seed, pinned
+        self.select, self.seed = select if has_mid else "none", seed
         self._compressed_context = compressed_context
         self._n, self._head_dim = grid.block_tokens, grid.kv_dim // grid.heads
 
@@ -210,7 +213,7 @@ class KVCache:
         self._q_sum = zeros(dtype=torch.float32) if has_mid else zeros(0, dtype=torch.float32)
 
         self.blocks = 0  # committed so far
-        self._ring_start, self._ring = len(full.sink), max(1, len(full.recent))
+        self._sinks, self._ring = len(full.sink), max(1, len(full.recent))
         self._backed_up = [-1] * backups  # whose backup lies at each place of the ring
         self._bank_ids: list[int] = []  # which block lies at each place of the bank
         self._open: CacheContext | None = None
@@ -238,6 +241,8 @@ class KVCache:
         if i != self.blocks:
             raise ValueError(f"context({i}) asked for, the next block is {self.blocks}")
         view, slots = self.layout.view(i), self.layout.slots(i)
+        if [*view.mid] != self.bank_blocks:
+            raise ValueError(f"block {i - 1} has no backup: the cut at block {i} needs it in the bank")
         if selected is not None:
             self._check_selected(selected, view)
         starts = dict(zip(view.sink, slots.sink_starts, strict=True))
@@ -332,25 +337,33 @@ class KVCache:
 
     @torch.no_grad()
     def add_backup(self, i: int, kv: BlockKV) -> None:
-        """Keep the compressed form of block i, which is recent.
+        """Keep the compressed form of block i, which is recent, or the last one before a cut.
 
         Args:
             kv: k, v [L, B, N_c, N, D], k un-rotated; its q_sum is not used.
-        Raises: ValueError if block i is not recent, takes no backup or has one, or a shape is wrong.
+        Raises: ValueError if block i is neither, takes no backup or has one, or a shape is wrong.
         """
         recent = self.layout.view(self.blocks).recent
-        if not self.needs_backup(i) or i not in recent or i in self._backed_up:
+        last_before_cut = not recent and i == self.blocks - 1 and i not in self._bank_ids
+        if not self.needs_backup(i) or not (i in recent or last_before_cut) or i in self._backed_up:
             raise ValueError(f"add_backup({i}): recent is {[*recent]}, with backups of {self._backed_up}")
         self._check_shape(kv, self.layout.grid.compressed_tokens)
-        ring = self._place(i) - self._ring_start
+        if last_before_cut:
+            self._add_to_bank(i, kv.k, kv.v)
+            return
+        ring = self._place(i) - self._sinks
         self._backup_k[:, :, ring].copy_(kv.k)
         self._backup_v[:, :, ring].copy_(kv.v)
         self._backed_up[ring] = i
 
     def _move_to_bank(self, block: int) -> None:
-        ring = self._place(block) - self._ring_start
+        ring = self._place(block) - self._sinks
         if self._backed_up[ring] != block:
             raise ValueError(f"block {block} leaves recent without a backup: call add_backup({block}) before")
+        self._add_to_bank(block, self._backup_k[:, :, ring], self._backup_v[:, :, ring])
+
+    def _add_to_bank(self, block: int, k: Tensor, v: Tensor) -> None:
+        """Store the compressed form [L, B, N_c, N, D] of a block; the oldest unpinned makes room if it must."""
         at = len(self._bank_ids)
         if self._growing:
             self._resize_bank(at + 1)
@@ -359,13 +372,13 @@ class KVCache:
         else:
             at = self._bank_ids.index(self._oldest_unpinned())
             self._bank_ids[at] = block
-        self._bank_k[:, :, at].copy_(self._backup_k[:, :, ring])
-        self._bank_v[:, :, at].copy_(self._backup_v[:, :, ring])
-        self._key_sums[:, :, at] = self._backup_k[:, :, ring].sum(2, dtype=torch.float32)
+        self._bank_k[:, :, at].copy_(k)
+        self._bank_v[:, :, at].copy_(v)
+        self._key_sums[:, :, at] = k.sum(2, dtype=torch.float32)
 
     def _oldest_unpinned(self) -> int:
         for block in self.bank_blocks:
-            if block not in self.pinned:
+            if block not in self.layout.pins:
                 return block
         raise ValueError(f"all {len(self._bank_ids)} blocks of the bank are pinned: nothing can make room")
 
@@ -427,7 +440,9 @@ class KVCache:
             bank=sum(t.nbytes for t in (self._bank_k, self._bank_v, self._key_sums, self._q_sum)),
         )
         active = tuple(tuple(ids) for ids in self._open.selected.tolist()) if self._open else ()
-        return CacheStats(size, tuple(view.sink), tuple(self.bank_blocks), tuple(view.recent), active)
+        bank, pins = self.bank_blocks, self.layout.pins
+        pinned = tuple(block for block in bank if block in pins)
+        return CacheStats(size, tuple(view.sink), tuple(bank), tuple(view.recent), active, pinned)
 
     def _kept(self) -> dict[str, Tensor]:
         """Views of the valid part of all that cannot be derived."""
@@ -447,9 +462,10 @@ class KVCache:
     # -- pieces ---------------------------------------------------------------------------------------------
 
     def _place(self, block: int) -> int:
-        """Where a sink or recent block lies, in blocks; recent is a ring behind the sinks."""
-        behind = block - self._ring_start
-        return block if behind < 0 else self._ring_start + behind % self._ring
+        """Where a sink or recent block lies, in blocks; recent is a ring behind the sinks, begun anew by a cut."""
+        if block < self._sinks:
+            return block
+        return self._sinks + (block - self.layout.run_start(block)) % self._ring
 
     def _block_positions(self, starts: Sequence[Fraction]) -> Tensor:
         grid = self.layout.grid

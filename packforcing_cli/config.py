@@ -23,10 +23,19 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    ValidationError,
+    field_serializer,
+    field_validator,
+)
 
 from packforcing_cli.errors import ConfigError
 from packforcing_cli.layout import POLICIES, Grid, Layout, Span
+from packforcing_cli.timeline import Timeline
 
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
 COMPRESSORS = ("auto", "hr+lr", "hr", "lr", "pool", "identity")
@@ -188,6 +197,7 @@ class PlanRequest(Options):
     size:             (width, height) in pixels; None = the model's own.
     frames_per_block: latent frames a block; None = the model's own.
     dtype:            of weights and cache; auto is bf16 for planning.
+    timeline:         prompts after the first one, and pins.
     """
 
     model: str = "demo"
@@ -196,6 +206,7 @@ class PlanRequest(Options):
     frames_per_block: int | None = Field(None, ge=1, le=64)
     dtype: str = "auto"
     memory: MemoryOptions = MemoryOptions()
+    timeline: InstanceOf[Timeline] = Timeline()
 
     @field_validator("model")
     @classmethod
@@ -222,6 +233,15 @@ class PlanRequest(Options):
                 raise ValueError("is not WIDTHxHEIGHT in pixels")
             return tuple(int(side) for side in sides)
         return value
+
+    @field_validator("timeline", mode="before")
+    @classmethod
+    def _timeline(cls, value: object) -> object:
+        return Timeline.from_json(value) if isinstance(value, dict) else value
+
+    @field_serializer("timeline")
+    def _plain_timeline(self, value: Timeline) -> dict[str, Any]:
+        return value.to_json()
 
     @field_validator("size")
     @classmethod
@@ -287,8 +307,9 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
+_NOT_SETTINGS = ("memory", "prompt", "output", "timeline")
 SETTINGS = (
-    *(name for name in GenerateRequest.model_fields if name not in ("memory", "prompt", "output")),
+    *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,
 )
 """Names that flags, variables and files may set. In a file the memory options may also stand in a [memory] table."""
@@ -316,9 +337,9 @@ class Settings:
         names = (*PlanRequest.model_fields, *MemoryOptions.model_fields)
         return PlanRequest(**self.request_values(names))
 
-    def generate_request(self, prompt: str, output: Path | None) -> GenerateRequest:
-        """All settings, for one video. Raises: ConfigError as GenerateRequest."""
-        return GenerateRequest(prompt=prompt, output=output, **self.request_values())
+    def generate_request(self, prompt: str, output: Path | None, **more: Any) -> GenerateRequest:
+        """All settings, for one video, and `more` that is no setting. Raises: ConfigError as GenerateRequest."""
+        return GenerateRequest(prompt=prompt, output=output, **self.request_values(), **more)
 
 
 def resolve(flags: Mapping[str, Any], *, env: Mapping[str, str], files: Sequence[Path] = ()) -> Settings:

@@ -20,6 +20,9 @@ that are left in the range the model was trained on (METHOD 5.5).
 Life of a block: current -> sink (the first sink_blocks of a video), otherwise current -> recent -> bank -> gone.
 A bank block attends only while it is active. With top_k 0 there is no bank: what leaves recent is gone.
 
+A cut at block c: from c on, what was made before it is no longer recent; it goes on to the bank at once. A pinned
+block stays in the bank when it is full and is recalled by every later block, within top_k.
+
 Policies are presets of the same numbers: `packforcing` as given; `sink` top_k 0; `window` no sink, no mid, the same
 full-resolution memory all in recent; `full` every block a sink, so everything stays at full resolution.
 
@@ -29,8 +32,8 @@ Source: PackForcing (arXiv 2603.25730) 3.1-3.5; METHOD 2, 5. Block numbers start
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import Literal
@@ -171,7 +174,7 @@ class Grid:
 
 @dataclass(frozen=True)
 class BlockView:
-    """What block `current` may see. Ranges of block numbers, oldest first.
+    """What block `current` may see. Block numbers, oldest first.
 
     sink, recent: at full resolution, all attend.
     mid:          the compressed blocks in the bank, from which each layer takes `active`.
@@ -179,7 +182,7 @@ class BlockView:
 
     current: int
     sink: range
-    mid: range
+    mid: Sequence[int]
     recent: range
     active: int
 
@@ -266,6 +269,8 @@ class Layout:
     bank:           compressed blocks kept, the oldest goes first; None = all.
     mid_span:       slots one active compressed block takes, above 0 and at most frames_per_block, or "fit".
     trained_frames: latent frames of the longest clip the model was trained on: slot distances stayed below it.
+    cuts:           blocks that see none of the recent blocks before them; these go on to the bank.
+    pins:           blocks that are recalled by every later block and never dropped.
     Raises: LayoutError if the numbers describe no possible context.
     """
 
@@ -276,6 +281,8 @@ class Layout:
     bank: int | None = 256
     mid_span: Span = "fit"
     trained_frames: int = 20
+    cuts: tuple[int, ...] = ()
+    pins: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         for name in ("sink_blocks", "recent_blocks", "top_k"):
@@ -283,6 +290,13 @@ class Layout:
                 raise LayoutError(f"{name} must not be negative, got {getattr(self, name)}")
         if self.trained_frames < 1:
             raise LayoutError(f"trained_frames must be at least 1, got {self.trained_frames}")
+        pins, room = len(self.mid_pins), self.top_k if self.bank is None else min(self.top_k, self.bank - 1)
+        if pins and pins > room:
+            raise LayoutError(
+                f"{pins} blocks are pinned and the memory has room for {max(0, room)}: pins are among the top_k"
+                f" {self.top_k} blocks that are recalled, and the bank keeps one place for new ones",
+                hint=f"Pin less, or use --top-k {pins}, with a --bank above it.",
+            )
         if self.top_k == 0:
             return
         if self.recent_blocks < 1:
@@ -355,12 +369,36 @@ class Layout:
         if block < 0:
             raise LayoutError(f"block must not be negative, got {block}")
         sinks = min(block, self.sink_blocks)
-        recent = max(sinks, block - self.recent_blocks)
-        oldest = recent if self.top_k == 0 else sinks
-        if self.bank is not None:
-            oldest = max(oldest, recent - self.bank)
-        mid = range(oldest, recent)
+        recent = min(block, max(self.run_start(block), block - self.recent_blocks))
+        mid = range(recent, recent) if self.top_k == 0 else self._bank(sinks, recent)
         return BlockView(block, range(sinks), mid, range(recent, block), min(self.top_k, len(mid)))
+
+    def _bank(self, first: int, end: int) -> Sequence[int]:
+        """Blocks of first .. end - 1 that the bank keeps: all that are pinned, and the newest others."""
+        if self.bank is None or end - first <= self.bank:
+            return range(first, end)
+        start, pinned = end - self.bank, sorted(pin for pin in self.pins if first <= pin < end)
+        while (older := sum(pin < start for pin in pinned)) != self.bank - (end - start):
+            start = end - self.bank + older
+        return (*pinned[:older], *range(start, end)) if older else range(start, end)
+
+    @property
+    def mid_pins(self) -> tuple[int, ...]:
+        """Pinned blocks that are recalled from the bank: all but the sinks, which every block sees anyway."""
+        return tuple(sorted(pin for pin in self.pins if pin >= self.sink_blocks))
+
+    def run_start(self, block: int) -> int:
+        """The first block that can be recent at the same time as this one: behind the sinks and the last cut."""
+        return max(self.sink_blocks, *(cut for cut in self.cuts if cut <= block), 0)
+
+    def largest_view(self, num_blocks: int) -> BlockView:
+        """At least as much in every partition as any block of a video sees, and its end: the size of the buffers.
+
+        Without cuts it is the view behind the last block. After a cut recent is short and mid is long, so then
+        its parts may overlap.
+        """
+        view, uncut = self.view(num_blocks), replace(self, cuts=()).view(num_blocks)
+        return replace(view, recent=uncut.recent)
 
     def views(self, num_blocks: int) -> Iterator[BlockView]:
         """The views of blocks 0 .. num_blocks - 1."""
@@ -419,7 +457,7 @@ class Layout:
 
     def capacity_bytes(self, num_blocks: int) -> MemoryBytes:
         """Bytes of the cache's preallocated buffers: what the history of a whole video of num_blocks fills."""
-        return self.bytes(self.view(num_blocks))
+        return self.bytes(self.largest_view(num_blocks))
 
     def frames_for(self, num_blocks: int) -> int:
         """See Grid.frames_for."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,6 +19,7 @@ from packforcing_cli.config import MemoryOptions, PlanRequest
 from packforcing_cli.errors import DiskFullError, MemoryFitError
 from packforcing_cli.layout import TEMPORAL_STRIDE, Layout, MemoryBytes, TokenCount
 from packforcing_cli.machine import Machine, host_machine
+from packforcing_cli.timeline import Script
 
 __all__ = ["Machine", "Plan", "host_machine", "plan"]
 
@@ -82,6 +83,7 @@ class Plan:
     """What a video will be and cost.
 
     frames, blocks, latent_frames: of the video as it will be; `seconds` was asked for, `exact_seconds` is made.
+    script:             the timeline in blocks; its prompts say "" for the first one when it was not given.
     tokens:             at the last block.
     memory:             bytes in use at the last block.
     capacity:           bytes of the preallocated cache.
@@ -107,6 +109,7 @@ class Plan:
     latent_frames: int
     options: MemoryOptions
     layout: Layout
+    script: Script
     tokens: TokenCount
     memory: MemoryBytes
     capacity: MemoryBytes
@@ -225,6 +228,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         latent_frames=parts.blocks * grid.frames_per_block,
         options=own_memory,
         layout=parts.layout,
+        script=parts.script,
         tokens=parts.layout.tokens(last),
         memory=parts.layout.bytes(last),
         capacity=parts.layout.capacity_bytes(parts.blocks),
@@ -254,12 +258,15 @@ class _Parts:
         default_span = facts.span_for(frames_per_block)
         grid = facts.grid(self.size, frames_per_block, dtype_bytes=request.dtype_bytes)
         self.blocks = grid.blocks_for(request.seconds, facts.fps)
-        self.layout = request.memory.layout(
+        layout = request.memory.layout(
             grid,
             num_blocks=self.blocks,
             trained_frames=facts.trained_for(frames_per_block),
             default_span=default_span,
         )
+        prompt = getattr(request, "prompt", "")
+        self.script = request.timeline.script(prompt, grid, fps=facts.fps, num_blocks=self.blocks)
+        self.layout = replace(layout, cuts=self.script.cuts, pins=self.script.pins)
 
     @property
     def weights(self) -> WeightBytes:
@@ -338,6 +345,14 @@ def _warnings(parts: _Parts, slots: SlotPlan) -> tuple[str, ...]:
         found.append(
             f"a bank of {layout.bank} blocks leaves nothing to select from; use --bank above --top-k"
         )
+    pins = len(layout.mid_pins)
+    if pins and parts.blocks > layout.top_k + layout.sink_blocks:
+        found.append(
+            f"{pins} pinned blocks take {pins} of the {layout.top_k} places for recalled blocks;"
+            f" {layout.top_k - pins} are left to be chosen"
+        )
+    if layout.cuts and not layout.recent_blocks:
+        found.append("[cut] changes nothing here: this memory has no recent blocks")
     return tuple(found)
 
 

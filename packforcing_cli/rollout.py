@@ -31,7 +31,8 @@ from packforcing_cli.errors import GenerationError
 from packforcing_cli.layout import Grid
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.transformer import BlockKV, TextKV
+from packforcing_cli.timeline import Script
+from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
 from packforcing_cli.vae import encode_lr, lr_pixels
 from packforcing_cli.video import VideoWriter
 
@@ -69,6 +70,14 @@ class Prompt:
     unconditional: Tensor | None = None
     unknown: tuple[str, ...] = ()
     dropped: int = 0
+
+
+@dataclass(frozen=True)
+class Story:
+    """A script and its encoded prompts, one for each scene."""
+
+    script: Script
+    prompts: tuple[Prompt, ...]
 
 
 @dataclass(frozen=True)
@@ -126,20 +135,73 @@ def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
 
 def encode_prompt(model: VideoModel, text: str, *, guided: bool) -> Prompt:
     """Encode a prompt; the text encoder is loaded for it and dropped afterwards."""
+    return encode_script(model, Script((text,)), guided=guided).prompts[0]
+
+
+def encode_script(model: VideoModel, script: Script, *, guided: bool) -> Story:
+    """Encode the prompts of a script, equal ones once; the text encoder is dropped afterwards."""
     encoder = model.load_text_encoder()
-    return Prompt(
-        text=text,
-        conditional=encoder.encode(text),
-        unconditional=encoder.encode("") if guided else None,
-        unknown=encoder.unknown_words(text, model.manifest.vocabulary),
-        dropped=encoder.num_dropped(text),
-    )
+    empty = encoder.encode("") if guided else None
+    encoded = {
+        text: Prompt(
+            text=text,
+            conditional=encoder.encode(text),
+            unconditional=empty,
+            unknown=encoder.unknown_words(text, model.manifest.vocabulary),
+            dropped=encoder.num_dropped(text),
+        )
+        for text in dict.fromkeys(script.prompts)
+    }
+    return Story(script, tuple(encoded[text] for text in script.prompts))
+
+
+class StoryText:
+    """Cross-attention keys and values for each block of a story.
+
+    Those of a prompt are kept as long as a later scene may come back to it; those of a blend belong to one block.
+    """
+
+    def __init__(self, transformer: WanTransformer, story: Story) -> None:
+        self._transformer, self._story = transformer, story
+        self._kept: dict[str, tuple[TextKV, TextKV]] = {}
+
+    def at(self, block: int) -> tuple[TextKV, TextKV]:
+        """Keys and values of a block's text; a blend is as timeline.py says. Ask once a block, in order.
+
+        Returns: those of the text alone, and those of both passes of classifier-free guidance, which run as one
+            (the same if there is no guidance).
+        """
+        script, prompts = self._story.script, self._story.prompts
+        scene, weight = script.scene(block), float(script.weight(block))
+        prompt = prompts[scene]
+        if weight < 1:
+            before = prompts[scene - 1].conditional
+            return self._embed((1 - weight) * before + weight * prompt.conditional)
+        if prompt.text not in self._kept:
+            later = {prompt.text for prompt in prompts[scene:]}
+            self._kept = {text: kv for text, kv in self._kept.items() if text in later}
+            self._kept[prompt.text] = self._embed(prompt.conditional)
+        return self._kept[prompt.text]
+
+    def _embed(self, embeds: Tensor) -> tuple[TextKV, TextKV]:
+        text = self._transformer.embed_text(embeds)
+        empty = self._story.prompts[0].unconditional
+        return text, text if empty is None else self._transformer.embed_text(torch.cat((embeds, empty)))
+
+
+def as_story(model: VideoModel, prompt: str | Prompt | Script | Story, *, guided: bool) -> Story:
+    """A story of whatever says what the video shows; text is encoded."""
+    if isinstance(prompt, Story):
+        return prompt
+    if isinstance(prompt, Prompt):
+        return Story(Script((prompt.text,)), (prompt,))
+    return encode_script(model, Script((prompt,)) if isinstance(prompt, str) else prompt, guided=guided)
 
 
 @torch.no_grad()
 def stream_generate(
     model: VideoModel,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Script | Story,
     *,
     num_blocks: int,
     seed: int,
@@ -163,8 +225,8 @@ def stream_generate(
         trained_frames=model.manifest.trained_frames,
         default_span="fit",
     )
-    if isinstance(prompt, str):
-        prompt = encode_prompt(model, prompt, guided=schedule.guidance != 1.0)
+    story = as_story(model, prompt, guided=schedule.guidance != 1.0)
+    layout = replace(layout, cuts=story.script.cuts, pins=story.script.pins)
     cache = KVCache(
         layout,
         num_blocks=num_blocks,
@@ -176,10 +238,7 @@ def stream_generate(
     )
     compress = BlockCompressor(model, memory.compressor) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
-    text = transformer.embed_text(prompt.conditional)
-    guided = text  # of both passes of classifier-free guidance, which run as one
-    if prompt.unconditional is not None:
-        guided = transformer.embed_text(torch.cat((prompt.conditional, prompt.unconditional)))
+    texts = StoryText(transformer, story)
     shape = (
         1,
         transformer.config.in_channels,
@@ -190,7 +249,7 @@ def stream_generate(
     for i in range(num_blocks):
         watch = Stopwatch(model.device)
         with watch.stage("denoise"):
-            context = cache.context(i)
+            context, (text, guided) = cache.context(i), texts.at(i)
             x0 = denoise_block(
                 partial(velocity, model, guided, context),
                 schedule,
@@ -314,7 +373,7 @@ class Stopwatch:
 
 def generate(
     model: VideoModel,
-    prompt: str | Prompt,
+    prompt: str | Prompt | Script | Story,
     output: Path | str,
     *,
     seconds: float = 10.0,
@@ -340,13 +399,19 @@ def generate(
     grid = grid_for(model, (width, height))
     num_blocks, fps = grid.blocks_for(seconds, model.manifest.fps), model.manifest.fps
     seed = config.random_seed() if seed is None else seed
-    text = prompt if isinstance(prompt, str) else prompt.text
-    metadata = {"prompt": text, "seed": str(seed), "model": model.name, "version": __version__}
+    schedule = schedule or schedule_for(model)
+    story = as_story(model, prompt, guided=schedule.guidance != 1.0)
+    metadata = {
+        "prompt": story.prompts[0].text,
+        "seed": str(seed),
+        "model": model.name,
+        "version": __version__,
+    }
     started = clock = time.perf_counter()
     first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
     stream = stream_generate(
         model,
-        prompt,
+        story,
         num_blocks=num_blocks,
         seed=seed,
         size=(width, height),
@@ -354,7 +419,14 @@ def generate(
         memory=memory,
     )
     with VideoWriter(
-        Path(output), fps=fps, width=width, height=height, crf=crf, metadata=metadata, overwrite=overwrite
+        Path(output),
+        fps=fps,
+        width=width,
+        height=height,
+        crf=crf,
+        metadata=metadata,
+        chapters=story.script.chapters(grid),
+        overwrite=overwrite,
     ) as writer:
         for block in stream:
             first = first or time.perf_counter() - started

@@ -35,7 +35,7 @@ import shlex
 import struct
 import threading
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,7 @@ from typing import TYPE_CHECKING, Self
 
 import av
 import numpy as np
-from av.container import InputContainer
+from av.container import InputContainer, OutputContainer
 from av.video.frame import VideoFrame
 from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
@@ -184,6 +184,7 @@ class VideoWriter:
         crf:          0 (lossless) to 51, x264's constant rate factor.
         preset:       x264's preset.
         metadata:     written into both files under these very keys.
+        chapters:     (first frame, title) of each, rising; in the finished file.
         queue_blocks: how many blocks may wait for the encoder before `write` blocks.
         overwrite:    replace NAME.mp4 at the end and an abandoned NAME.part.mp4 at the start.
     Raises: UsageError as `check_output`; LockedError if another process is writing this very file;
@@ -200,6 +201,7 @@ class VideoWriter:
         crf: int = 18,
         preset: str = "veryfast",
         metadata: Mapping[str, str] | None = None,
+        chapters: Sequence[tuple[int, str]] = (),
         queue_blocks: int = 4,
         overwrite: bool = False,
     ) -> None:
@@ -212,6 +214,7 @@ class VideoWriter:
         if not 0 <= crf <= 51:
             raise UsageError(f"crf {crf} is out of range", hint="Choose 0 (lossless) to 51 (smallest).")
         self._overwrite = overwrite
+        self._chapters = [(frame, _clean(title)) for frame, title in chapters]
         self._encoder = _BlockEncoder(
             fps=Fraction(fps),
             width=width,
@@ -378,6 +381,7 @@ class VideoWriter:
                     self.part_path,
                     self.path,
                     metadata=self._encoder.metadata,
+                    chapters=self._chapters,
                     num_frames=self._frames,
                     overwrite=self._overwrite,
                 )
@@ -495,6 +499,7 @@ def remux(
     target: Path,
     *,
     metadata: Mapping[str, str],
+    chapters: Sequence[tuple[int, str]] = (),
     num_frames: int | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -504,6 +509,7 @@ def remux(
 
     Args:
         metadata:   keys and values of the new file.
+        chapters:   (first frame, title) of each, rising; those behind the last frame are left out.
         num_frames: how many frames must arrive.
         overwrite:  replace an existing `target`.
     Returns: the number of frames copied.
@@ -524,6 +530,7 @@ def remux(
             writer.metadata.update(metadata)
             stream = reader.streams.video[0]
             copy = writer.add_stream_from_template(stream)
+            _set_chapters(writer, chapters, stream, num_frames)
             for packet in reader.demux(stream):
                 if packet.dts is None or packet.is_corrupt:  # the flush packet; the torn end of a killed run
                     continue
@@ -545,6 +552,31 @@ def remux(
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
     return count
+
+
+def _set_chapters(
+    writer: OutputContainer,
+    chapters: Sequence[tuple[int, str]],
+    stream: VideoStream,
+    num_frames: int | None,
+) -> None:
+    """Put chapters into a file that is not begun yet; each lasts until the next one, the last to the end."""
+    if not chapters or not stream.average_rate or num_frames is None:
+        return
+    there = [(frame, title) for frame, title in chapters if frame < num_frames]
+    ends = [*(frame for frame, _ in there[1:]), num_frames]
+    writer.set_chapters(
+        [
+            {
+                "id": number,
+                "start": frame,
+                "end": end,
+                "time_base": 1 / stream.average_rate,
+                "metadata": {"title": title},
+            }
+            for number, ((frame, title), end) in enumerate(zip(there, ends, strict=True))
+        ]
+    )
 
 
 def _open_part(path: Path, *, overwrite: bool) -> int:
@@ -679,7 +711,8 @@ class VideoReader:
     Untagged streams are read as BT.709 from 720 lines up and as BT.601 below, limited range. A file whose
     writer was killed gives all whole frames it has.
 
-    Attributes: path; width and height in pixels; fps, an exact fraction; metadata of the container.
+    Attributes: path; width and height in pixels; fps, an exact fraction; metadata and
+        chapters, (seconds, title), of the container.
     Raises: UsageError if the file is missing; VideoError if it is no video or is damaged.
     """
 
@@ -696,6 +729,10 @@ class VideoReader:
                 raise VideoError(f"{self.path} has no picture size or frame rate")
             self.fps: Fraction = Fraction(rate)
             self.metadata: dict[str, str] = dict(container.metadata)
+            self.chapters: tuple[tuple[float, str], ...] = tuple(
+                (float(c["start"] * (c["time_base"] or 1)), c["metadata"].get("title", ""))
+                for c in container.chapters()
+            )
             self._num_frames: int | None = stream.frames or None  # 0: the container does not say
             self._duration: float | None = None
             if stream.duration is not None and stream.time_base is not None:

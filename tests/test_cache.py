@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 from functools import cache as remember
 from itertools import pairwise
@@ -62,8 +63,16 @@ def make_layout(setting: Any, dtype: torch.dtype = torch.float64, *, identity: b
     )
 
 
-def make_cache(setting: Any, dtype: torch.dtype = torch.float64, **options: Any) -> KVCache:
-    return KVCache(make_layout(setting, dtype), **{"num_blocks": NUM_BLOCKS, "dtype": dtype, **options})
+def make_cache(
+    setting: Any,
+    dtype: torch.dtype = torch.float64,
+    *,
+    pins: frozenset[int] = frozenset(),
+    cuts: tuple[int, ...] = (),
+    **options: Any,
+) -> KVCache:
+    layout = replace(make_layout(setting, dtype), pins=pins, cuts=cuts)
+    return KVCache(layout, **{"num_blocks": NUM_BLOCKS, "dtype": dtype, **options})
 
 
 @remember
@@ -247,7 +256,7 @@ def test_visibility_table_of_twelve_blocks() -> None:
 def test_116_slot_moves_leave_no_drift() -> None:
     """Sinks stay, recents and mids are turned again and again: always as if turned once from the raw keys."""
     setting = (2, 1, 3, None, "fit")
-    cache = make_cache(setting, torch.bfloat16, num_blocks=120, pinned=frozenset({2}))
+    cache = make_cache(setting, torch.bfloat16, num_blocks=120, pins=frozenset({2}))
     for i in range(119):
         roll(cache, range(i, i + 1))
     context = cache.context(119)
@@ -382,15 +391,74 @@ def test_gradients_stay_outside() -> None:
 
 
 def test_the_oldest_unpinned_block_leaves_a_full_bank() -> None:
-    cache = make_cache((1, 1, 2, 3, FRAMES), select="fifo", pinned=frozenset({1, 3}))
+    cache = make_cache((1, 1, 2, 3, FRAMES), select="fifo", pins=frozenset({1, 3}))
     roll(cache, range(NUM_BLOCKS))
     assert cache.bank_blocks == [1, 3, 10]
     assert make_pinned_context(cache, NUM_BLOCKS - 1) == [[1, 3]] * LAYERS
 
 
+@pytest.mark.parametrize("recent", [1, 2, 3])
+def test_a_cut_leaves_recent_behind_and_keeps_what_was_in_it_compressed(recent: int) -> None:
+    """From block 7 on: the same keys and values as from a cache in which the order of events was played out."""
+    setting, cuts = (2, recent, 16, 8, 1), (3, 7, 8)
+    cache = make_cache(setting, cuts=cuts)
+    for i, context in enumerate(roll(cache, range(6))):
+        assert context.block == i
+    for i in range(6, NUM_BLOCKS):
+        context = cache.context(i)
+        last_cut = max(cut for cut in cuts if cut <= i)
+        full = [0, 1, *range(max(last_cut, i - recent), i)]
+        mids = [b for b in range(2, i) if b not in full]
+        slots = cache.layout.slots(i)
+        starts = [*slots.sink_starts, *slots.recent_starts]
+        k, v = denoise(cache, context)[0]
+        ring = sorted(full, key=cache._place)
+        expected_v = torch.cat([random_kv(b, BLOCK).v[0] for b in ring], 1)
+        assert torch.equal(v[:, BLOCK : BLOCK + expected_v.shape[1]], expected_v)
+        for place, block in enumerate(ring):
+            at = [
+                (float(starts[full.index(block)]) + f, r, c)
+                for f in range(4)
+                for r in range(4)
+                for c in range(8)
+            ]
+            cos, sin = rope.angles(float64(at), DIM)
+            turned = rope.rotate(random_kv(block, BLOCK).k[0], cos, sin)
+            assert torch.equal(k[:, BLOCK * (place + 1) : BLOCK * (place + 2)], turned)
+        compressed = torch.cat([random_kv(b, COMPRESSED).v[0] for b in mids[-8:]], 1)
+        assert torch.equal(v[:, BLOCK * (len(full) + 1) :], compressed)
+        cache.commit(i, random_kv(i, BLOCK))
+        cache.add_backup(i, random_kv(i, COMPRESSED))
+    with pytest.raises(ValueError, match="the next block"):
+        cache.commit(NUM_BLOCKS, random_kv(0, BLOCK))
+
+
+def test_a_cut_needs_the_backup_of_the_block_before_it() -> None:
+    cache = make_cache((1, 1, 4, 8, 1), cuts=(5,))
+    roll(cache, range(4))
+    cache.context(4)
+    cache.commit(4, random_kv(4, BLOCK))
+    with pytest.raises(ValueError, match="backup"):
+        cache.context(5)
+    cache.add_backup(4, random_kv(4, COMPRESSED))
+    assert cache.context(5).selected.tolist() == [[1, 2, 3, 4]] * LAYERS
+
+
+def test_a_cache_with_a_cut_is_saved_and_loaded_behind_it() -> None:
+    setting, cuts = (1, 3, 4, 4, 1), (6,)
+    one, other = make_cache(setting, cuts=cuts), make_cache(setting, cuts=cuts)
+    roll(one, range(8))
+    other.load_state_dict(one.state_dict())
+    for cache in (one, other):
+        roll(cache, range(8, 10))
+    seen = [denoise(cache, cache.context(10)) for cache in (one, other)]
+    for (k, v), (same_k, same_v) in zip(*seen, strict=True):
+        assert torch.equal(k, same_k) and torch.equal(v, same_v)
+
+
 def make_pinned_context(cache: KVCache, block: int) -> list[list[int]]:
     """The choice of a fresh cache of the same kind that has come as far as `block`."""
-    fresh = make_cache((1, 1, 2, 3, FRAMES), select=cache.select, pinned=cache.pinned)
+    fresh = make_cache((1, 1, 2, 3, FRAMES), select=cache.select, pins=cache.layout.pins)
     chosen: list[list[int]] = roll(fresh, range(block + 1))[-1].selected.tolist()
     return chosen
 

@@ -103,6 +103,10 @@ def simulated(layout: Layout, num_blocks: int) -> list[tuple[list[int], list[int
     recent: list[int] = []
     seen = []
     for block in range(num_blocks):
+        if block in layout.cuts:
+            bank += recent if layout.top_k else []
+            recent.clear()
+            shrink(layout, bank)
         seen.append((list(sink), list(bank), list(recent)))
         if len(sink) < layout.sink_blocks:
             sink.append(block)
@@ -112,9 +116,13 @@ def simulated(layout: Layout, num_blocks: int) -> list[tuple[list[int], list[int
             old = recent.pop(0)
             if layout.top_k:
                 bank.append(old)
-        while layout.bank is not None and len(bank) > layout.bank:
-            bank.pop(0)
+        shrink(layout, bank)
     return seen
+
+
+def shrink(layout: Layout, bank: list[int]) -> None:
+    while layout.bank is not None and len(bank) > layout.bank:
+        bank.remove(min(block for block in bank if block not in layout.pins))
 
 
 @pytest.mark.parametrize(
@@ -126,6 +134,10 @@ def simulated(layout: Layout, num_blocks: int) -> list[tuple[list[int], list[int
         Layout(DEMO, 1, 3, 2, None, Fraction(1, 3), 28),
         Layout(DEMO, 3, 1, 0, 8),
         Layout(DEMO, 0, 0, 0),
+        Layout(DEMO, 2, 3, 2, 6, Fraction(1), 28, cuts=(1, 2, 9, 20, 21, 39)),
+        Layout(DEMO, 1, 2, 4, 5, Fraction(1), 28, pins=frozenset({0, 3, 4, 17, 30})),
+        Layout(DEMO, 1, 2, 4, 5, Fraction(1), 28, cuts=(7, 25), pins=frozenset({5, 6, 7})),
+        Layout(DEMO, 0, 4, 0, 5, cuts=(3, 30)),
     ],
 )
 def test_partitions_equal_a_played_out_cache(layout: Layout) -> None:
@@ -241,6 +253,24 @@ def test_bytes_are_tokens_times_bytes_of_their_tensors() -> None:
     assert used.backups == 2 * one * 4
     assert used.bank == 5 * (2 * one * 4 + one) + one  # key sums and the query sum are fp32 as well
     assert used.live == used.stored + used.current + used.raw_keys + used.backups + used.bank
+
+
+def test_no_block_of_a_video_with_cuts_needs_more_than_the_buffers_have() -> None:
+    layout = Layout(DEMO, 2, 3, 5, 9, Fraction(1), 28, cuts=(4, 11, 29))
+    size, most = layout.capacity_bytes(30), layout.largest_view(30)
+    for view in layout.views(31):
+        used = layout.bytes(view)
+        assert all(getattr(used, n) <= getattr(size, n) for n in ("stored", "raw_keys", "backups", "bank"))
+        assert len(view.mid) <= len(most.mid) and len(view.recent) <= len(most.recent)
+
+
+@pytest.mark.parametrize("changes", [{"top_k": 2}, {"bank": 3}, {"top_k": 0}])
+def test_more_pins_than_the_bound_has_room_for_are_refused(changes: dict[str, int]) -> None:
+    settings = {"sink_blocks": 1, "top_k": 3, "bank": 4, "trained_frames": 40} | changes
+    with pytest.raises(LayoutError, match="3 blocks are pinned") as caught:
+        Layout(DEMO, pins=frozenset({0, 4, 5, 6}), **settings)
+    assert "--top-k 3" in caught.value.hint
+    Layout(DEMO, 1, 1, 3, 4, trained_frames=40, pins=frozenset({0, 4, 5, 6}))
 
 
 @pytest.mark.parametrize("policy", ["sink", "window", "full"])

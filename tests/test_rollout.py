@@ -20,8 +20,9 @@ from packforcing_cli import rollout
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Block, Prompt, schedule_for, stream_generate
+from packforcing_cli.rollout import Block, Prompt, Story, schedule_for, stream_generate
 from packforcing_cli.text import TextEncoder
+from packforcing_cli.timeline import Script
 from packforcing_cli.video import VideoReader
 
 torch.set_num_threads(1)
@@ -332,3 +333,113 @@ def test_generate_writes_whole_blocks_and_stops_when_asked(model: VideoModel, tm
 def test_ten_seconds_are_157_frames(model: VideoModel) -> None:
     grid = rollout.grid_for(model, (64, 64))
     assert (grid.blocks_for(10, 16), grid.frames_for(10)) == (10, 157)
+
+
+# -- timelines and pins -----------------------------------------------------------------------------------------
+
+
+def story(model: VideoModel, script: Script) -> Story:
+    return Story(script, tuple(Prompt(text, embeds(len(text), model.dtype)) for text in script.prompts))
+
+
+SCENES = Script(("a", "bb", "a"), starts=(0, 3, 7), blends=(0, 2, 0))
+
+
+def test_each_block_reads_its_own_prompt_and_blends_are_linear(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Embeddings go in once for every prompt and blend; denoising, clean and compressed pass read the same."""
+    made: list[tuple[Tensor, object]] = []
+    read: list[object] = []
+    embed, run_layers = model.transformer.embed_text, model.transformer.run_layers
+    commit_tokens = model.transformer.commit_tokens
+
+    def spy_embed(given: Tensor) -> Any:
+        made.append((given, embed(given)))
+        return made[-1][1]
+
+    def spy_run(x: Tensor, modulation: Any, text: Any, attend: Any) -> Tensor:
+        read.append(text)
+        return run_layers(x, modulation, text, attend)
+
+    def spy_commit(tokens: Tensor, text: Any, context: Any) -> Any:
+        read.append(text)
+        return commit_tokens(tokens, text, context)
+
+    monkeypatch.setattr(model.transformer, "embed_text", spy_embed)
+    monkeypatch.setattr(model.transformer, "run_layers", spy_run)
+    monkeypatch.setattr(model.transformer, "commit_tokens", spy_commit)
+    a, b = embeds(1), embeds(2)
+    expected = [a, a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, b, a, a]
+    blocks = stream_generate(model, story(model, SCENES), num_blocks=9, seed=0, memory=WIDE)
+    for block, embedding in zip(blocks, expected, strict=True):
+        (used,) = {id(text) for text in read}
+        given = next(given for given, kv in made if id(kv) == used)
+        torch.testing.assert_close(given, embedding, rtol=1e-12, atol=1e-12)
+        assert len(read) == 3 + (block.index >= 2)  # two steps, clean, compressed (not of the sinks)
+        read.clear()
+    assert len(made) == 4  # a, two blends, b; the second a was kept
+
+
+def test_a_prompt_that_changes_changes_the_blocks_after_it_only(model: VideoModel) -> None:
+    one = latents_of(stream_generate(model, story(model, Script(("a",))), num_blocks=6, seed=0, memory=WIDE))
+    switched = Script(("a", "bb"), starts=(0, 4), blends=(0, 0))
+    two = latents_of(stream_generate(model, story(model, switched), num_blocks=6, seed=0, memory=WIDE))
+    assert torch.equal(one[:4], two[:4])
+    assert not torch.allclose(one[4], two[4])
+
+
+def test_a_cut_leaves_recent_blocks_unseen_and_sinks_seen(model: VideoModel) -> None:
+    """Block 4 of another video, with another block 3, is the same when both cut there and recall nothing of it."""
+    cut = Script(("a", "a"), starts=(0, 4), blends=(0, 0), cuts=(4,))
+    options: dict[str, Any] = {"num_blocks": 6, "memory": MemoryOptions(select="none", sink_blocks=2)}
+    blocks = list(stream_generate(model, story(model, cut), seed=0, **options))
+    plain = list(stream_generate(model, story(model, Script(("a",))), seed=0, **options))
+    assert torch.equal(blocks[3].latents, plain[3].latents)
+    assert not torch.allclose(blocks[4].latents, plain[4].latents)
+    assert [block.cache.recent for block in blocks[2:]] == [(2,), (), (4,), (5,)]
+    assert blocks[4].cache.sink == (0, 1)
+
+
+def latents_of(blocks: Iterator[Block]) -> Tensor:
+    return torch.cat([block.latents for block in blocks])
+
+
+@pytest.mark.parametrize("select", ["affinity-recent", "affinity", "fifo", "random"])
+def test_a_pinned_block_is_recalled_by_every_later_block_and_never_dropped(
+    model: VideoModel, select: str
+) -> None:
+    memory = MemoryOptions(top_k=2, bank=4, mid_span="1", select=select)
+    made = {}
+    for pins in (frozenset({3}), frozenset[int]()):
+        script = Script(("a",), pins=pins)
+        made[bool(pins)] = list(
+            stream_generate(model, story(model, script), num_blocks=14, seed=0, memory=memory)
+        )
+    for block in made[True][5:]:
+        assert (block.selected == 3).any(1).all()
+        assert block.cache.pinned == (3,)
+        assert len(block.recalled) >= 2 or block.index == 5
+    unpinned = made[False]
+    assert 3 not in unpinned[-1].cache.bank and 3 not in unpinned[-1].recalled
+    assert not torch.equal(unpinned[-1].latents, made[True][-1].latents)
+    assert torch.equal(unpinned[4].latents, made[True][4].latents)
+
+
+def test_chapters_are_where_the_prompts_change(model: VideoModel, tmp_path: Path) -> None:
+    result = rollout.generate(model, story(model, SCENES), tmp_path / "a.mp4", seconds=9, memory=WIDE)
+    chapters = VideoReader(result.path).chapters
+    assert [title for _, title in chapters] == ["a", "bb", "a"]
+    # an MP4 says where chapters begin in milliseconds
+    assert [start for start, _ in chapters] == pytest.approx([0, 45 / 16, 109 / 16], abs=1e-3)
+    seen: list[int] = []
+    result = rollout.generate(
+        model,
+        story(model, SCENES),
+        tmp_path / "b.mp4",
+        seconds=9,
+        memory=WIDE,
+        on_block=lambda block, _: seen.append(block.index),
+        should_stop=lambda: len(seen) == 5,
+    )
+    assert [title for _, title in VideoReader(result.path).chapters] == ["a", "bb"]

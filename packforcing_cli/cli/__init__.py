@@ -88,7 +88,7 @@ def _run(arguments: Sequence[str]) -> int:
 
     debug = wants_traceback(arguments)
     try:
-        code = build_app()(args=list(arguments), prog_name=PROGRAM, standalone_mode=True)
+        code = build_app()(args=_join_at(arguments), prog_name=PROGRAM, standalone_mode=True)
     except SystemExit as stop:
         code = stop.code
     except PackforcingError as error:
@@ -105,6 +105,28 @@ def _run(arguments: Sequence[str]) -> int:
         console.report_unexpected(error, debug=debug)
         return 1
     return code if isinstance(code, int) else 0
+
+
+def _join_at(arguments: Sequence[str]) -> list[str]:
+    """`--at TIME PROMPT` as one value "TIME PROMPT": Typer has no repeated option of two values in all versions."""
+    joined: list[str] = []
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        joined.append(word)
+        if word == "--":
+            return joined + rest
+        if word == "--at" and rest:
+            value = rest.pop(0)
+            if (
+                rest
+                and not value.startswith("--")
+                and not rest[0].startswith("--")
+                and " " not in value.strip()
+            ):
+                value = f"{value} {rest.pop(0)}"
+            joined.append(value)
+    return joined
 
 
 def wants_traceback(arguments: Sequence[str]) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packforcing_cli.cli import memory_options as memory
+from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
     from packforcing_cli.catalog import ModelFacts
@@ -31,7 +32,13 @@ SCHEMA = 1
 
 
 def generate(
-    prompt: Annotated[str, typer.Argument(help='What the video shows; "-" reads it from standard input.')],
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            help='What the video shows; "-" reads it from standard input. Not needed with a scene at 0:00.',
+            show_default=False,
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", metavar="FILE.mp4", help="Default: a name made from the prompt."),
@@ -69,6 +76,9 @@ def generate(
         str | None,
         typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE."),
     ] = None,
+    at: story.At = None,
+    timeline: story.TimelineFile = None,
+    pin: story.Pin = None,
     crf: Annotated[int | None, typer.Option("--crf", help="H.264 quality, 0 to 51. Default 18.")] = None,
     policy: memory.Policy = None,
     sink_blocks: memory.SinkBlocks = None,
@@ -136,7 +146,9 @@ def generate(
     try:
         if parity not in (None, "paper"):
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
-        request = settings.gather(flags).generate_request(_read_prompt(prompt, shown), output)
+        given = None if prompt is None else _read_prompt(prompt, shown)
+        first, scenes = story.gather(given, at, timeline, pin)
+        request = settings.gather(flags).generate_request(first, output, timeline=scenes)
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
         job = _prepare(request)
@@ -296,7 +308,7 @@ def _command(request: GenerateRequest) -> str:
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
         values["bank"] = "unlimited"
-    options: list[str] = []
+    options = story.arguments(request.timeline)
     for name, value in values.items():
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)
@@ -333,6 +345,7 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
         ("video", f"{width}x{height}, {plan.fps} fps, {plan.frames} frames = {plan.exact_seconds:.2f} s"),
         ("blocks", f"{plan.blocks} of {plan.frames_per_block} latent frames"),
         ("seed", str(job.request.seed)),
+        *story.rows(plan),
         ("memory", _memory_text(job)),
         ("KV memory", f"{console.gb(plan.memory.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
         ("peak memory", f"about {console.gb(plan.peak_bytes)}"),
@@ -439,8 +452,9 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
             shown.stage(f"loading {job.facts.name} …")
             model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
             schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
-            prompt = rollout.encode_prompt(model, request.prompt, guided=schedule.guidance != 1.0)
-            _warn_about_words(prompt, model.manifest.vocabulary, shown)
+            prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
+            for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
+                _warn_about_words(prompt, model.manifest.vocabulary, shown)
             load_seconds = time.perf_counter() - started
             if verbose:
                 _describe(model, schedule, load_seconds, shown)
@@ -448,7 +462,7 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
             stop.making_blocks = True
             result = rollout.generate(
                 model,
-                prompt,
+                prompts,
                 job.path,
                 seconds=request.seconds,
                 seed=request.seed,

@@ -195,6 +195,7 @@ class _Plain(Display):
         console.say(
             f"block {meter.blocks}/{meter.plan.blocks}: {meter.done_of_total}, {meter.speed};"
             f" KV {meter.total(block)} ({meter.partitions(block)})"
+            + (f"; pinned {meter.spans(block.cache.pinned)}" if block.cache.pinned else "")
         )
 
 
@@ -236,6 +237,7 @@ class _JsonLines(Display):
             full_cache_bytes=meter.full_bytes(meter.blocks),
             bank_blocks=len(block.cache.bank),
             recalled=list(block.recalled),
+            pinned=list(block.cache.pinned),
             device_memory_bytes=device,
             host_memory_bytes=host,
         )
@@ -328,6 +330,8 @@ class _Live(Display):
             table.add_row("", meter.total(block))
             table.add_row("memory", (f"device {gb(device)}, " if device else "") + f"host {gb(host)}")
             table.add_row("recalled", meter.spans(block.recalled) or "nothing yet")
+            if block.cache.pinned:
+                table.add_row("pinned", meter.spans(block.cache.pinned))
             lines.append(table)
         if self._stopping:
             lines.append(Text(self._stopping, style="yellow"))

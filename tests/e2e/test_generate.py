@@ -201,6 +201,7 @@ def test_every_line_of_json_progress_is_an_event(generate: Any) -> None:
         "full_cache_bytes",
         "bank_blocks",
         "recalled",
+        "pinned",
         "device_memory_bytes",
         "host_memory_bytes",
     }

@@ -1,0 +1,86 @@
+"""Prompts over time and pins on the command line, with a tiny package of random weights."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_generate import assert_one_message, write_tiny
+
+from packforcing_cli.video import VideoReader
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("story") / "tiny")
+
+
+@pytest.fixture
+def generate(run_command: Any, package: Path) -> Callable[..., Any]:
+    def run(*arguments: str) -> Any:
+        return run_command("generate", *arguments, "--model", str(package), "--seed", "1")
+
+    return run
+
+
+def test_scenes_of_options_and_file_become_chapters_and_pins_are_shown(generate: Any, tmp_path: Path) -> None:
+    (tmp_path / "scenes.txt").write_text("0:00 a red circle\n0:03 a circle [blend 1s]\n", encoding="utf-8")
+    made = generate(
+        "--timeline", "scenes.txt", "--at", "0:06", "red moving right [cut]", "--seconds", "8", "--pin", "0:02-0:03",
+        "--progress", "json", "-o", "a.mp4", "--sink-blocks", "1",
+    )  # fmt: skip
+    assert made.code == 0, made.err
+    chapters = VideoReader(tmp_path / "a.mp4").chapters
+    assert [title for _, title in chapters] == ["a red circle", "a circle", "red moving right"]
+    events = [json.loads(line) for line in made.err.splitlines()]
+    blocks = [event for event in events if event["event"] == "block"]
+    assert [block["pinned"] for block in blocks][5:] == [[2, 3]] * 3
+    assert all({2, 3} <= set(block["recalled"]) for block in blocks[5:])
+
+
+def test_the_plan_says_what_happens_when_and_its_command_repeats_it(generate: Any, run_command: Any) -> None:
+    arguments = (
+        "a red circle",
+        "--at",
+        "0:03.5",
+        "a circle [blend 1s] [pin 2s]",
+        "--at=0:12 red",
+        "--seconds",
+        "40",
+    )
+    plan = generate(*arguments, "--pin", "0:20-0:21", "--top-k", "5", "--dry-run")
+    assert plan.code == 0, plan.err
+    assert "from 0:03.8125, block 4, blended over 1: a circle" in plan.out
+    assert "blocks 5, 6, 20, 21: 4 of 5 recalled, the rest is chosen" in plan.out
+    assert "4 pinned blocks take 4 of the 5 places for recalled blocks; 1 are left to be chosen" in plan.err
+    (command,) = [line for line in plan.out.splitlines() if line.startswith("command")]
+    words = shlex.split(command)[2:]
+    assert words[:8] == [
+        "generate", "a red circle", "--at", "0:03.5", "a circle [blend 0:01] [pin 0:02]", "--at", "0:12", "red",
+    ]  # fmt: skip
+    again = run_command(*words, "--dry-run")
+    assert again.out == plan.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "next_step"),
+    [
+        (("--seconds", "3"), "there is no prompt", "packforcing generate"),
+        (("a", "--at", "0:0x", "b"), "--at '0:0x', line 1, column 1: '0:0x' is no time", "--at 0:12"),
+        (("a", "--at", "0:12", "--seed", "3"), "there is no prompt", "--at 0:12"),
+        (("a", "--at", "0:12", "b"), "0:12 is past the end", "--at 0:12"),
+        (("a", "--at", "0:00", "b"), "0:00 overlaps", "--at 0:12"),
+        (("a", "--pin", "0:12"), "a pin is a stretch", "--pin 0:03-0:05"),
+        (("a", "--pin", "0:06-0:09", "--top-k", "2"), "are pinned and the memory has room for 2", "--top-k"),
+        (("a", "--timeline", "missing.srt"), "missing.srt cannot be read", "path"),
+    ],
+)  # fmt: skip
+def test_mistakes_end_before_anything_is_made(
+    arguments: tuple[str, ...], said: str, next_step: str, generate: Any, tmp_path: Path
+) -> None:
+    assert_one_message(generate(*arguments), 2, said, next_step)
+    assert not list(tmp_path.glob("*.mp4"))
