@@ -1,10 +1,10 @@
 """Published checkpoints -> model packages: names, shapes, a merged LoRA. Nothing of a checkpoint is run here.
 
     .pt ──(unpickle, a subprocess)──┐
-    .safetensors, sharded or not ───┴─> names -> shapes -> finite -> + LoRA -> packforcing.json, transformer/, base parts
+    .safetensors, sharded or not ───┴─> names -> shapes -> finite -> + LoRA -> package (other parts from a base)
 
-Understood are Self-Forcing, Causal-Forcing and LongLive checkpoints (dictionaries `generator`, `generator_ema`, `model`;
-with or without the fragments that wrappers, FSDP, activation checkpointing and torch.compile leave in names), the
+Understood are Self-Forcing, Causal-Forcing and LongLive checkpoints (`generator`, `generator_ema` or `model`, with or
+without the fragments that wrappers, FSDP, activation checkpointing and torch.compile leave in names), the
 original Wan 2.1 names and those of diffusers. Everything is checked before the output folder is touched.
 Sources: Wan 2.1 (wan/modules/model.py), diffusers (scripts/convert_wan_to_diffusers.py), Self-Forcing
 (utils/wan_wrapper.py), LongLive 1.0 (utils/lora_utils.py, a PEFT adapter over all linears of the layers); METHOD 1.5.
@@ -203,10 +203,15 @@ def _convert(
     )
     found = _read(source, scratch / "source.safetensors", wanted)
     notes = [found.note] if found.note else []
-    beside = _config_beside(source)
     tensors = _bare(found.tensors, source)
-    config = _config(source, tensors, beside, _base_config(place))
+    config = _config(source, tensors, _config_beside(source), _base_config(place, below, "transformer"))
     transformer = _named(source, tensors, config)
+    text_dim = _base_config(place, below, "text_encoder").get("d_model", config.text_dim)
+    if text_dim != config.text_dim:
+        raise WeightsError(
+            f"the transformer takes text of width {config.text_dim}, the text encoder of {place} makes {text_dim}",
+            hint="Use a --base of the same family of models.",
+        )
     if lora is not None:
         adapter = _read(lora, scratch / "lora.safetensors", ("generator_lora", ""))
         count, scale = _merge(lora, transformer, adapter.tensors, lora_alpha)
@@ -332,9 +337,10 @@ def _config_beside(source: Path) -> dict[str, Any]:
     return values
 
 
-def _base_config(place: Path | None) -> dict[str, Any]:
-    folder = None if place is None else place / read_manifest(place).parts.get("transformer", "-")
-    return {} if folder is None or not folder.is_dir() else weights.read_config(folder)
+def _base_config(place: Path | None, below: Manifest | None, part: Part) -> dict[str, Any]:
+    if place is None or below is None or part not in below.parts:
+        return {}
+    return weights.read_config(place / below.parts[part])
 
 
 def _config(
@@ -417,7 +423,9 @@ def _require_finite(source: Path, stored: Mapping[str, Tensor], before: Mapping[
 
 # ------------------------------------------------------------------------------------------------------------ LoRA
 
-_LORA = re.compile(r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[A-Za-z]\w*)?\.weight")  # PEFT may name the adapter
+_LORA = re.compile(
+    r"(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[A-Za-z]\w*)?\.weight"
+)  # PEFT may name the adapter
 
 
 def _merge(
@@ -451,7 +459,11 @@ def _merge(
             raise WeightsError(f"{source}: {name} has a lora_{next(iter(pair))} alone", hint=_HINT)
         a, b, weight = pair["A"], pair["B"], transformer[name]
         rank = a.shape[0]
-        if a.ndim != 2 or weight.ndim != 2 or (b.shape, a.shape[1:]) != ((len(weight), rank), weight.shape[1:]):
+        if (
+            a.ndim != 2
+            or weight.ndim != 2
+            or (b.shape, a.shape[1:]) != ((len(weight), rank), weight.shape[1:])
+        ):
             raise WeightsError(
                 f"{source}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name} {list(weight.shape)}",
                 hint="The adapter and the checkpoint belong to different models.",
@@ -461,7 +473,9 @@ def _merge(
         transformer[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
     if len(scales) != 1:
         raise WeightsError(
-            f"{source} holds no one scale for its {len(pairs)} pairs: ranks differ" if scales else f"{source} is empty",
+            f"{source} holds no one scale for its {len(pairs)} pairs: ranks differ"
+            if scales
+            else f"{source} is empty",
             hint="Leave --lora-alpha away, or use an adapter of one rank.",
         )
     return len(pairs), scales.pop()
@@ -500,9 +514,7 @@ def _manifest(
     if kind == "student":
         schedule = Schedule(kind="renoise", steps=len(steps), timesteps=steps, shift=wan.schedule.shift)
     else:
-        schedule = Schedule(
-            kind="euler", steps=FULL_STEPS, shift=wan.schedule.shift, guidance=FULL_GUIDANCE
-        )
+        schedule = Schedule(kind="euler", steps=FULL_STEPS, shift=wan.schedule.shift, guidance=FULL_GUIDANCE)
     codec = CodecFactsRecord(
         kind="wan",
         latent_channels=wan.latent_channels,

@@ -3,7 +3,7 @@
     parent: extract() ──> child: limited, sealed, torch.load ──> safetensors ──> parent
 
 A pickle is a program. The child first reads its opcodes without running them and refuses every name that plain tensors
-do not need; then `torch.load(weights_only=True)` runs it, with at most a few times the file's size of address space.
+do not need; then PyTorch's restricted unpickler runs it, with a few times the file's size of address space at most.
 What comes out must be a dictionary of plain tensors. Knows no model: names and shapes are `convert`'s.
 
     zip format (PyTorch 1.6 and later)   mapped into memory, never read as a whole
@@ -16,6 +16,7 @@ import json
 import os
 import pickle
 import pickletools
+import re
 import subprocess
 import sys
 import zipfile
@@ -160,8 +161,10 @@ def read_group(source: Path, wanted: Sequence[str]) -> tuple[str, dict[str, Tens
     except (pickle.UnpicklingError, RuntimeError, ValueError, TypeError, EOFError, LookupError) as e:
         if any(said in str(e) for said in ("allocate memory", "unable to mmap")):
             raise _too_large(source) from e
-        # torch's own message tells people to switch the protection off; its reason stands after this mark.
-        said = str(e).rpartition("WeightsUnpickler error: ")[2].strip() or type(e).__name__
+        said = str(e).strip() or type(e).__name__
+        if said.startswith("Weights only load failed"):  # and goes on with how to switch the protection off
+            reason = re.search(r"(?:WeightsUnpickler error: \S|[Uu]nsupported ).*", said)
+            said = reason[0] if reason else "it holds more than plain tensors"
         said = said.splitlines()[0]
         raise WeightsError(f"{source} cannot be read as a checkpoint: {said}", hint=_AGAIN) from e
     except (AttributeError, OSError, RecursionError, AssertionError) as e:
@@ -184,7 +187,7 @@ def read_group(source: Path, wanted: Sequence[str]) -> tuple[str, dict[str, Tens
 
 
 def _plain(source: Path, group: str, values: Mapping[Any, Any]) -> dict[str, Tensor]:
-    """Check that a dictionary maps names to plain floating-point tensors. Raises: WeightsError naming the first other."""
+    """The tensors of a dictionary of plain float tensors. Raises: WeightsError naming the first thing that is none."""
     if not values:
         raise WeightsError(f"{source}: {group or 'the checkpoint'} is empty", hint=_AGAIN)
     tensors: dict[str, Tensor] = {}
