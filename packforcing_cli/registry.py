@@ -22,7 +22,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -543,6 +543,7 @@ def write_package(
     tokenizer_dir: Path | None = None,
     dtype: torch.dtype | None = None,
     base: Path | None = None,
+    leave_out: Collection[Part] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Write a package: config.json and safetensors of each part, then packforcing.json with all hashes.
@@ -556,6 +557,7 @@ def write_package(
         vae:      a TinyAutoencoder or diffusers' AutoencoderKLWan.
         dtype:    of the stored floating-point tensors; None keeps the modules' own.
         base:     a package whose parts are copied where none is given here.
+        leave_out: parts of the base not to copy.
         overwrite: replace the folder; files beside its manifest (a README) are kept.
     Returns: the manifest as written.
     Raises: UsageError when the folder exists and overwrite is False; DiskFullError.
@@ -588,7 +590,7 @@ def write_package(
             parts["tokenizer"] = "tokenizer"
         if base is not None:
             for part, place in read_manifest(base).parts.items():
-                if part not in parts:
+                if part not in parts and part not in leave_out:
                     shutil.copytree(base / place, unfinished / part)
                     parts[part] = part
         if folder.is_dir():

@@ -74,17 +74,24 @@ def read_tensors(
     """
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-                    tensor = file.get_tensor(name)
-                    if dtype is not None and tensor.is_floating_point():
-                        tensor = tensor.to(dtype)
-                    tensors[name] = tensor
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(
-                f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
-            ) from e
+        tensors |= read_file(path, device=device, dtype=dtype)
+    return tensors
+
+
+def read_file(path: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, as `read_tensors`. Raises: WeightsError if it is none."""
+    tensors: dict[str, Tensor] = {}
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
+                tensor = file.get_tensor(name)
+                if dtype is not None and tensor.is_floating_point():
+                    tensor = tensor.to(dtype)
+                tensors[name] = tensor
+    except (SafetensorError, OSError) as e:
+        raise WeightsError(
+            f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
+        ) from e
     return tensors
 
 

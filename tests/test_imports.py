@@ -17,10 +17,10 @@ ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[uni
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "quiet"),
-    ("rope", "selection", "sampler", "compressor", "weights"),
+    ("rope", "selection", "sampler", "compressor", "weights", "unpickle"),
     ("transformer", "cache", "text", "vae", "video"),
     ("registry", "runfolder", "trace"),
-    ("rollout",),
+    ("rollout", "convert"),
     ("batch", "metrics", "bench", "training"),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""

@@ -74,3 +74,13 @@ def _table(models: tuple[ModelFacts, ...]) -> Any:
             facts.title,
         )
     return table
+
+
+def _register() -> None:
+    """The commands of this group that have files of their own."""
+    from packforcing_cli.cli.convert import convert
+
+    app.command("convert")(convert)
+
+
+_register()
