@@ -288,6 +288,8 @@ class Hub:
             try:
                 return ask()
             except failures as error:
+                if isinstance(error, urllib.error.HTTPError):
+                    error.close()
                 if progressed is not None and progressed() and _disk_full(error, Path()) is None:
                     raise _Progress from error
                 wait = self._wait(error, pause)

@@ -88,6 +88,7 @@ def _as_list(arguments: Sequence[str]) -> list[str]:
 @pytest.fixture
 def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """A Hub on this machine, and caches of this test's own; failed requests are repeated without a pause."""
+    import huggingface_hub.utils
     from huggingface_hub import constants
 
     from packforcing_cli import hub
@@ -102,3 +103,4 @@ def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubS
     monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0))
     with HubServer() as server:
         yield server
+    huggingface_hub.utils.close_session()
