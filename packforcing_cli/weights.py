@@ -8,7 +8,7 @@ files before this reads them).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,27 +72,39 @@ def read_tensors(
 
     Raises: WeightsError on a file that is not safetensors.
     """
-    tensors: dict[str, Tensor] = {}
+    return {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in each_tensor(folder, device=device)
+    }
+
+
+def each_tensor(folder: Path, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a part one after the other, as they are stored.
+
+    Raises: WeightsError on a file that is not safetensors.
+    """
     for path in weight_files(folder):
-        tensors |= read_file(path, device=device, dtype=dtype)
-    return tensors
+        for name, tensor in _each_of(path, device=device):
+            yield name, tensor
 
 
 def read_file(path: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """All tensors of one safetensors file, as `read_tensors`. Raises: WeightsError if it is none."""
-    tensors: dict[str, Tensor] = {}
+    return {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in _each_of(path, device=device)
+    }
+
+
+def _each_of(path: Path, *, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
     try:
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-                tensor = file.get_tensor(name)
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                tensors[name] = tensor
+                yield name, file.get_tensor(name)
     except (SafetensorError, OSError) as e:
         raise WeightsError(
             f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
         ) from e
-    return tensors
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:

@@ -17,9 +17,9 @@ ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[uni
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "quiet"),
-    ("rope", "selection", "sampler", "compressor", "weights", "unpickle"),
-    ("transformer", "cache", "text", "vae", "video"),
-    ("registry", "runfolder", "trace"),
+    ("hub", "rope", "selection", "sampler", "compressor", "weights", "unpickle"),
+    ("packages", "transformer", "cache", "text", "vae", "video"),
+    ("bundle", "install", "registry", "runfolder", "trace"),
     ("rollout", "convert"),
     ("batch", "metrics", "bench", "training"),
 )

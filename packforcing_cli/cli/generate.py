@@ -213,14 +213,14 @@ def _prepare(request: GenerateRequest) -> _Job:
 
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
     """
-    from packforcing_cli import catalog, config, planner
+    from packforcing_cli import catalog, config, packages, planner
 
-    facts = catalog.of(request.model)
-    facts.require_weights()
+    facts = packages.facts(request.model)
+    packages.find_package(request.model)  # refused early when it is not here
     _check_abilities(request, facts)
     path = _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
-    place = facts.name if is_named else Path(request.model).expanduser()
+    place = facts.name if is_named else request.model
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded

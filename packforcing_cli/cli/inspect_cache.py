@@ -42,7 +42,7 @@ def inspect_cache(
 
     Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
     """
-    from packforcing_cli import planner
+    from packforcing_cli import packages, planner
     from packforcing_cli.cli import console, settings
 
     flags = {
@@ -61,7 +61,8 @@ def inspect_cache(
         "compressor": compressor,
         "compressed_context": compressed_context,
     }
-    plan = planner.plan(settings.gather(flags).plan_request())
+    request = settings.gather(flags).plan_request()
+    plan = planner.plan(request, facts=packages.facts(request.model))
     if as_json:
         console.result_json(plan.to_json())
         return
