@@ -457,20 +457,20 @@ def _merge(
     for name, pair in pairs.items():
         if len(pair) != 2:
             raise WeightsError(f"{source}: {name} has a lora_{next(iter(pair))} alone", hint=_HINT)
-        a, b, weight = pair["A"], pair["B"], transformer[name]
+        a, b, before = pair["A"], pair["B"], transformer[name]
         rank = a.shape[0]
         if (
             a.ndim != 2
-            or weight.ndim != 2
-            or (b.shape, a.shape[1:]) != ((len(weight), rank), weight.shape[1:])
+            or before.ndim != 2
+            or (b.shape, a.shape[1:]) != ((len(before), rank), before.shape[1:])
         ):
             raise WeightsError(
-                f"{source}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name} {list(weight.shape)}",
+                f"{source}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name} {list(before.shape)}",
                 hint="The adapter and the checkpoint belong to different models.",
             )
         scale = (rank if alpha is None else alpha) / rank
         scales.add(scale)
-        transformer[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+        transformer[name] = (before.float() + scale * (b.float() @ a.float())).to(before.dtype)
     if len(scales) != 1:
         raise WeightsError(
             f"{source} holds no one scale for its {len(pairs)} pairs: ranks differ"

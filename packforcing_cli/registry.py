@@ -543,7 +543,7 @@ def write_package(
     tokenizer_dir: Path | None = None,
     dtype: torch.dtype | None = None,
     base: Path | None = None,
-    leave_out: Collection[Part] = (),
+    leave_out: Collection[str] = (),
     overwrite: bool = False,
 ) -> Manifest:
     """Write a package: config.json and safetensors of each part, then packforcing.json with all hashes.
