@@ -17,7 +17,7 @@ ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[uni
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "catalog", "config", "machine", "planner", "quiet"),
-    ("rope", "selection", "sampler", "compressor", "weights"),
+    ("rope", "selection", "sampler", "compressor", "quantize", "weights"),
     ("transformer", "cache", "text", "vae", "video"),
     ("registry", "runfolder", "trace"),
     ("rollout",),
