@@ -293,8 +293,9 @@ class _Found:
 
 def _read(source: Path, scratch: Path, wanted: tuple[str, ...]) -> _Found:
     """Read a checkpoint; pickled ones through `scratch`. Raises: WeightsError."""
+    cpu = torch.device("cpu")
     if source.is_dir():
-        return _Found(weights.read_tensors(source, device=torch.device("cpu")), "", "")
+        return _Found(weights.read_tensors(source, device=cpu), "", "")
     with source.open("rb") as file:
         head = file.read(512)
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
@@ -307,7 +308,7 @@ def _read(source: Path, scratch: Path, wanted: tuple[str, ...]) -> _Found:
             f"{source} is a web page (an error page saved under that name)", hint="Download the file again."
         )
     if source.suffix == ".safetensors":
-        return _Found(weights.read_file(source, device=torch.device("cpu")), "", "")
+        return _Found(weights.read_tensors(source, device=cpu), "", "")
     if source.suffix not in PICKLED:
         raise UsageError(
             f"{source} is neither a .safetensors file nor a checkpoint ({', '.join(PICKLED)})",
@@ -317,7 +318,7 @@ def _read(source: Path, scratch: Path, wanted: tuple[str, ...]) -> _Found:
     note = f"took {taken.group}" if taken.group else ""
     if taken.left_out:
         note += f"; left out: {', '.join(taken.left_out)}"
-    return _Found(weights.read_file(scratch, device=torch.device("cpu")), taken.group, note)
+    return _Found(weights.read_tensors(scratch, device=cpu), taken.group, note)
 
 
 def _config_beside(source: Path) -> dict[str, Any]:
@@ -457,20 +458,20 @@ def _merge(
     for name, pair in pairs.items():
         if len(pair) != 2:
             raise WeightsError(f"{source}: {name} has a lora_{next(iter(pair))} alone", hint=_HINT)
-        a, b, weight = pair["A"], pair["B"], transformer[name]
+        a, b, before = pair["A"], pair["B"], transformer[name]
         rank = a.shape[0]
         if (
             a.ndim != 2
-            or weight.ndim != 2
-            or (b.shape, a.shape[1:]) != ((len(weight), rank), weight.shape[1:])
+            or before.ndim != 2
+            or (b.shape, a.shape[1:]) != ((len(before), rank), before.shape[1:])
         ):
             raise WeightsError(
-                f"{source}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name} {list(weight.shape)}",
+                f"{source}: lora_A {list(a.shape)} and lora_B {list(b.shape)} do not fit {name} {list(before.shape)}",
                 hint="The adapter and the checkpoint belong to different models.",
             )
         scale = (rank if alpha is None else alpha) / rank
         scales.add(scale)
-        transformer[name] = (weight.float() + scale * (b.float() @ a.float())).to(weight.dtype)
+        transformer[name] = (before.float() + scale * (b.float() @ a.float())).to(before.dtype)
     if len(scales) != 1:
         raise WeightsError(
             f"{source} holds no one scale for its {len(pairs)} pairs: ranks differ"

@@ -1,14 +1,14 @@
 """Weights of one module as a folder: config.json beside *.safetensors, sharded or not.
 
 A module is built on the meta device and the tensors are assigned to it, straight from the file to the
-device: weights are in memory once. Knows no module class, no model names and no hashes (`registry` verifies
-files before this reads them).
+device, one at a time: weights are in memory once, also when their dtype changes or they are quantized on the way.
+Knows no module class, no model names and no hashes (`registry` verifies files before this reads them).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from packforcing_cli.errors import WeightsError
 
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
+MAPPED_BYTES = 128 << 20  # of a file, read before it is mapped anew
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -38,10 +39,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a part: those its index names, else every one in the folder.
+    """The safetensors files of a part: those its index names, else every one in the folder. A file is itself.
 
     Raises: WeightsError when there is none, or a shard is missing.
     """
+    if folder.is_file():
+        return [folder]
     indices = sorted(folder.glob("*" + INDEX))
     if len(indices) > 1:
         names = ", ".join(p.name for p in indices)
@@ -66,16 +69,24 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(
-    folder: Path, *, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a part on `device`; floating-point ones in `dtype` (None keeps that of the file).
 
+    Args:
+        change: called with the name of each tensor and the tensor; what it returns is kept instead.
     Raises: WeightsError on a file that is not safetensors.
     """
-    return {
-        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
-        for name, tensor in each_tensor(folder, device=device)
-    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in each_tensor(folder, device=device):
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        tensors[name] = tensor if change is None else change(name, tensor)
+    return tensors
 
 
 def each_tensor(folder: Path, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
@@ -84,8 +95,7 @@ def each_tensor(folder: Path, *, device: torch.device | str = "cpu") -> Iterator
     Raises: WeightsError on a file that is not safetensors.
     """
     for path in weight_files(folder):
-        for name, tensor in _each_of(path, device=device):
-            yield name, tensor
+        yield from _each_of(path, device=device)
 
 
 def read_file(path: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -98,13 +108,28 @@ def read_file(path: Path, *, device: torch.device, dtype: torch.dtype | None = N
 
 def _each_of(path: Path, *, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-                yield name, file.get_tensor(name)
+        yield from _stream(path, device)
     except (SafetensorError, OSError) as e:
         raise WeightsError(
             f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
         ) from e
+
+
+def _stream(path: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, one after the other.
+
+    The pages of a mapped file that were read stay in memory until it is unmapped, so it is mapped anew now and then.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        names = list(file.keys())
+    while names:
+        read = 0
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            while names and read < MAPPED_BYTES:
+                tensor = file.get_tensor(names[0])
+                read += tensor.nbytes
+                yield names.pop(0), tensor
+                del tensor
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:

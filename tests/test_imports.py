@@ -17,7 +17,7 @@ ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[uni
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "quiet"),
-    ("hub", "rope", "selection", "sampler", "compressor", "weights", "unpickle"),
+    ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace"),
     ("rollout", "convert"),
