@@ -233,6 +233,15 @@ def check_compressor(name: str, branches: str, wanted: str) -> None:
         )
 
 
+def check_offload(offload: str, device: str) -> None:
+    """Raises: UsageError if weights shall leave a device ("cpu", "cuda", "cuda:N") that is the host itself."""
+    if offload != "none" and device == "cpu":
+        raise UsageError(
+            f"--offload {offload} keeps weights off a GPU, and the model runs on the CPU",
+            hint="Leave --offload away; --quantize int8 makes the weights smaller.",
+        )
+
+
 def check_vae(name: str, own: str, wanted: str) -> None:
     """Raises: UsageError if a VAE (`wanted`) is neither the model's own kind nor a folder."""
     if wanted != own and (wanted in ("tiny", "wan") or not Path(wanted).is_dir()):

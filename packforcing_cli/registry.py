@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import difflib
 import errno
-import functools
 import hashlib
 import json
 import os
@@ -30,11 +29,12 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
 from packforcing_cli import catalog, weights
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import DiskFullError, EnvironmentProblem, UsageError, WeightsError
+from packforcing_cli.quantize import linear_weights, quantizer, require_support
 from packforcing_cli.quiet import known_import_noise_dropped
 from packforcing_cli.text import TextEncoder, encoder_parts
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "packforcing.json"
 SCHEMA = 1
+LAYERS = "blocks."  # of a transformer, in its state dict
 
 M = TypeVar("M", bound=nn.Module)
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "compressor"]
@@ -290,6 +291,7 @@ class VideoModel:
 
     compressor: None when the package has none.
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
+    quantize: of the transformer's linears, "none" or a mode of `quantize`.
     """
 
     name: str
@@ -299,6 +301,25 @@ class VideoModel:
     compressor: Compressor | None
     codec: Codec
     load_text_encoder: Callable[[], TextEncoder]
+    device: torch.device
+    dtype: torch.dtype
+    quantize: str = "none"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model package that was verified and is not loaded.
+
+    Its prompts can be encoded before the transformer takes memory; `load` gives the model.
+
+    device, dtype: what was asked for, resolved.
+    """
+
+    name: str
+    manifest: Manifest
+    folder: Path
+    load_text_encoder: Callable[[], TextEncoder]
+    load: Callable[[], VideoModel]
     device: torch.device
     dtype: torch.dtype
 
@@ -331,19 +352,52 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
+    quantize: str = "none",
+    quantize_text: str = "none",
+    offload: str = "none",
 ) -> VideoModel:
-    """Verify a package and load it.
+    """Verify a package and load it: `open_model(...).load()`."""
+    return open_model(
+        name_or_folder,
+        device=device,
+        dtype=dtype,
+        vae=vae,
+        quantize=quantize,
+        quantize_text=quantize_text,
+        offload=offload,
+    ).load()
+
+
+def open_model(
+    name_or_folder: str | Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    vae: str | Path | None = None,
+    quantize: str = "none",
+    quantize_text: str = "none",
+    offload: str = "none",
+) -> ModelSource:
+    """Verify a package and decide how it will be loaded; no tensor is read.
 
     Args:
-        device: "auto", "cpu", "cuda", "cuda:N".
-        dtype:  "auto", "bf16", "fp16", "fp32"; of transformer, compressor, codec and text encoder.
-        vae:    None or the package's own kind ("tiny", "wan"), or a folder with a VAE of the same latents.
-    Raises: UsageError, EnvironmentProblem (no such device), WeightsError (a file that is not what the
-        manifest says: before any tensor is read).
+        device:        "auto", "cpu", "cuda", "cuda:N".
+        dtype:         "auto", "bf16", "fp16", "fp32"; of transformer, compressor, codec and text encoder.
+        vae:           None or the package's own kind ("tiny", "wan"), or a folder with a VAE of the same latents.
+        quantize:      "none", or a mode of `quantize` for the linears of the transformer's layers.
+        quantize_text: "none" or "int8", for those of the text encoder.
+        offload:       "none"; "text" runs the text encoder on the CPU; "all" also keeps the transformer's layers in
+                       host memory and copies each to the GPU while it runs.
+    Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
+        file that is not what the manifest says).
     """
     folder = find_package(name_or_folder)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
+    catalog.check_offload(offload, chosen_device.type)
+    text_device = chosen_device if offload == "none" else torch.device("cpu")
+    if quantize != "none":
+        require_support(quantize, chosen_device)
     manifest = read_manifest(folder)
     missing = [part for part in REQUIRED_PARTS if part not in manifest.parts]
     if missing:
@@ -353,40 +407,52 @@ def load_model(
         )
     vae_folder = _vae_folder(folder, manifest, vae)
     verify_package(folder, manifest)
-    transformer = load_transformer(
-        folder / manifest.parts["transformer"], device=chosen_device, dtype=chosen_dtype
-    )
-    compressor = None
-    if "compressor" in manifest.parts:
-        compressor = load_compressor(
-            folder / manifest.parts["compressor"], device=chosen_device, dtype=chosen_dtype
-        )
-        if compressor.config.dim != transformer.config.dim:
-            raise WeightsError(
-                f"the compressor of {folder} makes tokens of width {compressor.config.dim}, "
-                f"its transformer has {transformer.config.dim}",
-                hint=_AGAIN,
-            )
-    codec = load_codec(vae_folder, device=chosen_device, dtype=chosen_dtype)
-    _check_codec(manifest, codec, transformer.config.in_channels, own=vae_folder.parent == folder)
-    return VideoModel(
-        name=manifest.name,
-        manifest=manifest,
-        folder=folder,
-        transformer=transformer,
-        compressor=compressor,
-        codec=codec,
-        load_text_encoder=functools.partial(
-            TextEncoder.load,
+
+    def load_text_encoder() -> TextEncoder:
+        return TextEncoder.load(
             folder / manifest.parts["text_encoder"],
             folder / manifest.parts["tokenizer"],
             max_length=manifest.text_length,
+            device=text_device,
+            dtype=chosen_dtype,
+            quantize=None if quantize_text == "none" else quantizer(quantize_text, text_device, chosen_dtype),
+        )
+
+    def load() -> VideoModel:
+        transformer = load_transformer(
+            folder / manifest.parts["transformer"],
             device=chosen_device,
             dtype=chosen_dtype,
-        ),
-        device=chosen_device,
-        dtype=chosen_dtype,
-    )
+            quantize=quantize,
+            stream_layers=offload == "all",
+        )
+        compressor = None
+        if "compressor" in manifest.parts:
+            compressor = load_compressor(
+                folder / manifest.parts["compressor"], device=chosen_device, dtype=chosen_dtype
+            )
+            if compressor.config.dim != transformer.config.dim:
+                raise WeightsError(
+                    f"the compressor of {folder} makes tokens of width {compressor.config.dim}, "
+                    f"its transformer has {transformer.config.dim}",
+                    hint=_AGAIN,
+                )
+        codec = load_codec(vae_folder, device=chosen_device, dtype=chosen_dtype)
+        _check_codec(manifest, codec, transformer.config.in_channels, own=vae_folder.parent == folder)
+        return VideoModel(
+            name=manifest.name,
+            manifest=manifest,
+            folder=folder,
+            transformer=transformer,
+            compressor=compressor,
+            codec=codec,
+            load_text_encoder=load_text_encoder,
+            device=chosen_device,
+            dtype=chosen_dtype,
+            quantize=quantize,
+        )
+
+    return ModelSource(manifest.name, manifest, folder, load_text_encoder, load, chosen_device, chosen_dtype)
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
@@ -410,12 +476,40 @@ def _check_codec(manifest: Manifest, codec: Codec, in_channels: int, *, own: boo
         )
 
 
-def load_transformer(folder: Path, *, device: torch.device, dtype: torch.dtype) -> WanTransformer:
-    """Read a transformer from its folder. Raises: WeightsError for another architecture or wrong tensors."""
+def load_transformer(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str = "none",
+    stream_layers: bool = False,
+) -> WanTransformer:
+    """Read a transformer from its folder.
+
+    Args:
+        quantize:      a mode of `quantize` for the linears of its layers.
+        stream_layers: keep the layers in host memory, to be copied to the device one at a time.
+    Raises: WeightsError for another architecture or wrong tensors.
+    """
     values = _config_of(folder, "WanTransformer3DModel")
     with torch.device("meta"):
         module = WanTransformer(TransformerConfig.from_dict(values))
-    return _filled(module, folder, device, dtype)
+    linears = linear_weights(module, LAYERS)
+    shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
+
+    def change(name: str, tensor: Tensor) -> Tensor:
+        if shrink is not None and name in linears:
+            tensor = shrink(tensor)
+        if stream_layers and name.startswith(LAYERS):
+            tensor = tensor.to("cpu")
+            # Pinned memory is copied to the GPU by itself, without a stop at the driver's own buffer.
+            tensor = tensor.pin_memory() if device.type == "cuda" else tensor
+        return tensor
+
+    module = _filled(module, folder, device, dtype, change)
+    if stream_layers:
+        module.stream_layers(device)
+    return module
 
 
 def load_compressor(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Compressor:
@@ -465,8 +559,15 @@ def _public(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not key.startswith("_")}
 
 
-def _filled(module: M, folder: Path, device: torch.device, dtype: torch.dtype) -> M:
-    weights.assign(module, weights.read_tensors(folder, device=device, dtype=dtype), source=str(folder))
+def _filled(
+    module: M,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> M:
+    tensors = weights.read_tensors(folder, device=device, dtype=dtype, change=change)
+    weights.assign(module, tensors, source=str(folder))
     return module
 
 

@@ -29,7 +29,7 @@ from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import GenerationError
 from packforcing_cli.layout import Grid
-from packforcing_cli.registry import VideoModel
+from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
@@ -102,7 +102,9 @@ class Result:
     peak_memory_bytes: int
 
 
-def schedule_for(model: VideoModel, *, steps: int | None = None, guidance: float | None = None) -> Schedule:
+def schedule_for(
+    model: VideoModel | ModelSource, *, steps: int | None = None, guidance: float | None = None
+) -> Schedule:
     """The package's schedule with the person's changes.
 
     Raises: UsageError for guidance, or another number of steps, on a few-step student.
@@ -133,19 +135,19 @@ def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
     )
 
 
-def encode_prompt(model: VideoModel, text: str, *, guided: bool) -> Prompt:
+def encode_prompt(model: VideoModel | ModelSource, text: str, *, guided: bool) -> Prompt:
     """Encode a prompt; the text encoder is loaded for it and dropped afterwards."""
     return encode_script(model, Script((text,)), guided=guided).prompts[0]
 
 
-def encode_script(model: VideoModel, script: Script, *, guided: bool) -> Story:
+def encode_script(model: VideoModel | ModelSource, script: Script, *, guided: bool) -> Story:
     """Encode the prompts of a script, equal ones once; the text encoder is dropped afterwards."""
     encoder = model.load_text_encoder()
-    empty = encoder.encode("") if guided else None
+    empty = encoder.encode("").to(model.device) if guided else None
     encoded = {
         text: Prompt(
             text=text,
-            conditional=encoder.encode(text),
+            conditional=encoder.encode(text).to(model.device),
             unconditional=empty,
             unknown=encoder.unknown_words(text, model.manifest.vocabulary),
             dropped=encoder.num_dropped(text),

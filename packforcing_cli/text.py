@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from packforcing_cli import weights
 from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.quantize import linear_weights
 from packforcing_cli.quiet import known_import_noise_dropped
 
 if TYPE_CHECKING:
@@ -83,17 +84,25 @@ class TextEncoder:
         max_length: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        quantize: Callable[[Tensor], Tensor] | None = None,
     ) -> TextEncoder:
         """Read an encoder (config.json, safetensors) and a tokenizer from folders; nothing is downloaded.
 
         Args:
             dtype: of the weights and of the embeddings; None keeps that of the file.
+            quantize: applied to the weight of every linear of the layers (`quantize.quantizer`); None = none.
         Returns: an encoder whose weights do not ask for gradients, in eval mode; to train it further, call
             `.model.requires_grad_(True).train()`.
         Raises: WeightsError when a folder is incomplete or not UMT5.
         """
         model = build_encoder(weights.read_config(encoder_dir), on_meta=True)
-        tensors = weights.read_tensors(encoder_dir, device=torch.device(device), dtype=dtype)
+        linears = linear_weights(model, "encoder.block.") if quantize is not None else frozenset[str]()
+        tensors = weights.read_tensors(
+            encoder_dir,
+            device=torch.device(device),
+            dtype=dtype,
+            change=lambda name, tensor: quantize(tensor) if quantize and name in linears else tensor,
+        )
         if _SHARED not in tensors and _TIED in tensors:
             tensors[_SHARED] = tensors[_TIED]
         if _SHARED in tensors:

@@ -17,7 +17,7 @@ h w latent height and width, T text tokens, G groups of tokens that share a time
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -320,6 +320,27 @@ class ConditionEmbedder(nn.Module):
         return head, self.time_proj(F.silu(head)).unflatten(-1, (6, -1))
 
 
+class _Seat:
+    """Room for one layer on a device; the layers take it in turn.
+
+    The weights of the layer before are let go one by one as the next one's arrive, so one layer and one tensor are
+    there at a time.
+    """
+
+    def __init__(self, config: TransformerConfig, device: torch.device) -> None:
+        with torch.device("meta"):
+            self._layer = Layer(config).eval().requires_grad_(False)
+        self._device = device
+
+    def take(self, layer: Layer) -> Layer:
+        """A layer with copies of another's weights on the device; valid until the next one takes the seat."""
+        for name, weight in layer.state_dict().items():
+            owner, _, last = name.rpartition(".")
+            there = weight.to(self._device, non_blocking=True, copy=True)
+            setattr(self._layer.get_submodule(owner), last, nn.Parameter(there, requires_grad=False))
+        return self._layer
+
+
 class WanTransformer(nn.Module):
     """Wan 2.1 text-to-video transformer, run block by block in a context."""
 
@@ -332,6 +353,14 @@ class WanTransformer(nn.Module):
         _, ph, pw = config.patch_size
         self.proj_out = nn.Linear(config.dim, config.out_channels * ph * pw)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+        self._seat: _Seat | None = None
+
+    def stream_layers(self, device: torch.device) -> None:
+        """Leave the layers' weights where they are and copy each layer to `device` while it runs.
+
+        Everything else must be on the device. Results are the same; every pass copies all layers.
+        """
+        self._seat = _Seat(self.config, device)
 
     # -- pieces, shared by inference and training ---------------------------------------------------------------
 
@@ -377,8 +406,11 @@ class WanTransformer(nn.Module):
             x = layer(x, modulation, text.layers[i], lambda q, k, v, i=i: attend(i, q, k, v))
         return x
 
-    def _layers(self) -> list[Layer]:
-        return [layer for layer in self.blocks if isinstance(layer, Layer)]
+    def _layers(self) -> Iterator[Layer]:
+        """The layers in order, each on the device until the next one is asked for."""
+        for layer in self.blocks:
+            assert isinstance(layer, Layer)
+            yield layer if self._seat is None else self._seat.take(layer)
 
     def _attend_in(self, context: Context, batch: int) -> Attend:
         cos, sin = rope.angles(context.positions, self.config.attention_head_dim)
@@ -428,10 +460,9 @@ class WanTransformer(nn.Module):
         )
         attend = self._attend_in(context, tokens.shape[0])
         kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        layers = self._layers()
         x = tokens
-        for i, layer in enumerate(layers):
-            if i == len(layers) - 1:
+        for i, layer in enumerate(self._layers()):
+            if i == len(self.blocks) - 1:
                 q, k, v = layer.self_attention_inputs(x, modulation)
                 kept.append((k, v, _token_sum(q)))
                 break

@@ -1,14 +1,14 @@
 """Weights of one module as a folder: config.json beside *.safetensors, sharded or not.
 
 A module is built on the meta device and the tensors are assigned to it, straight from the file to the
-device: weights are in memory once. Knows no module class, no model names and no hashes (`registry` verifies
-files before this reads them).
+device, one at a time: weights are in memory once, also when their dtype changes or they are quantized on the way.
+Knows no module class, no model names and no hashes (`registry` verifies files before this reads them).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from packforcing_cli.errors import WeightsError
 
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
+MAPPED_BYTES = 128 << 20  # of a file, read before it is mapped anew
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -66,33 +67,60 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_tensors(
-    folder: Path, *, device: torch.device, dtype: torch.dtype | None = None
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """All tensors of a part on `device`; floating-point ones in `dtype` (None keeps that of the file).
 
+    Args:
+        change: called with the name of each tensor and the tensor; what it returns is kept instead.
     Raises: WeightsError on a file that is not safetensors.
     """
     tensors: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        tensors |= read_file(path, device=device, dtype=dtype)
+        tensors |= read_file(path, device=device, dtype=dtype, change=change)
     return tensors
 
 
-def read_file(path: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+def read_file(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> dict[str, Tensor]:
     """All tensors of one safetensors file, as `read_tensors`. Raises: WeightsError if it is none."""
     tensors: dict[str, Tensor] = {}
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is not iterable)
-                tensor = file.get_tensor(name)
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                tensors[name] = tensor
+        for name, tensor in _stream(path, device):
+            if dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(dtype)
+            tensors[name] = tensor if change is None else change(name, tensor)
     except (SafetensorError, OSError) as e:
         raise WeightsError(
             f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
         ) from e
     return tensors
+
+
+def _stream(path: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a file, one after the other.
+
+    The pages of a mapped file that were read stay in memory until it is unmapped, so it is mapped anew now and then.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        names = list(file.keys())
+    while names:
+        read = 0
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            while names and read < MAPPED_BYTES:
+                tensor = file.get_tensor(names[0])
+                read += tensor.nbytes
+                yield names.pop(0), tensor
+                del tensor
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:

@@ -17,7 +17,7 @@ ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[uni
 
 LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "quiet"),
-    ("rope", "selection", "sampler", "compressor", "weights", "unpickle"),
+    ("rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("transformer", "cache", "text", "vae", "video"),
     ("registry", "runfolder", "trace"),
     ("rollout", "convert"),
