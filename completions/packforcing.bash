@@ -14,7 +14,7 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--endpoint|--frames-per-block|--guidance|--kind|--license|--lora|--lora-alpha|--name|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--endpoint|--frames-per-block|--guidance|--kind|--license|--lora|--lora-alpha|--name|--offload|--out|--output|--pin|--quantize|--quantize-text|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
@@ -22,8 +22,8 @@ _packforcing() {
     done
     case "$path" in
         "packforcing") words="generate inspect-cache models train --version --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
-        "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --json --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
+        "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;

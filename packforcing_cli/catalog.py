@@ -74,6 +74,7 @@ class ModelFacts:
     span_by_block:    default slots of a mid block, by frames_per_block, as written in models.toml.
     codec:            kind of the VAE, "wan" or "tiny".
     cache:            memory options the model was trained with, by name; empty = the general defaults.
+    compressor_params, text_embedding_params: parameters of the HR branch, and of the text encoder's embedding.
     branches:         trained branches of its compressor, "hr+lr" or "hr"; "lr" without one: LR needs no weights.
     parts:            part -> where it is on the Hub; empty for a model that is not fetched from there.
     pickled:          pickled checkpoints that `models convert` makes the transformer of.
@@ -102,6 +103,8 @@ class ModelFacts:
     codec: Literal["wan", "tiny"] = "wan"
     cache: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     branches: str = "lr"
+    compressor_params: int = 0
+    text_embedding_params: int = 0
     patch: tuple[int, int, int] = (1, 2, 2)
     spatial_stride: int = 8
     temporal_stride: int = 4
@@ -137,12 +140,22 @@ class ModelFacts:
         def linear(inputs: int, outputs: int) -> int:
             return inputs * outputs + outputs
 
-        attention = 4 * linear(d, d) + 2 * d  # q, k, v, out; norms of q and k
-        layer = 2 * attention + 2 * d + linear(d, self.ffn_dim) + linear(self.ffn_dim, d) + 6 * d
         text = linear(self.text_dim, d) + linear(d, d)
         time = linear(TIME_EMBEDDING, d) + linear(d, d) + linear(d, 6 * d)
         head = 2 * d + linear(d, patch_values)
-        return linear(patch_values, d) + text + time + self.layers * layer + head
+        return linear(patch_values, d) + text + time + self.layers * self.layer_params + head
+
+    @property
+    def layer_matrices(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the weights of one layer's linears: what quantization makes smaller."""
+        d = self.dim
+        return (*(((d, d),) * 8), (self.ffn_dim, d), (d, self.ffn_dim))
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
+        d = self.dim
+        return sum(rows * cols + rows for rows, cols in self.layer_matrices) + 4 * d + 2 * d + 6 * d
 
     @property
     def params(self) -> int:
@@ -267,6 +280,19 @@ def check_compressor(name: str, branches: str, wanted: str) -> None:
         )
 
 
+def vae_kind(vae: str) -> str:
+    """Kind of the VAE in a folder, "wan" or "tiny". Raises: WeightsError if there is none."""
+    path = Path(vae) / "config.json"
+    kinds = {"AutoencoderKLWan": "wan", "TinyAutoencoder": "tiny"}
+    try:
+        return kinds[json.loads(path.read_text("utf-8"))["_class_name"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{vae} holds no VAE: {type(error).__name__}: {error}",
+            hint="Leave --vae away, or check the folder.",
+        ) from error
+
+
 def check_offload(offload: str, device: str) -> None:
     """Raises: UsageError if weights shall leave a device ("cpu", "cuda", "cuda:N") that is the host itself."""
     if offload != "none" and device == "cpu":
@@ -379,6 +405,8 @@ def of_package(folder: Path, places: Mapping[str, Path] | None = None) -> ModelF
             codec=codec["kind"],
             cache=MappingProxyType({k: v for k, v in cache_.items() if k != "frames_per_block"}),
             branches=_branches(places["compressor"]) if "compressor" in places else "lr",
+            compressor_params=_stored_params(places["compressor"]) if "compressor" in places else 0,
+            text_embedding_params=_text_embedding_params(places["text_encoder"]),
             spatial_stride=codec["spatial_stride"],
             temporal_stride=codec["temporal_stride"],
         )
@@ -392,6 +420,11 @@ def of_package(folder: Path, places: Mapping[str, Path] | None = None) -> ModelF
 def _branches(folder: Path) -> str:
     branches: str = json.loads((folder / "config.json").read_text("utf-8"))["branches"]
     return branches
+
+
+def _text_embedding_params(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return int(config["vocab_size"] * config["d_model"])
 
 
 def _stored_params(folder: Path) -> int:

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import (
     BaseModel,
@@ -40,6 +40,9 @@ from packforcing_cli.timeline import Timeline
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
 COMPRESSORS = ("auto", "hr+lr", "hr", "lr", "pool", "identity")
 COMPRESSED_CONTEXTS = ("sinks", "history")
+QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
+TEXT_QUANTIZATIONS = ("none", "int8")
+OFFLOADS = ("none", "text", "all")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -197,6 +200,11 @@ class PlanRequest(Options):
     size:             (width, height) in pixels; None = the model's own.
     frames_per_block: latent frames a block; None = the model's own.
     dtype:            of weights and cache; auto is bf16 for planning.
+    quantize:         of the linears of the transformer's layers.
+    quantize_text:    of those of the text encoder.
+    offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
+                      runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
+    vae:              None = the package's, tiny, wan, or a folder with a VAE of the same latents.
     timeline:         prompts after the first one, and pins.
     """
 
@@ -205,6 +213,10 @@ class PlanRequest(Options):
     size: tuple[int, int] | None = None
     frames_per_block: int | None = Field(None, ge=1, le=64)
     dtype: str = "auto"
+    quantize: str = "none"
+    quantize_text: str = "none"
+    offload: str = "none"
+    vae: str | None = None
     memory: MemoryOptions = MemoryOptions()
     timeline: InstanceOf[Timeline] = Timeline()
 
@@ -255,6 +267,28 @@ class PlanRequest(Options):
     def _dtype(cls, value: str) -> str:
         return _one_of(value, DTYPES)
 
+    @field_validator("quantize")
+    @classmethod
+    def _quantize(cls, value: str) -> str:
+        return _one_of(value, QUANTIZATIONS)
+
+    @field_validator("quantize_text")
+    @classmethod
+    def _quantize_text(cls, value: str) -> str:
+        return _one_of(value, TEXT_QUANTIZATIONS)
+
+    @field_validator("offload")
+    @classmethod
+    def _offload(cls, value: str) -> str:
+        return _one_of(value, OFFLOADS)
+
+    def changed(self, **values: Any) -> Self:
+        """The same request with other values; the memory options among them go where they belong."""
+        memory = {name: values.pop(name) for name in tuple(values) if name in MemoryOptions.model_fields}
+        new_memory = MemoryOptions(**{**self.memory.model_dump(exclude_unset=True), **memory})
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**kept, "memory": new_memory, **values})
+
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
@@ -269,7 +303,7 @@ class GenerateRequest(PlanRequest):
     steps:     denoising steps; None = the package's.
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
-    vae:       None = the package's, tiny, wan, or a folder with a VAE of the same latents.
+    auto_fit:  make the smallest change that lets a request fit, and say so.
     crf:       H.264 quality, 0 (lossless) to 51.
     overwrite: replace an existing output.
     """
@@ -280,7 +314,7 @@ class GenerateRequest(PlanRequest):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
-    vae: str | None = None
+    auto_fit: bool = False
     crf: int = Field(18, ge=0, le=51)
     overwrite: bool = False
 

@@ -143,11 +143,11 @@ def encode_prompt(model: VideoModel | ModelSource, text: str, *, guided: bool) -
 def encode_script(model: VideoModel | ModelSource, script: Script, *, guided: bool) -> Story:
     """Encode the prompts of a script, equal ones once; the text encoder is dropped afterwards."""
     encoder = model.load_text_encoder()
-    empty = encoder.encode("") if guided else None
+    empty = encoder.encode("").to(model.device) if guided else None
     encoded = {
         text: Prompt(
             text=text,
-            conditional=encoder.encode(text),
+            conditional=encoder.encode(text).to(model.device),
             unconditional=empty,
             unknown=encoder.unknown_words(text, model.manifest.vocabulary),
             dropped=encoder.num_dropped(text),

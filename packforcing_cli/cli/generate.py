@@ -72,10 +72,6 @@ def generate(
             "--device", metavar="NAME", help="auto (the GPU with most free memory), cpu, cuda or cuda:N."
         ),
     ] = None,
-    vae: Annotated[
-        str | None,
-        typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE."),
-    ] = None,
     at: story.At = None,
     timeline: story.TimelineFile = None,
     pin: story.Pin = None,
@@ -89,6 +85,11 @@ def generate(
     mid_span: memory.MidSpan = None,
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
+    quantize: memory.Quantize = None,
+    quantize_text: memory.QuantizeText = None,
+    offload: memory.Offload = None,
+    vae: memory.Vae = None,
+    auto_fit: memory.AutoFit = False,
     parity: Annotated[
         str | None,
         typer.Option(
@@ -129,7 +130,11 @@ def generate(
         "guidance": guidance,
         "dtype": dtype,
         "device": device,
+        "quantize": quantize,
+        "quantize_text": quantize_text,
+        "offload": offload,
         "vae": vae,
+        "auto_fit": auto_fit or None,
         "crf": crf,
         "overwrite": overwrite or None,
         "policy": policy,

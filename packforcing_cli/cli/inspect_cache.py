@@ -36,6 +36,10 @@ def inspect_cache(
     mid_span: memory.MidSpan = None,
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
+    quantize: memory.Quantize = None,
+    quantize_text: memory.QuantizeText = None,
+    offload: memory.Offload = None,
+    vae: memory.Vae = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the plan of a video's memory: partitions, bytes, growth and slots. Loads no model.
@@ -60,6 +64,10 @@ def inspect_cache(
         "mid_span": mid_span,
         "compressor": compressor,
         "compressed_context": compressed_context,
+        "quantize": quantize,
+        "quantize_text": quantize_text,
+        "offload": offload,
+        "vae": vae,
     }
     request = settings.gather(flags).plan_request()
     plan = planner.plan(request, facts=packages.facts(request.model))
