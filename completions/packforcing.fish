@@ -16,6 +16,8 @@ complete -c packforcing -n '__fish_seen_subcommand_from generate' -l guidance -x
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l dtype -x -a 'auto bf16 fp16 fp32' -d 'auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l device -x -a 'auto cpu cuda' -d 'auto (the GPU with most free memory), cpu, cuda or cuda,N'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l vae -r -F -d 'The model’s own, or a folder with another VAE'
+complete -c packforcing -n '__fish_seen_subcommand_from generate' -l image -r -F -d 'The picture the video begins with, PNG, JPEG or WebP'
+complete -c packforcing -n '__fish_seen_subcommand_from generate' -l fit -x -a 'crop pad stretch' -d 'How a picture comes to the video’s size, crop (default), pad or stretch'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l at -x -d 'From a time on another prompt; repeatable, --at 0,12 a blue square blend 1s'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l timeline -r -F -d 'Prompts over time, lines of text like --at, .toml or .srt'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l pin -x -d 'Blocks of this stretch are always recalled, for example 0,03-0,05; repeatable'

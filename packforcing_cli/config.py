@@ -40,6 +40,7 @@ from packforcing_cli.timeline import Timeline
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
 COMPRESSORS = ("auto", "hr+lr", "hr", "lr", "pool", "identity")
 COMPRESSED_CONTEXTS = ("sinks", "history")
+FITS = ("crop", "pad", "stretch")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -264,6 +265,8 @@ class GenerateRequest(PlanRequest):
     """Everything `packforcing generate` needs to know.
 
     prompt:    what the video shows.
+    image:     picture the video begins with.
+    fit:       how pictures come to the size of the video: crop, pad or stretch.
     output:    the MP4 file; None = a name made from the prompt in the current folder.
     seed:      None = random, and printed.
     steps:     denoising steps; None = the package's.
@@ -275,6 +278,8 @@ class GenerateRequest(PlanRequest):
     """
 
     prompt: str
+    image: Path | None = None
+    fit: str = "crop"
     output: Path | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     steps: int | None = Field(None, ge=1, le=1000)
@@ -290,6 +295,11 @@ class GenerateRequest(PlanRequest):
         if not value.strip():
             raise ValueError("is empty")
         return value.strip()
+
+    @field_validator("fit")
+    @classmethod
+    def _fit(cls, value: str) -> str:
+        return _one_of(value, FITS)
 
     @field_validator("device")
     @classmethod
@@ -307,7 +317,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "output", "timeline")
+_NOT_SETTINGS = ("memory", "prompt", "image", "output", "timeline")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

@@ -20,7 +20,9 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from packforcing_cli import __version__, catalog, config
@@ -155,6 +157,24 @@ def encode_script(model: VideoModel, script: Script, *, guided: bool) -> Story:
     return Story(script, tuple(encoded[text] for text in script.prompts))
 
 
+def encode_image(model: VideoModel, pixels: NDArray[np.uint8]) -> Tensor:
+    """The latent frame of an image, as the first of a video.
+
+    Args:
+        pixels: [H,W,3] uint8 RGB, in the size of the video.
+    Returns: [1,C,1,h,w] in the model's dtype.
+    """
+    encoder = model.codec.encoder()
+    latents = encoder.encode(to_pixels(pixels[None], model.device))
+    last = encoder.flush()
+    return (latents if last is None else torch.cat((latents, last), dim=2)).to(model.dtype)
+
+
+def to_pixels(frames: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """[T,H,W,3] uint8 -> [1,3,T,H,W] float32 in [0, 1]; `to_uint8` is the inverse."""
+    return torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 255
+
+
 class StoryText:
     """Cross-attention keys and values for each block of a story.
 
@@ -208,6 +228,7 @@ def stream_generate(
     size: tuple[int, int] | None = None,
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
+    first_latent: Tensor | None = None,
 ) -> Iterator[Block]:
     """Generate a video block by block; every block is yielded as soon as its frames and its memory are there.
 
@@ -215,6 +236,7 @@ def stream_generate(
         num_blocks: length; `Layout.blocks_for` turns seconds into blocks.
         seed:       noise is a function of (seed, block, step).
         size:       (width, height) in pixels; None = the package's.
+        first_latent: [1,C,1,h,w] what the video begins with, from `encode_image`: held while block 0 is denoised.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
     """
     schedule = schedule or schedule_for(model)
@@ -250,9 +272,11 @@ def stream_generate(
         watch = Stopwatch(model.device)
         with watch.stage("denoise"):
             context, (text, guided) = cache.context(i), texts.at(i)
+            held = first_latent if i == 0 else None
             x0 = denoise_block(
-                partial(velocity, model, guided, context),
+                partial(velocity, model, guided, context, held=held is not None),
                 schedule,
+                held=held,
                 seed=seed,
                 block=i,
                 shape=shape,
@@ -282,9 +306,16 @@ def stream_generate(
         )
 
 
-def velocity(model: VideoModel, text: TextKV, context: CacheContext, x: Tensor, sigma: float) -> Tensor:
-    """The transformer's prediction for each prompt in `text`, the block's frames all at one noise level."""
+def velocity(
+    model: VideoModel, text: TextKV, context: CacheContext, x: Tensor, sigma: float, *, held: bool = False
+) -> Tensor:
+    """The transformer's prediction for each prompt in `text`, the block's frames all at one noise level.
+
+    held: the first latent frame is clean: its own timestep is 0.
+    """
     timesteps = torch.full((1, x.shape[2]), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x.device)
+    if held:
+        timesteps[:, 0] = 0
     out: Tensor = model.transformer(x, timesteps, text, context)
     return out
 
@@ -381,6 +412,7 @@ def generate(
     size: tuple[int, int] | None = None,
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
+    first_latent: Tensor | None = None,
     crf: int = 18,
     overwrite: bool = False,
     on_block: Callable[[Block, float], None] | None = None,
@@ -417,6 +449,7 @@ def generate(
         size=(width, height),
         schedule=schedule,
         memory=memory,
+        first_latent=first_latent,
     )
     with VideoWriter(
         Path(output),

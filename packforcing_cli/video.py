@@ -49,6 +49,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from packforcing_cli.config import FITS
 from packforcing_cli.errors import (
     DiskFullError,
     EnvironmentProblem,
@@ -65,6 +66,7 @@ except ImportError:  # pragma: no cover
 
 if TYPE_CHECKING:
     from av.packet import Packet
+    from PIL import Image
     from torch import Tensor
 
 MAX_NAME_BYTES = 255  # of one file name on every common file system
@@ -812,6 +814,56 @@ class VideoReader:
             threads=1,
         )
         return np.asarray(converted.to_ndarray(), dtype=np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------- fitting, images
+
+
+def fitted(
+    pixels: NDArray[np.uint8] | Image.Image, size: tuple[int, int], fit: str = "crop"
+) -> NDArray[np.uint8]:
+    """A picture in another size.
+
+    Args:
+        pixels: [H, W, 3] uint8 RGB, or an image; square pixels.
+        size:   (width, height).
+        fit:    crop (fill the size, cut what is over), pad (all of it, black around) or stretch.
+    Returns: [height, width, 3] uint8 RGB.
+    Raises: UsageError for another `fit`.
+    """
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    if fit == "crop":
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    elif fit == "pad":
+        image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
+    elif fit == "stretch":
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    else:
+        raise UsageError(f"--fit {fit}: must be one of {', '.join(FITS)}", hint="For example --fit crop.")
+    return np.array(image, dtype=np.uint8)
+
+
+def read_image(path: Path | str, size: tuple[int, int], fit: str = "crop") -> NDArray[np.uint8]:
+    """Read a PNG, JPEG or WebP, upright, in a size; what is transparent becomes black.
+
+    Returns: [height, width, 3] uint8 RGB.
+    Raises: UsageError if there is no such file, it is no such picture or is damaged; as `fitted`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no image {path}", hint="Check the path.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"{path} cannot be read as an image: {error}", hint="Give a PNG, JPEG or WebP file."
+        ) from error
+    black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
+    return fitted(Image.alpha_composite(black, upright).convert("RGB"), size, fit)
 
 
 # ---------------------------------------------------------------------------------------------- contact sheet

@@ -19,6 +19,9 @@ from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from packforcing_cli.catalog import ModelFacts
     from packforcing_cli.cli.progress import Display, MemoryReader
     from packforcing_cli.config import GenerateRequest
@@ -76,6 +79,16 @@ def generate(
         str | None,
         typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE."),
     ] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            rich_help_panel=story.PANEL,
+            help="The picture the video begins with: PNG, JPEG or WebP.",
+        ),
+    ] = None,
+    fit: story.Fit = None,
     at: story.At = None,
     timeline: story.TimelineFile = None,
     pin: story.Pin = None,
@@ -131,6 +144,7 @@ def generate(
         "device": device,
         "vae": vae,
         "crf": crf,
+        "fit": fit,
         "overwrite": overwrite or None,
         "policy": policy,
         "sink_blocks": sink_blocks,
@@ -148,7 +162,7 @@ def generate(
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
         given = None if prompt is None else _read_prompt(prompt, shown)
         first, scenes = story.gather(given, at, timeline, pin)
-        request = settings.gather(flags).generate_request(first, output, timeline=scenes)
+        request = settings.gather(flags).generate_request(first, output, timeline=scenes, image=image)
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
         job = _prepare(request)
@@ -178,6 +192,7 @@ class _Job:
     place:   what `registry.load_model` is given, a name or a folder.
     device:  its name, such as cpu or cuda:0.
     machine: what there was when it was planned.
+    image:   [H,W,3] what the video begins with.
     command: repeats this job.
     """
 
@@ -188,6 +203,7 @@ class _Job:
     device: str
     machine: Machine
     plan: Plan
+    image: NDArray[np.uint8] | None
     command: str
 
 
@@ -237,8 +253,13 @@ def _prepare(request: GenerateRequest) -> _Job:
     if plan.size != facts.default_size:
         said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
         plan = replace(plan, warnings=(said, *plan.warnings))
+    image = None
+    if request.image is not None:
+        from packforcing_cli.video import read_image
+
+        image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
-    return _Job(request, facts, place, path, device, machine, plan, command)
+    return _Job(request, facts, place, path, device, machine, plan, image, command)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -300,7 +321,9 @@ def _device(request: GenerateRequest, path: Path) -> tuple[str, str, Machine]:
 
 def _command(request: GenerateRequest) -> str:
     """The command that makes the same video again: everything the person set, and what was decided for them."""
-    values: dict[str, Any] = {"output": request.output}
+    values: dict[str, Any] = {"output": request.output, "image": request.image}
+    if request.fit != "crop":
+        values["fit"] = request.fit
     if request.size is not None:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
     for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf"):
@@ -451,6 +474,10 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
         try:
             shown.stage(f"loading {job.facts.name} …")
             model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
+            if job.image is not None and not model.manifest.start_image:
+                shown.warn(
+                    f"{model.name} was not trained to begin with a given picture; what follows may not match it"
+                )
             schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
             prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
@@ -469,6 +496,7 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
                 size=job.plan.size,
                 schedule=schedule,
                 memory=request.memory,
+                first_latent=None if job.image is None else rollout.encode_image(model, job.image),
                 crf=request.crf,
                 overwrite=request.overwrite,
                 on_block=on_block,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_generate import assert_one_message, write_tiny
 
 from packforcing_cli.video import VideoReader
@@ -84,3 +85,20 @@ def test_mistakes_end_before_anything_is_made(
 ) -> None:
     assert_one_message(generate(*arguments), 2, said, next_step)
     assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_video_begins_with_a_picture_and_says_when_the_model_does_not_know_how(
+    generate: Any, tmp_path: Path
+) -> None:
+    Image.new("RGBA", (90, 40), (255, 0, 0, 255)).save(tmp_path / "first.png")
+    for fit in ("crop", "pad", "stretch"):
+        made = generate(
+            "a red circle", "--image", "first.png", "--fit", fit, "--seconds", "1", "-o", f"{fit}.mp4"
+        )
+        assert made.code == 0, made.err
+        assert "not trained to begin with a given picture" in made.err
+    plan = generate("a red circle", "--image", "first.png", "--fit", "pad", "--dry-run")
+    assert "--image first.png --fit pad" in plan.out
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    for name, said in (("missing.png", "there is no image missing.png"), ("text.png", "cannot be read")):
+        assert_one_message(generate("a", "--image", name), 2, said, "")
