@@ -15,18 +15,19 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--crf|--frames-per-block|--guidance|--image|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--crf|--frames-per-block|--from|--guidance|--image|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models list"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models list"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="generate inspect-cache models train --version --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --image --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
+        "packforcing") words="generate inspect-cache models show train --version --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --image --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --json --help -h" ;;
         "packforcing models") words="list --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;
+        "packforcing show") words="--json --help -h" ;;
         "packforcing train") words="--out --set --vae -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))

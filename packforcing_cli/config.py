@@ -274,6 +274,7 @@ class GenerateRequest(PlanRequest):
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
     vae:       None = the package's, tiny, wan, or a folder with a VAE of the same latents.
     crf:       H.264 quality, 0 (lossless) to 51.
+    metadata:  write into the file how it was made.
     overwrite: replace an existing output.
     """
 
@@ -287,6 +288,7 @@ class GenerateRequest(PlanRequest):
     device: str = "auto"
     vae: str | None = None
     crf: int = Field(18, ge=0, le=51)
+    metadata: bool = True
     overwrite: bool = False
 
     @field_validator("prompt")
@@ -308,6 +310,19 @@ class GenerateRequest(PlanRequest):
         if kind in ("auto", "cpu", "cuda") and (not colon or (kind == "cuda" and index.isdecimal())):
             return value.strip().lower()
         raise ValueError("is unknown")
+
+    def to_values(self) -> dict[str, Any]:
+        """JSON values that make an equal request: what was not set among the memory options stays open."""
+        values = self.model_dump(mode="json")
+        return {**values, "memory": self.memory.model_dump(mode="json", exclude_unset=True)}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> GenerateRequest:
+        """The inverse of `to_values`. Raises: ConfigError as the constructor."""
+        memory = values.get("memory") or {}
+        if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ConfigError("memory: must be a table of options")
+        return cls(**{**values, "memory": MemoryOptions(**memory)})
 
 
 def random_seed() -> int:

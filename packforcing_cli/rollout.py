@@ -12,9 +12,10 @@ Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -25,12 +26,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog, config
+from packforcing_cli import __version__, catalog, config, provenance
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
-from packforcing_cli.config import MemoryOptions
+from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import GenerationError
-from packforcing_cli.layout import Grid
+from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.timeline import Script
@@ -414,6 +416,7 @@ def generate(
     memory: MemoryOptions | None = None,
     first_latent: Tensor | None = None,
     crf: int = 18,
+    metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -423,6 +426,7 @@ def generate(
     Args:
         seconds:     wanted length; the video has whole blocks (DESIGN 5).
         seed:        None = random.
+        metadata:    tags of the file; None = prompt, seed, model and version.
         on_block:    called after every block with it and its wall-clock seconds.
         should_stop: asked after every block; True ends the video there, finished and playable.
     Returns: what was made. Raises: as `stream_generate` and `video.VideoWriter`; what was written still plays.
@@ -433,12 +437,9 @@ def generate(
     seed = config.random_seed() if seed is None else seed
     schedule = schedule or schedule_for(model)
     story = as_story(model, prompt, guided=schedule.guidance != 1.0)
-    metadata = {
-        "prompt": story.prompts[0].text,
-        "seed": str(seed),
-        "model": model.name,
-        "version": __version__,
-    }
+    if metadata is None:
+        said = story.prompts[0].text
+        metadata = {"prompt": said, "seed": str(seed), "model": model.name, "version": __version__}
     started = clock = time.perf_counter()
     first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
     stream = stream_generate(
@@ -488,6 +489,24 @@ def generate(
         block_seconds=tuple(spent),
         cache=last.cache,
         peak_memory_bytes=peak_memory_bytes(model.device),
+    )
+
+
+def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -> Provenance:
+    """What the file of a request is to say of itself."""
+    manifest = model.manifest
+    return Provenance(
+        version=__version__,
+        request={k: v for k, v in request.to_values().items() if k not in provenance.NOT_REPEATED},
+        model=ModelRecord(
+            name=manifest.name,
+            version=manifest.version,
+            files={name: record.sha256 for name, record in manifest.files.items()},
+        ),
+        layout=provenance.layout_values(layout),
+        image_sha256=None
+        if request.image is None
+        else hashlib.sha256(request.image.read_bytes()).hexdigest(),
     )
 
 

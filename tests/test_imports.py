@@ -16,7 +16,7 @@ PACKAGE = "packforcing_cli"
 ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[union-attr, arg-type]
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "quiet"),
+    ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "provenance", "quiet"),
     ("rope", "selection", "sampler", "compressor", "weights", "unpickle"),
     ("transformer", "cache", "text", "vae", "video"),
     ("registry", "runfolder", "trace"),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
-_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image")
+_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from")
 
 
 @dataclass(frozen=True)

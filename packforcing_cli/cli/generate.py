@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import MemoryFitError
     from packforcing_cli.planner import Machine, Plan
+    from packforcing_cli.provenance import Provenance
     from packforcing_cli.registry import VideoModel
     from packforcing_cli.rollout import Block, Prompt, Result
     from packforcing_cli.sampler import Schedule
@@ -121,6 +122,18 @@ def generate(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Make the video of a file again: what it was made with, and the options given here instead.",
+        ),
+    ] = None,
+    metadata: Annotated[
+        bool | None,
+        typer.Option("--metadata/--no-metadata", help="Write into the file how it was made. Default: yes."),
+    ] = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
 
@@ -145,6 +158,7 @@ def generate(
         "vae": vae,
         "crf": crf,
         "fit": fit,
+        "metadata": metadata,
         "overwrite": overwrite or None,
         "policy": policy,
         "sink_blocks": sink_blocks,
@@ -161,11 +175,22 @@ def generate(
         if parity not in (None, "paper"):
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
         given = None if prompt is None else _read_prompt(prompt, shown)
-        first, scenes = story.gather(given, at, timeline, pin)
-        request = settings.gather(flags).generate_request(first, output, timeline=scenes, image=image)
+        made_with = None if again is None else _provenance(again)
+        if made_with is None:
+            first, scenes = story.gather(given, at, timeline, pin)
+            request = settings.gather(flags).generate_request(first, output, timeline=scenes, image=image)
+        else:
+            changes: dict[str, Any] = {"prompt": given, "image": image, "size": size, **flags}
+            if at or timeline or pin:
+                changes["prompt"], changes["timeline"] = story.gather(
+                    given or made_with.request.get("prompt"), at, timeline, pin
+                )
+            request = made_with.generate_request(
+                {"output": output, **{name: value for name, value in changes.items() if value is not None}}
+            )
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
-        job = _prepare(request)
+        job = _prepare(request, made_with)
         if dry_run:
             _show_plan(job, shown, as_json=as_json)
             return
@@ -193,6 +218,7 @@ class _Job:
     device:  its name, such as cpu or cuda:0.
     machine: what there was when it was planned.
     image:   [H,W,3] what the video begins with.
+    again:   how the file was made of which this is the repetition.
     command: repeats this job.
     """
 
@@ -204,6 +230,7 @@ class _Job:
     machine: Machine
     plan: Plan
     image: NDArray[np.uint8] | None
+    again: Provenance | None
     command: str
 
 
@@ -224,7 +251,27 @@ def _read_prompt(prompt: str, shown: Display) -> str:
     return prompt.encode(errors="surrogateescape").decode(errors="replace")
 
 
-def _prepare(request: GenerateRequest) -> _Job:
+def _provenance(path: Path) -> Provenance:
+    """How a video file was made. Raises: UsageError or VideoError."""
+    from packforcing_cli import provenance, video
+
+    return provenance.from_tags(video.VideoReader(path).metadata, source=str(path))
+
+
+def _compare(before: Provenance, now: Provenance, shown: Display) -> None:
+    """Say what is no longer as it was when the file was made."""
+    changed = []
+    if now.model.files != before.model.files:
+        changed.append(f"the weights of {before.model.name} {before.model.version}")
+    if before.image_sha256 is not None and now.image_sha256 not in (None, before.image_sha256):
+        changed.append("the start image")
+    if before.version != now.version:
+        changed.append(f"packforcing {before.version}, here {now.version}")
+    if changed:
+        shown.warn(f"not as it was when the file was made: {', '.join(changed)}; the video may differ")
+
+
+def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     """Decide all that is open. Raises: PackforcingError of any kind; no weights are read for it.
 
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
@@ -259,7 +306,7 @@ def _prepare(request: GenerateRequest) -> _Job:
 
         image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
-    return _Job(request, facts, place, path, device, machine, plan, image, command)
+    return _Job(request, facts, place, path, device, machine, plan, image, again, command)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -336,6 +383,8 @@ def _command(request: GenerateRequest) -> str:
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)
             options += ["--" + name.replace("_", "-"), shown]
+    if not request.metadata:
+        options.append("--no-metadata")
     if request.overwrite:
         options.append("--overwrite")
     prompt = ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
@@ -478,6 +527,9 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
                 shown.warn(
                     f"{model.name} was not trained to begin with a given picture; what follows may not match it"
                 )
+            made = rollout.provenance_of(model, request, job.plan.layout)
+            if job.again is not None:
+                _compare(job.again, made, shown)
             schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
             prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
@@ -498,6 +550,7 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
                 memory=request.memory,
                 first_latent=None if job.image is None else rollout.encode_image(model, job.image),
                 crf=request.crf,
+                metadata=made.tags() if request.metadata else {},
                 overwrite=request.overwrite,
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,
