@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -145,7 +146,10 @@ def test_a_changed_model_is_said_and_no_metadata_leaves_nothing(
     other = tmp_path / "other"
     shutil.copytree(package, other)
     manifest = json.loads((other / "packforcing.json").read_text("utf-8"))
-    manifest["files"] = dict(list(manifest["files"].items())[1:])
+    config = other / "transformer" / "config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    changed = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest(), "size": config.stat().st_size}
+    manifest["files"]["transformer/config.json"] = changed
     (other / "packforcing.json").write_text(json.dumps(manifest), encoding="utf-8")
     again = run_command("generate", "--from", "a.mp4", "--model", str(other), "-o", "b.mp4")
     assert "not as it was when the file was made: the weights of tiny 0.1" in again.err
