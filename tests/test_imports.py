@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "provenance", "quiet"),
     ("rope", "selection", "sampler", "compressor", "weights", "unpickle"),
     ("transformer", "cache", "text", "vae", "video"),
-    ("registry", "runfolder", "trace"),
+    ("registry", "runfolder", "trace", "source"),
     ("rollout", "convert"),
     ("batch", "metrics", "bench", "training"),
 )
