@@ -43,6 +43,7 @@ COMPRESSED_CONTEXTS = ("sinks", "history")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
 OFFLOADS = ("none", "text", "all")
+FITS = ("crop", "pad", "stretch")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -298,6 +299,8 @@ class GenerateRequest(PlanRequest):
     """Everything `packforcing generate` needs to know.
 
     prompt:    what the video shows.
+    image:     picture the video begins with.
+    fit:       how pictures come to the size of the video: crop, pad or stretch.
     output:    the MP4 file; None = a name made from the prompt in the current folder.
     seed:      None = random, and printed.
     steps:     denoising steps; None = the package's.
@@ -305,10 +308,13 @@ class GenerateRequest(PlanRequest):
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
     auto_fit:  make the smallest change that lets a request fit, and say so.
     crf:       H.264 quality, 0 (lossless) to 51.
+    metadata:  write into the file how it was made.
     overwrite: replace an existing output.
     """
 
     prompt: str
+    image: Path | None = None
+    fit: str = "crop"
     output: Path | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     steps: int | None = Field(None, ge=1, le=1000)
@@ -316,6 +322,7 @@ class GenerateRequest(PlanRequest):
     device: str = "auto"
     auto_fit: bool = False
     crf: int = Field(18, ge=0, le=51)
+    metadata: bool = True
     overwrite: bool = False
 
     @field_validator("prompt")
@@ -325,6 +332,11 @@ class GenerateRequest(PlanRequest):
             raise ValueError("is empty")
         return value.strip()
 
+    @field_validator("fit")
+    @classmethod
+    def _fit(cls, value: str) -> str:
+        return _one_of(value, FITS)
+
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
@@ -332,6 +344,19 @@ class GenerateRequest(PlanRequest):
         if kind in ("auto", "cpu", "cuda") and (not colon or (kind == "cuda" and index.isdecimal())):
             return value.strip().lower()
         raise ValueError("is unknown")
+
+    def to_values(self) -> dict[str, Any]:
+        """JSON values that make an equal request: what was not set among the memory options stays open."""
+        values = self.model_dump(mode="json")
+        return {**values, "memory": self.memory.model_dump(mode="json", exclude_unset=True)}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> GenerateRequest:
+        """The inverse of `to_values`. Raises: ConfigError as the constructor."""
+        memory = values.get("memory") or {}
+        if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ConfigError("memory: must be a table of options")
+        return cls(**{**values, "memory": MemoryOptions(**memory)})
 
 
 def random_seed() -> int:
@@ -341,7 +366,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "output", "timeline")
+_NOT_SETTINGS = ("memory", "prompt", "image", "output", "timeline")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

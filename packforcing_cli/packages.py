@@ -181,6 +181,7 @@ class Manifest(_Frozen):
     text_length:    tokens of a prompt, padding included.
     vocabulary:     words the model was trained on; empty when it is open.
     limits:         what it cannot do, one sentence each.
+    start_image:    whether it was trained with the first latent frame of a video given.
     provenance:     recipe, data, steps, measured figures.
     parts:          part -> folder inside the package.
     references:     part -> where it is on the Hub; a part is either here or in `parts`.
@@ -202,6 +203,7 @@ class Manifest(_Frozen):
     codec: CodecFactsRecord
     vocabulary: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
+    start_image: bool = False
     provenance: dict[str, Any] = Field(default_factory=dict)
     parts: dict[Part, str] = Field(default_factory=dict)
     references: dict[Part, HubReference] = Field(default_factory=dict)

@@ -31,6 +31,7 @@ COMMANDS = (
     ("train", "train", "train"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),
+    ("show", "show", "show"),
 )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
-_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline")
+_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from")
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,7 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--mid-span": ("fit", "block", "1", "2"),
         "--bank": (config.UNLIMITED,),
         "--dtype": config.DTYPES,
+        "--fit": config.FITS,
         "--device": ("auto", "cpu", "cuda"),
         "--parity": ("paper",),
         "--progress": ("auto", "rich", "plain", "json", "none"),
