@@ -284,7 +284,8 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     from packforcing_cli import catalog, config, packages, planner
 
     facts = packages.facts(request.model)
-    packages.find_package(request.model)  # refused early when it is not here
+    folder = packages.find_package(request.model)  # refused early when it is not here
+    packages.require_complete(folder, packages.read_manifest(folder))
     _check_abilities(request, facts)
     path = _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
