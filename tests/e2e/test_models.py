@@ -216,6 +216,32 @@ def test_no_network_is_exit_code_8(server: HubServer, run_command: Command) -> N
     assert not packages.models_folder().exists()
 
 
+def test_what_the_hubs_cache_has_is_installed_without_a_network(
+    pull: Command, run_command: Command, server: HubServer
+) -> None:
+    first = packages.read_manifest(Path(pull().out.strip()))
+    assert run_command("models", "remove", NAME, "--yes").code == 0
+    asked = len(server.requests)
+    again = pull(NAME, "--offline")
+    assert again.code == 0, again.err
+    assert packages.read_manifest(Path(again.out.strip())) == first
+    assert len(server.requests) == asked
+
+
+def test_ctrl_c_says_that_the_download_goes_on(
+    pull: Command, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(hub.Hub, "fetch", interrupt)
+        result = pull()
+    assert result.code == 130
+    assert f"the same command goes on: packforcing models pull {NAME}" in result.err
+    assert not packages.models_folder().exists()
+
+
 def test_a_full_disk_is_told_before_anything_is_downloaded(
     pull: Command, server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
