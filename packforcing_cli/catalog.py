@@ -77,7 +77,8 @@ class ModelFacts:
     compressor_params, text_embedding_params: parameters of the HR branch, and of the text encoder's embedding.
     branches:         trained branches of its compressor, "hr+lr" or "hr"; "lr" without one: LR needs no weights.
     parts:            part -> where it is on the Hub; empty for a model that is not fetched from there.
-    pickled:          pickled checkpoints that `models convert` makes the transformer of.
+    pickled:          pickled checkpoints that `models convert` makes the transformer of: the network, then a LoRA.
+    ema:              whether their averaged weights are meant; None = averaged where there are any.
     """
 
     name: str
@@ -110,6 +111,7 @@ class ModelFacts:
     temporal_stride: int = 4
     parts: Mapping[str, PartSource] = field(default_factory=dict)
     pickled: tuple[PartSource, ...] = ()
+    ema: bool | None = None
     license_note: str = ""
 
     @property

@@ -78,6 +78,7 @@ __all__ = [
     "load_model",
     "load_transformer",
     "open_model",
+    "part_folder",
     "read_manifest",
     "resolve_device",
     "resolve_dtype",

@@ -55,7 +55,8 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: random, and printed.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="A model's name or a package folder. Default demo.")
+        str | None,
+        typer.Option("--model", help="A model's name, a package folder or hf:owner/repo. Default demo."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps. Default: the model's own.")
@@ -284,7 +285,8 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     from packforcing_cli import catalog, config, packages, planner
 
     facts = packages.facts(request.model)
-    packages.find_package(request.model)  # refused early when it is not here
+    folder = packages.find_package(request.model)  # refused early when it is not here
+    packages.require_complete(folder, packages.read_manifest(folder))
     _check_abilities(request, facts)
     path = _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
@@ -452,8 +454,8 @@ def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
     width, height = plan.size
     if job.place == "demo":
         shown.note(
-            "demo is a toy world of coloured shapes that ships with packforcing. For other videos: --model FOLDER,"
-            " a model package; this version does not fetch real weights (Wan 2.1) yet."
+            "demo is a toy world of coloured shapes that ships with packforcing. For other videos, on a GPU:"
+            " packforcing models list"
         )
     shown.note(
         f"{plan.model.name} on {job.device} ({plan.dtype}), {width}x{height}, seed {job.request.seed};"
