@@ -14,18 +14,19 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--frames-per-block|--guidance|--kind|--license|--lora|--lora-alpha|--name|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--embeddings|--frames-per-block|--guidance|--kind|--license|--lora|--lora-alpha|--name|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models list"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
         "packforcing") words="generate inspect-cache models train --version --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --vae --embeddings --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --json --help -h" ;;
-        "packforcing models") words="convert list --help -h" ;;
+        "packforcing models") words="convert embed list --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
+        "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;
         "packforcing train") words="--out --set --vae -q --quiet -v --verbose --help -h" ;;
     esac

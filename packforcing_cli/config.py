@@ -270,6 +270,7 @@ class GenerateRequest(PlanRequest):
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
     vae:       None = the package's, tiny, wan, or a folder with a VAE of the same latents.
+    embeddings: a file with the prompts' embeddings; None = they are encoded.
     crf:       H.264 quality, 0 (lossless) to 51.
     overwrite: replace an existing output.
     """
@@ -281,6 +282,7 @@ class GenerateRequest(PlanRequest):
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
     vae: str | None = None
+    embeddings: Path | None = None
     crf: int = Field(18, ge=0, le=51)
     overwrite: bool = False
 

@@ -36,7 +36,7 @@ from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import DiskFullError, EnvironmentProblem, UsageError, WeightsError
 from packforcing_cli.quantize import linear_weights, quantizer, require_support
 from packforcing_cli.quiet import known_import_noise_dropped
-from packforcing_cli.text import TextEncoder, encoder_parts
+from packforcing_cli.text import TextEncoder, TextIdentity, encoder_parts
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
 
@@ -186,6 +186,17 @@ class Manifest(_Frozen):
                 raise ValueError(f"{path!r} is not a path inside the package")
         return value
 
+    def part_files(self, part: Part) -> dict[str, FileRecord]:
+        """Name below the part's folder -> size and hash."""
+        place = PurePosixPath(self.parts[part])
+        inside = {name: record for name, record in self.files.items() if place in PurePosixPath(name).parents}
+        return {str(PurePosixPath(name).relative_to(place)): record for name, record in inside.items()}
+
+    def part_hash(self, part: Part) -> str:
+        """One hash that changes with any file of a part."""
+        lines = [f"{name} {record.sha256}" for name, record in sorted(self.part_files(part).items())]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
     def to_json(self) -> str:
         """The text of packforcing.json."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
@@ -291,6 +302,7 @@ class VideoModel:
 
     compressor: None when the package has none.
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
+    text: what its embeddings depend on.
     quantize: of the transformer's linears, "none" or a mode of `quantize`.
     """
 
@@ -301,6 +313,7 @@ class VideoModel:
     compressor: Compressor | None
     codec: Codec
     load_text_encoder: Callable[[], TextEncoder]
+    text: TextIdentity
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
@@ -319,6 +332,7 @@ class ModelSource:
     manifest: Manifest
     folder: Path
     load_text_encoder: Callable[[], TextEncoder]
+    text: TextIdentity
     load: Callable[[], VideoModel]
     device: torch.device
     dtype: torch.dtype
@@ -407,6 +421,16 @@ def open_model(
         )
     vae_folder = _vae_folder(folder, manifest, vae)
     verify_package(folder, manifest)
+    transformer_config = TransformerConfig.from_dict(
+        _config_of(folder / manifest.parts["transformer"], "WanTransformer3DModel")
+    )
+    text = TextIdentity(
+        encoder=_combined(manifest.part_hash("text_encoder"), manifest.part_hash("tokenizer")),
+        length=manifest.text_length,
+        width=transformer_config.text_dim,
+        numerics=f"{dtype_name(chosen_dtype)} {text_device.type} {quantize_text}",
+        vocabulary=manifest.vocabulary,
+    )
 
     def load_text_encoder() -> TextEncoder:
         return TextEncoder.load(
@@ -447,12 +471,26 @@ def open_model(
             compressor=compressor,
             codec=codec,
             load_text_encoder=load_text_encoder,
+            text=text,
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
         )
 
-    return ModelSource(manifest.name, manifest, folder, load_text_encoder, load, chosen_device, chosen_dtype)
+    return ModelSource(
+        name=manifest.name,
+        manifest=manifest,
+        folder=folder,
+        load_text_encoder=load_text_encoder,
+        text=text,
+        load=load,
+        device=chosen_device,
+        dtype=chosen_dtype,
+    )
+
+
+def _combined(*hashes: str) -> str:
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:

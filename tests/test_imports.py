@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "quiet"),
     ("rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("transformer", "cache", "text", "vae", "video"),
-    ("registry", "runfolder", "trace"),
+    ("registry", "runfolder", "trace", "embeddings"),
     ("rollout", "convert"),
     ("batch", "metrics", "bench", "training"),
 )

@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
-_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline")
+_FILE_OPTIONS = (
+    "--output",
+    "-o",
+    "--out",
+    "--config",
+    "--vae",
+    "--embeddings",
+    "--lora",
+    "--base",
+    "--timeline",
+)
 
 
 @dataclass(frozen=True)

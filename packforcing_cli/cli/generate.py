@@ -76,6 +76,14 @@ def generate(
         str | None,
         typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE."),
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--embeddings",
+            metavar="FILE",
+            help="Prompt embeddings from packforcing models embed; the text encoder is not loaded.",
+        ),
+    ] = None,
     at: story.At = None,
     timeline: story.TimelineFile = None,
     pin: story.Pin = None,
@@ -130,6 +138,7 @@ def generate(
         "dtype": dtype,
         "device": device,
         "vae": vae,
+        "embeddings": embeddings,
         "crf": crf,
         "overwrite": overwrite or None,
         "policy": policy,
@@ -146,7 +155,7 @@ def generate(
     try:
         if parity not in (None, "paper"):
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
-        given = None if prompt is None else _read_prompt(prompt, shown)
+        given = _only_prompt(embeddings) if prompt is None else _read_prompt(prompt, shown)
         first, scenes = story.gather(given, at, timeline, pin)
         request = settings.gather(flags).generate_request(first, output, timeline=scenes)
         if parity == "paper":
@@ -206,6 +215,16 @@ def _read_prompt(prompt: str, shown: Display) -> str:
                 hint="Give the prompt as an argument, or convert it.",
             ) from error
     return prompt.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _only_prompt(embeddings: Path | None) -> str | None:
+    """The prompt of a file of embeddings that has just one."""
+    if embeddings is None:
+        return None
+    from packforcing_cli.embeddings import read
+
+    prompts = read(embeddings).prompts
+    return prompts[0] if len(prompts) == 1 else None
 
 
 def _prepare(request: GenerateRequest) -> _Job:
@@ -303,7 +322,18 @@ def _command(request: GenerateRequest) -> str:
     values: dict[str, Any] = {"output": request.output}
     if request.size is not None:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
-    for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf"):
+    for name in (
+        "seconds",
+        "seed",
+        "model",
+        "steps",
+        "guidance",
+        "dtype",
+        "device",
+        "vae",
+        "embeddings",
+        "crf",
+    ):
         values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
@@ -434,7 +464,7 @@ class _Stop:
 
 def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
     """Load, encode, generate, finish the file. Raises: PackforcingError, saying what plays."""
-    from packforcing_cli import registry, rollout
+    from packforcing_cli import embeddings, registry, rollout
     from packforcing_cli.errors import PackforcingError
 
     request = job.request
@@ -450,11 +480,16 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
     with _Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
-            schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
-            prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
+            given = None if request.embeddings is None else embeddings.read(request.embeddings)
+            source = registry.open_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
+            schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
+            # The text encoder is gone before the transformer takes memory.
+            prompts = rollout.encode_script(
+                source, job.plan.script, guided=schedule.guidance != 1.0, given=given
+            )
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
-                _warn_about_words(prompt, model.manifest.vocabulary, shown)
+                _warn_about_words(prompt, source.manifest.vocabulary, shown)
+            model = source.load()
             load_seconds = time.perf_counter() - started
             if verbose:
                 _describe(model, schedule, load_seconds, shown)
