@@ -1,6 +1,7 @@
-"""What is known about a model without loading it: shapes, sizes, licences, from models.toml.
+"""What is known about a model without loading it: shapes, sizes, licences, where its parts are, from models.toml.
 
-A `package` can generate; a `family` has the facts that planning and bench need. Knows no weights and no tensors.
+A `package` can generate; a `family` has the facts that planning and bench need; a `vae` can stand in for another
+one. Knows no weights, no tensors, and not what is installed (`packages` does).
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import difflib
 import json
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
@@ -47,6 +48,24 @@ class ScheduleFacts:
 
 
 @dataclass(frozen=True)
+class PartSource:
+    """Where one part of a model is on the Hub; models.toml explains the entries.
+
+    revision: a commit, or a branch where no commit is known.
+    files:    names or patterns below `subfolder`.
+    """
+
+    repo: str
+    revision: str
+    subfolder: str
+    files: tuple[str, ...]
+    size_bytes: int
+    license: str
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """Facts of one model; models.toml explains the entries.
 
@@ -55,11 +74,14 @@ class ModelFacts:
     span_by_block:    default slots of a mid block, by frames_per_block, as written in models.toml.
     codec:            kind of the VAE, "wan" or "tiny".
     cache:            memory options the model was trained with, by name; empty = the general defaults.
+    compressor_params, text_embedding_params: parameters of the HR branch, and of the text encoder's embedding.
     branches:         trained branches of its compressor, "hr+lr" or "hr"; "lr" without one: LR needs no weights.
+    parts:            part -> where it is on the Hub; empty for a model that is not fetched from there.
+    pickled:          pickled checkpoints that `models convert` makes the transformer of.
     """
 
     name: str
-    kind: Literal["package", "family"]
+    kind: Literal["package", "family", "vae"]
     title: str
     license: str
     frames_per_block: int
@@ -81,9 +103,19 @@ class ModelFacts:
     codec: Literal["wan", "tiny"] = "wan"
     cache: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     branches: str = "lr"
+    compressor_params: int = 0
+    text_embedding_params: int = 0
     patch: tuple[int, int, int] = (1, 2, 2)
     spatial_stride: int = 8
     temporal_stride: int = 4
+    parts: Mapping[str, PartSource] = field(default_factory=dict)
+    pickled: tuple[PartSource, ...] = ()
+    license_note: str = ""
+
+    @property
+    def download_bytes(self) -> int:
+        """Bytes that installing it fetches when nothing of it is there; 0 when it is not fetched from the Hub."""
+        return sum(source.size_bytes for source in (*self.parts.values(), *self.pickled))
 
     @property
     def dim(self) -> int:
@@ -108,12 +140,22 @@ class ModelFacts:
         def linear(inputs: int, outputs: int) -> int:
             return inputs * outputs + outputs
 
-        attention = 4 * linear(d, d) + 2 * d  # q, k, v, out; norms of q and k
-        layer = 2 * attention + 2 * d + linear(d, self.ffn_dim) + linear(self.ffn_dim, d) + 6 * d
         text = linear(self.text_dim, d) + linear(d, d)
         time = linear(TIME_EMBEDDING, d) + linear(d, d) + linear(d, 6 * d)
         head = 2 * d + linear(d, patch_values)
-        return linear(patch_values, d) + text + time + self.layers * layer + head
+        return linear(patch_values, d) + text + time + self.layers * self.layer_params + head
+
+    @property
+    def layer_matrices(self) -> tuple[tuple[int, int], ...]:
+        """(rows, columns) of the weights of one layer's linears: what quantization makes smaller."""
+        d = self.dim
+        return (*(((d, d),) * 8), (self.ffn_dim, d), (d, self.ffn_dim))
+
+    @property
+    def layer_params(self) -> int:
+        """Parameters of one layer."""
+        d = self.dim
+        return sum(rows * cols + rows for rows, cols in self.layer_matrices) + 4 * d + 2 * d + 6 * d
 
     @property
     def params(self) -> int:
@@ -178,13 +220,18 @@ class ModelFacts:
         return f"{self.default_size[0]}x{self.default_size[1]}"
 
     def require_weights(self) -> None:
-        """Raises: UsageError for a family, which has no weights to generate with."""
+        """Raises: UsageError for a family, which has no weights to generate with, and for a VAE."""
+        if self.kind == "vae":
+            raise UsageError(
+                f"{self.name} is a VAE, not a model", hint="Use it with a Wan model: --vae tiny."
+            )
         if self.kind == "family":
-            names = " or ".join(m.name for m in all_models() if m.kind == "package")
+            names = [m.name for m in all_models() if m.kind == "package"]
+            member = next((name for name in names if name.startswith(f"{self.name}-")), "demo")
             raise UsageError(
                 f"{self.name} is a family of models, known for planning and bench; it has no weights to generate"
                 " with",
-                hint=f"Use --model {names}, or the folder of a model package.",
+                hint=f"Use --model {member}, or --model demo, which needs no download.",
             )
 
 
@@ -233,6 +280,19 @@ def check_compressor(name: str, branches: str, wanted: str) -> None:
         )
 
 
+def vae_kind(vae: str) -> str:
+    """Kind of the VAE in a folder, "wan" or "tiny". Raises: WeightsError if there is none."""
+    path = Path(vae) / "config.json"
+    kinds = {"AutoencoderKLWan": "wan", "TinyAutoencoder": "tiny"}
+    try:
+        return kinds[json.loads(path.read_text("utf-8"))["_class_name"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{vae} holds no VAE: {type(error).__name__}: {error}",
+            hint="Leave --vae away, or check the folder.",
+        ) from error
+
+
 def check_offload(offload: str, device: str) -> None:
     """Raises: UsageError if weights shall leave a device ("cpu", "cuda", "cuda:N") that is the host itself."""
     if offload != "none" and device == "cpu":
@@ -243,8 +303,9 @@ def check_offload(offload: str, device: str) -> None:
 
 
 def check_vae(name: str, own: str, wanted: str) -> None:
-    """Raises: UsageError if a VAE (`wanted`) is neither the model's own kind nor a folder."""
-    if wanted != own and (wanted in ("tiny", "wan") or not Path(wanted).is_dir()):
+    """Raises: UsageError if a VAE (`wanted`) is neither the model's own kind, a folder, nor `tiny` for a Wan model."""
+    fits = wanted == own or (wanted == "tiny" and own == "wan")
+    if not fits and (wanted in ("tiny", "wan") or not Path(wanted).is_dir()):
         raise UsageError(
             f"model {name} has the VAE {own!r}; there is no {wanted!r}",
             hint=f"Leave --vae out, or use --vae {own}.",
@@ -252,20 +313,43 @@ def check_vae(name: str, own: str, wanted: str) -> None:
 
 
 def all_models() -> tuple[ModelFacts, ...]:
-    """Every model known by name: packages first."""
-    return tuple(sorted(_load().values(), key=lambda facts: facts.kind != "package"))
+    """Every model known by name: packages first. VAEs, which are no models, are left out."""
+    models = (facts for facts in _load().values() if facts.kind != "vae")
+    return tuple(sorted(models, key=lambda facts: facts.kind != "package"))
 
 
-def get(name: str) -> ModelFacts:
+def all_vaes() -> tuple[ModelFacts, ...]:
+    """Every VAE known by name."""
+    return tuple(facts for facts in _load().values() if facts.kind == "vae")
+
+
+def of_repo(repo: str) -> ModelFacts | None:
+    """The model whose transformer (or whose VAE, for a `vae`) lies in a Hub repository; None if there is none."""
+    for facts in _load().values():
+        own = facts.parts.get("transformer" if facts.kind == "package" else "vae")
+        if facts.kind != "family" and own is not None and own.repo.lower() == repo.lower():
+            return facts
+    return None
+
+
+def find(name: str) -> ModelFacts | None:
+    """Facts of a model or VAE by name, in any case; None if the catalog does not know it."""
+    return _load().get(name.lower())
+
+
+def get(name: str, *, also: Iterable[str] = ()) -> ModelFacts:
     """Facts of a model by name, in any case.
 
+    Args:
+        also: further names that may be offered for a wrong one.
     Raises: UsageError naming the nearest known models.
     """
-    models = _load()
-    if name.lower() in models:
-        return models[name.lower()]
-    near = difflib.get_close_matches(name.lower(), models, n=3, cutoff=0.4)
-    said = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(models)}."
+    facts = find(name)
+    if facts is not None:
+        return facts
+    names = dict.fromkeys((*_load(), *also))
+    near = difflib.get_close_matches(name.lower(), names, n=3, cutoff=0.4)
+    said = f"did you mean {' or '.join(near)}?" if near else f"known models: {', '.join(names)}."
     raise UsageError(f"no model is named {name!r}; {said}", hint="packforcing models list shows all of them.")
 
 
@@ -281,15 +365,19 @@ def of(model: str) -> ModelFacts:
     return of_package(DEMO_FOLDER) if is_installed(facts) else facts
 
 
-def of_package(folder: Path) -> ModelFacts:
+def of_package(folder: Path, places: Mapping[str, Path] | None = None) -> ModelFacts:
     """Facts of a model package, read from its manifest and configurations; no weights are read.
 
+    Args:
+        places: part -> the folder it lies in, for a package with parts elsewhere (`packages.facts` knows them);
+            None = every part is in the package's folder.
     Raises: WeightsError if the folder is not a complete package.
     """
     try:
         manifest = json.loads((folder / "packforcing.json").read_text("utf-8"))
-        parts = {name: folder / place for name, place in manifest["parts"].items()}
-        network = json.loads((parts["transformer"] / "config.json").read_text("utf-8"))
+        if places is None:
+            places = {name: folder / place for name, place in manifest["parts"].items()}
+        network = json.loads((places["transformer"] / "config.json").read_text("utf-8"))
         cache_, schedule, codec = manifest["cache"], manifest["schedule"], manifest["codec"]
         frames = cache_["frames_per_block"]
         steps = tuple(schedule["timesteps"]) if schedule["kind"] == "renoise" else (schedule["steps"],)
@@ -311,12 +399,14 @@ def of_package(folder: Path) -> ModelFacts:
             trained_by_block=MappingProxyType({frames: manifest["trained_frames"]}),
             span_by_block=MappingProxyType({frames: str(cache_["mid_span"])}),
             schedule=ScheduleFacts(schedule["kind"], steps, schedule["shift"], schedule["guidance"]),
-            text_params=_stored_params(manifest, folder, "text_encoder"),
-            vae_params=_stored_params(manifest, folder, "vae"),
+            text_params=_stored_params(places["text_encoder"]),
+            vae_params=_stored_params(places["vae"]),
             install="installed",
             codec=codec["kind"],
             cache=MappingProxyType({k: v for k, v in cache_.items() if k != "frames_per_block"}),
-            branches=_branches(parts["compressor"]) if "compressor" in parts else "lr",
+            branches=_branches(places["compressor"]) if "compressor" in places else "lr",
+            compressor_params=_stored_params(places["compressor"]) if "compressor" in places else 0,
+            text_embedding_params=_text_embedding_params(places["text_encoder"]),
             spatial_stride=codec["spatial_stride"],
             temporal_stride=codec["temporal_stride"],
         )
@@ -332,18 +422,22 @@ def _branches(folder: Path) -> str:
     return branches
 
 
-def _stored_params(manifest: Mapping[str, Any], folder: Path, part: str) -> int:
+def _text_embedding_params(folder: Path) -> int:
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    return int(config["vocab_size"] * config["d_model"])
+
+
+def _stored_params(folder: Path) -> int:
     """Parameters of a part, counted in the headers of its files.
 
     A file that is damaged counts by its size at 16 bit; verification says what is wrong with it.
     """
-    place, found = manifest["parts"][part], 0
-    for name, record in manifest["files"].items():
-        if name.startswith(f"{place}/") and name.endswith(".safetensors"):
-            try:
-                found += _params_in(folder / name)
-            except (OSError, ValueError, KeyError, TypeError):
-                found += record["size"] // WEIGHT_BYTES
+    found = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            found += _params_in(path)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            found += path.stat().st_size // WEIGHT_BYTES
     return found
 
 
@@ -358,18 +452,27 @@ def _params_in(path: Path) -> int:
 
 
 def is_installed(facts: ModelFacts) -> bool:
-    """Whether the model's weights are on this machine; a family has none of its own."""
+    """Whether the model comes with this program and is there; `packages` knows the others."""
     return facts.name == "demo" and (DEMO_FOLDER / "packforcing.json").is_file()
 
 
 @cache
 def _load() -> Mapping[str, ModelFacts]:
     text = (Path(__file__).parent / "models.toml").read_text(encoding="utf-8")
-    return MappingProxyType({name: _facts(name, entry) for name, entry in tomllib.loads(text).items()})
+    tables = tomllib.loads(text)
+    sources = {name: _source(entry) for name, entry in tables.pop("parts").items()}
+    return MappingProxyType({name: _facts(name, tables, sources) for name in tables})
 
 
-def _facts(name: str, entry: Mapping[str, Any]) -> ModelFacts:
-    values = dict(entry)
+def _source(entry: Mapping[str, Any]) -> PartSource:
+    return PartSource(**{**entry, "files": tuple(entry["files"])})
+
+
+def _facts(
+    name: str, tables: Mapping[str, Mapping[str, Any]], sources: Mapping[str, PartSource]
+) -> ModelFacts:
+    own = dict(tables[name])
+    values = {**tables[own.pop("family")], **own} if "family" in own else own
     schedule = dict(values.pop("schedule"))
     steps = schedule.pop("steps")
     width, height = values.pop("size")
@@ -383,5 +486,7 @@ def _facts(name: str, entry: Mapping[str, Any]) -> ModelFacts:
         span_by_block=MappingProxyType({int(n): span for n, span in values.pop("mid_span").items()}),
         cache=cache_options,
         schedule=ScheduleFacts(steps=(steps,) if isinstance(steps, int) else tuple(steps), **schedule),
+        parts=MappingProxyType({part: sources[at] for part, at in values.pop("parts", {}).items()}),
+        pickled=tuple(sources[at] for at in values.pop("pickled", ())),
         **values,
     )

@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from pydantic import (
     BaseModel,
@@ -40,6 +40,10 @@ from packforcing_cli.timeline import Timeline
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
 COMPRESSORS = ("auto", "hr+lr", "hr", "lr", "pool", "identity")
 COMPRESSED_CONTEXTS = ("sinks", "history")
+QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
+TEXT_QUANTIZATIONS = ("none", "int8")
+OFFLOADS = ("none", "text", "all")
+FITS = ("crop", "pad", "stretch")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -197,6 +201,11 @@ class PlanRequest(Options):
     size:             (width, height) in pixels; None = the model's own.
     frames_per_block: latent frames a block; None = the model's own.
     dtype:            of weights and cache; auto is bf16 for planning.
+    quantize:         of the linears of the transformer's layers.
+    quantize_text:    of those of the text encoder.
+    offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
+                      runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
+    vae:              None = the package's, tiny, wan, or a folder with a VAE of the same latents.
     timeline:         prompts after the first one, and pins.
     """
 
@@ -205,6 +214,10 @@ class PlanRequest(Options):
     size: tuple[int, int] | None = None
     frames_per_block: int | None = Field(None, ge=1, le=64)
     dtype: str = "auto"
+    quantize: str = "none"
+    quantize_text: str = "none"
+    offload: str = "none"
+    vae: str | None = None
     memory: MemoryOptions = MemoryOptions()
     timeline: InstanceOf[Timeline] = Timeline()
 
@@ -255,6 +268,28 @@ class PlanRequest(Options):
     def _dtype(cls, value: str) -> str:
         return _one_of(value, DTYPES)
 
+    @field_validator("quantize")
+    @classmethod
+    def _quantize(cls, value: str) -> str:
+        return _one_of(value, QUANTIZATIONS)
+
+    @field_validator("quantize_text")
+    @classmethod
+    def _quantize_text(cls, value: str) -> str:
+        return _one_of(value, TEXT_QUANTIZATIONS)
+
+    @field_validator("offload")
+    @classmethod
+    def _offload(cls, value: str) -> str:
+        return _one_of(value, OFFLOADS)
+
+    def changed(self, **values: Any) -> Self:
+        """The same request with other values; the memory options among them go where they belong."""
+        memory = {name: values.pop(name) for name in tuple(values) if name in MemoryOptions.model_fields}
+        new_memory = MemoryOptions(**{**self.memory.model_dump(exclude_unset=True), **memory})
+        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        return type(self)(**{**kept, "memory": new_memory, **values})
+
     @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
@@ -264,26 +299,32 @@ class GenerateRequest(PlanRequest):
     """Everything `packforcing generate` needs to know.
 
     prompt:    what the video shows.
+    image:     picture the video begins with.
+    fit:       how pictures come to the size of the video: crop, pad or stretch.
     output:    the MP4 file; None = a name made from the prompt in the current folder.
     seed:      None = random, and printed.
     steps:     denoising steps; None = the package's.
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
-    vae:       None = the package's, tiny, wan, or a folder with a VAE of the same latents.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
+    auto_fit:  make the smallest change that lets a request fit, and say so.
     crf:       H.264 quality, 0 (lossless) to 51.
+    metadata:  write into the file how it was made.
     overwrite: replace an existing output.
     """
 
     prompt: str
+    image: Path | None = None
+    fit: str = "crop"
     output: Path | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
-    vae: str | None = None
     embeddings: Path | None = None
+    auto_fit: bool = False
     crf: int = Field(18, ge=0, le=51)
+    metadata: bool = True
     overwrite: bool = False
 
     @field_validator("prompt")
@@ -293,6 +334,11 @@ class GenerateRequest(PlanRequest):
             raise ValueError("is empty")
         return value.strip()
 
+    @field_validator("fit")
+    @classmethod
+    def _fit(cls, value: str) -> str:
+        return _one_of(value, FITS)
+
     @field_validator("device")
     @classmethod
     def _device(cls, value: str) -> str:
@@ -300,6 +346,19 @@ class GenerateRequest(PlanRequest):
         if kind in ("auto", "cpu", "cuda") and (not colon or (kind == "cuda" and index.isdecimal())):
             return value.strip().lower()
         raise ValueError("is unknown")
+
+    def to_values(self) -> dict[str, Any]:
+        """JSON values that make an equal request: what was not set among the memory options stays open."""
+        values = self.model_dump(mode="json")
+        return {**values, "memory": self.memory.model_dump(mode="json", exclude_unset=True)}
+
+    @classmethod
+    def from_values(cls, values: Mapping[str, Any]) -> GenerateRequest:
+        """The inverse of `to_values`. Raises: ConfigError as the constructor."""
+        memory = values.get("memory") or {}
+        if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ConfigError("memory: must be a table of options")
+        return cls(**{**values, "memory": MemoryOptions(**memory)})
 
 
 def random_seed() -> int:
@@ -309,7 +368,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "output", "timeline")
+_NOT_SETTINGS = ("memory", "prompt", "image", "output", "timeline")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

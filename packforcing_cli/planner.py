@@ -3,12 +3,18 @@
 Size, blocks, tokens and cache bytes are exact: they are layout.py's, the same the live cache has. Weights follow from
 the model's shape. Working memory, peak and disk are estimates, and are called so. Knows no tensors: who has an
 accelerator passes its free memory in a Machine.
+
+Memory is predicted by stage; what each one holds where the model runs:
+
+    text      text encoder                                        freed before the next stage
+    denoise   transformer, VAE and its streams, cache, text K/V   + activations of one layer, K/V of the clean block
+    decode    the same                                            + the decoder's feature maps
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -26,15 +32,28 @@ __all__ = ["Machine", "Plan", "host_machine", "plan"]
 SCHEMA = 1
 GROWTH_SECONDS = (5, 10, 30, 60, 120, 300, 600, 1800, 3600)
 
-# Estimates. Widths of the activations alive at once in one transformer layer, in units of the model's width.
-LAYER_WIDTHS = 12
-# Channels of the widest feature map of a VAE decoder at full resolution, in one group of TEMPORAL_STRIDE frames (Wan).
-DECODER_CHANNELS = 96
-DECODER_MAPS = 4
+# Working memory in numbers of the model's dtype. Measured by running the modules at full size on the meta device and
+# counting live tensors (tests/test_planner.py does it again).
+LAYER_WIDTHS = (
+    12  # of a token in one transformer layer, in units of the model's width; beside the FFN's width
+)
+# A pixel of one frame: what the decoder keeps between blocks, and the most it has at one time, that included.
+DECODER_STATE = {"wan": 2_365, "tiny": 84}
+DECODER_PEAK = {"wan": 7_464, "tiny": 2_790}
+TEXT_WIDTHS = 40  # of a text token in the encoder, in units of its width
+TINY_VAE_PARAMS = 11_315_539  # taew2_1
+ROW_BYTES = 5  # of a quantized matrix: a float32 scale and an 8-bit zero point
+# An accelerator's host process: interpreter, libraries, driver, frames on their way to the video encoder. A guess.
+HOST_BYTES = 2 * 10**9
 # H.264 at the default quality; the part file and the finished file exist together for a moment.
 VIDEO_BITS_PER_PIXEL = 0.15
 VIDEO_COPIES = 2
 HEADROOM = 0.95  # share of the free memory a plan may take
+STAGE_TEXT = {
+    "text": "to encode the prompt",
+    "denoise": "to denoise a block",
+    "decode": "to decode a block",
+}
 
 
 @dataclass(frozen=True)
@@ -71,11 +90,25 @@ class SlotPlan:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of the weights. The text encoder leaves the accelerator before the first block."""
+    """Bytes of the weights, quantized as asked. The text encoder is freed before the transformer is loaded."""
 
     transformer: int
     text_encoder: int
     vae: int
+    compressor: int
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Estimate of the most memory of one stage.
+
+    device_bytes: where the model runs.
+    host_bytes:   beside it, in host memory; 0 when the model runs there.
+    """
+
+    name: str
+    device_bytes: int
+    host_bytes: int
 
 
 @dataclass(frozen=True)
@@ -90,10 +123,13 @@ class Plan:
     full_history_bytes: keys and values of everything that was asked for, at full resolution, nothing dropped.
     growth:             the same over time.
     options:            the memory options, with the model's own where nothing was set.
-    peak_bytes:         estimate of the most memory at one time: weights, cache, working memory.
+    stages:             estimate of the memory of text, denoise and decode.
+    peak_bytes:         the most of them where the model runs.
+    working_bytes:      the part of it that is neither weights nor cache.
     disk_bytes:         estimate of the disk space while the video is made.
     fits:               whether peak and disk fit the machine; True when no machine was given.
-    suggestion:         the option that would make it fit, empty if none is needed or known.
+    change:             the smallest change of the request that would make it fit; empty if none is needed or known.
+    suggestion:         the same as options.
     warnings:           what is allowed but unlikely to be wanted.
     """
 
@@ -117,23 +153,41 @@ class Plan:
     slots: SlotPlan
     growth: tuple[GrowthPoint, ...]
     weights: WeightBytes
+    quantize: str
+    quantize_text: str
+    offload: str
+    vae: str
     working_bytes: int
+    stages: tuple[StageMemory, ...]
     peak_bytes: int
     disk_bytes: int
     machine: Machine | None
     fits: bool
-    suggestion: str
+    change: Mapping[str, Any]
     warnings: tuple[str, ...]
+
+    @property
+    def suggestion(self) -> str:
+        return " ".join(f"--{name.replace('_', '-')} {_option(value)}" for name, value in self.change.items())
 
     def require_fit(self) -> None:
         """Raises: MemoryFitError or DiskFullError, naming the option that would fit, if the plan does not fit."""
         if self.fits or self.machine is None:
             return
         hint = f"Try {self.suggestion}." if self.suggestion else "Use a smaller --size, or another machine."
-        if not _memory_fits(self.peak_bytes, self.machine):
+        worst = max(self.stages, key=lambda stage: stage.device_bytes)
+        if not _memory_fits(worst.device_bytes, self.machine.memory_bytes):
             raise MemoryFitError(
-                f"about {_gb(self.peak_bytes)} of memory are needed and {self.machine.device} has"
-                f" {_gb(self.machine.memory_bytes)} free",
+                f"about {_gb(worst.device_bytes)} of memory are needed ({STAGE_TEXT[worst.name]}) and"
+                f" {self.machine.device} has {_gb(self.machine.memory_bytes)} free",
+                hint=hint,
+            )
+        worst = max(self.stages, key=lambda stage: stage.host_bytes)
+        free = self.machine.host_bytes
+        if free is not None and not _memory_fits(worst.host_bytes, free):
+            raise MemoryFitError(
+                f"about {_gb(worst.host_bytes)} of host memory are needed ({STAGE_TEXT[worst.name]}) and"
+                f" {_gb(free)} are free",
                 hint=hint,
             )
         assert self.machine.disk_free_bytes is not None
@@ -188,6 +242,11 @@ class Plan:
             },
             "growth": [asdict(point) for point in self.growth],
             "weight_bytes": asdict(self.weights),
+            "quantize": self.quantize,
+            "quantize_text": self.quantize_text,
+            "offload": self.offload,
+            "vae": self.vae,
+            "stages": [asdict(stage) for stage in self.stages],
             "working_bytes_estimate": self.working_bytes,
             "peak_bytes_estimate": self.peak_bytes,
             "disk_bytes_estimate": self.disk_bytes,
@@ -208,8 +267,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
     facts = facts or catalog.of(request.model)
     own_memory = request.memory.with_defaults(facts.cache)
     parts = _Parts(request.model_copy(update={"memory": own_memory}), facts)
-    peak, disk = parts.peak_bytes, parts.disk_bytes
-    fits = machine is None or (_memory_fits(peak, machine) and _disk_fits(disk, machine))
+    fits = machine is None or (parts.fit_memory(machine) and _disk_fits(parts.disk_bytes, machine))
     grid, last = parts.layout.grid, parts.layout.view(parts.blocks - 1)
     slots = parts.layout.slots(last)
     slot_plan = SlotPlan(
@@ -238,12 +296,19 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         slots=slot_plan,
         growth=_growth(parts),
         weights=parts.weights,
-        working_bytes=parts.working_bytes,
-        peak_bytes=peak,
-        disk_bytes=disk,
+        quantize=request.quantize,
+        quantize_text=request.quantize_text,
+        offload=request.offload,
+        vae=parts.vae,
+        working_bytes=max(
+            0, parts.peak_bytes - parts.resident_bytes - parts.layout.capacity_bytes(parts.blocks).live
+        ),
+        stages=parts.stages,
+        peak_bytes=parts.peak_bytes,
+        disk_bytes=parts.disk_bytes,
         machine=machine,
         fits=fits,
-        suggestion="" if fits or machine is None else _suggestion(parts, machine),
+        change={} if fits or machine is None else _smallest_change(parts, machine),
         warnings=_warnings(parts, slot_plan),
     )
 
@@ -269,27 +334,84 @@ class _Parts:
         self.layout = replace(layout, cuts=self.script.cuts, pins=self.script.pins)
 
     @property
-    def weights(self) -> WeightBytes:
-        per = self.request.dtype_bytes
-        facts = self.facts
-        return WeightBytes(facts.transformer_params * per, facts.text_params * per, facts.vae_params * per)
+    def vae(self) -> str:
+        """Kind of the VAE."""
+        vae = self.request.vae
+        if vae is None:
+            return self.facts.codec
+        return vae if vae in DECODER_PEAK else catalog.vae_kind(vae)
 
     @property
-    def working_bytes(self) -> int:
-        """Estimate: activations of one layer over a block, cross-attention keys and values, the VAE's decoding."""
+    def weights(self) -> WeightBytes:
         facts, per = self.facts, self.request.dtype_bytes
-        layer = self.layout.grid.block_tokens * (LAYER_WIDTHS * facts.dim + facts.ffn_dim) * per
-        text = facts.layers * 2 * facts.text_length * facts.dim * per
+        text = facts.text_params * per
+        if self.request.quantize_text != "none":
+            text -= (facts.text_params - facts.text_embedding_params) * (per - 1)
+        vae = facts.vae_params if self.vae == facts.codec else TINY_VAE_PARAMS
+        others = facts.transformer_params - facts.layers * facts.layer_params
+        return WeightBytes(
+            transformer=others * per + facts.layers * self.layer_bytes,
+            text_encoder=text,
+            vae=vae * per,
+            compressor=facts.compressor_params * per,
+        )
+
+    @property
+    def layer_bytes(self) -> int:
+        """Weights of one transformer layer."""
+        facts, per = self.facts, self.request.dtype_bytes
+        size = facts.layer_params * per
+        if self.request.quantize != "none":
+            size += sum(rows * ROW_BYTES - rows * cols * (per - 1) for rows, cols in facts.layer_matrices)
+        return size
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that stay where the model runs once the text is encoded."""
+        weights = self.weights
+        resident = weights.transformer + weights.vae + weights.compressor
+        if self.request.offload == "all":  # one layer, and the first of the next one's tensors
+            largest = max(rows * cols for rows, cols in self.facts.layer_matrices) * self.request.dtype_bytes
+            resident += self.layer_bytes + largest - self.facts.layers * self.layer_bytes
+        return resident
+
+    @property
+    def stages(self) -> tuple[StageMemory, ...]:
+        """Estimates of text, denoise and decode."""
+        facts, request, per = self.facts, self.request, self.request.dtype_bytes
+        grid, weights = self.layout.grid, self.weights
+        text = weights.text_encoder + facts.text_length * facts.text_dim * TEXT_WIDTHS * per
         width, height = self.size
-        decoder = width * height * TEMPORAL_STRIDE * DECODER_CHANNELS * DECODER_MAPS * per
-        return text + max(layer, decoder)
+        state = width * height * DECODER_STATE[self.vae] * per
+        text_kv = facts.layers * 2 * facts.text_length * facts.dim * per
+        held = self.resident_bytes + self.layout.capacity_bytes(self.blocks).live + state + text_kv
+        layer = grid.block_tokens * (LAYER_WIDTHS * facts.dim + facts.ffn_dim) * per
+        clean_kv = grid.block_tokens * grid.bytes_per_token
+        guidance = getattr(request, "guidance", None)
+        passes = 1 if (facts.schedule.guidance if guidance is None else guidance) == 1.0 else 2
+        decoder = width * height * DECODER_PEAK[self.vae] * per - state
+        streamed = facts.layers * self.layer_bytes if request.offload == "all" else 0
+        host = 0 if request.offload == "none" else HOST_BYTES
+        return (
+            StageMemory("text", text if not host else 0, host + text if host else 0),
+            # The clean pass has each layer's keys and values and, for a moment, a copy of all of them.
+            StageMemory(
+                "denoise", held + max(passes * (layer + text_kv), layer + 2 * clean_kv), host + streamed
+            ),
+            StageMemory("decode", held + clean_kv + decoder, host + streamed),
+        )
 
     @property
     def peak_bytes(self) -> int:
-        weights = self.weights
-        running = weights.transformer + weights.vae + self.working_bytes
-        running += self.layout.capacity_bytes(self.blocks).live
-        return max(weights.text_encoder, running)
+        return max(stage.device_bytes for stage in self.stages)
+
+    def fit_memory(self, machine: Machine) -> bool:
+        """Whether every stage fits, where the model runs and in host memory."""
+        return all(
+            _memory_fits(stage.device_bytes, machine.memory_bytes)
+            and (machine.host_bytes is None or _memory_fits(stage.host_bytes, machine.host_bytes))
+            for stage in self.stages
+        )
 
     @property
     def disk_bytes(self) -> int:
@@ -298,38 +420,68 @@ class _Parts:
         return math.ceil(pixels * VIDEO_BITS_PER_PIXEL / 8) * VIDEO_COPIES
 
     def changed(self, **values: Any) -> _Parts:
-        """The same request with other values; the memory options among them go where they belong."""
-        memory = {name: values.pop(name) for name in tuple(values) if name in MemoryOptions.model_fields}
-        new_memory = MemoryOptions(**{**self.request.memory.model_dump(exclude_unset=True), **memory})
-        kept = {name: getattr(self.request, name) for name in PlanRequest.model_fields}
-        return _Parts(PlanRequest(**{**kept, "memory": new_memory, **values}), self.facts)
+        return _Parts(self.request.changed(**values), self.facts)
 
 
-def _suggestion(parts: _Parts, machine: Machine) -> str:
-    """The mildest change that fits: another policy than full, a smaller bank, then a smaller size; empty if none."""
+def _smallest_change(parts: _Parts, machine: Machine) -> dict[str, Any]:
+    """The mildest change of a request that fits, by name; empty if none does.
+
+    First what leaves the video as it is or nearly so, then a smaller memory, smaller weights, at last a smaller size:
+    one option if one is enough, else as few as possible.
+    """
     if not _disk_fits(parts.disk_bytes, machine):
-        return ""
-    memory = parts.request.memory
-    tries: list[tuple[str, dict[str, Any]]] = []
-    if memory.policy == "full":
-        tries.append(("--policy packforcing", {"policy": "packforcing"}))
-    else:
+        return {}
+
+    def fits(change: Mapping[str, Any]) -> bool:
+        return parts.changed(**change).fit_memory(machine)
+
+    levers = _levers(parts, machine)
+    for lever in levers:
+        for change in lever:
+            if fits(change):
+                return change
+    together: dict[str, Any] = {}
+    for lever in levers:
+        for change in lever:
+            if fits(together | change):
+                together |= change
+                for name in reversed(tuple(together)):  # what was taken on the way and is not needed
+                    less = {key: value for key, value in together.items() if key != name}
+                    together = less if fits(less) else together
+                return together
+        together |= lever[-1]
+    return {}
+
+
+def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
+    """Options that need less memory, the mildest first; the values of each from mild to strong."""
+    request, levers = parts.request, list[list[dict[str, Any]]]()
+    on_gpu = machine.host_bytes is not None
+    if request.memory.policy == "full":
+        levers.append([{"policy": "packforcing"}])
+    if on_gpu:
+        levers.append([{"offload": "text" if request.offload == "none" else "none"}])
+    if request.memory.policy == "packforcing":
         kept = len(parts.layout.view(parts.blocks).mid)
-        tries += [
-            (f"--bank {n}", {"bank": n})
-            for n in _smaller_powers_of_two(kept)
-            if n >= max(1, parts.layout.top_k)
-        ]
+        sizes = [n for n in _smaller_powers_of_two(kept) if n >= max(1, parts.layout.top_k)]
+        levers.append([{"bank": n} for n in sizes])
+    if request.quantize_text == "none":
+        levers.append([{"quantize_text": "int8"}])
+    if request.quantize == "none":
+        levers.append([{"quantize": "int8"}])
+    if on_gpu and request.offload != "all":
+        levers.append([{"offload": "all"}])
     width, height = parts.size
     multiple = parts.facts.pixel_multiple
-    for share in (3 / 4, 1 / 2, 1 / 4):
-        size = tuple(max(64, round(side * share / multiple) * multiple) for side in (width, height))
-        if size != parts.size:
-            tries.append((f"--size {size[0]}x{size[1]}", {"size": size}))
-    for text, change in tries:
-        if _memory_fits(parts.changed(**change).peak_bytes, machine):
-            return text
-    return ""
+    smaller = [
+        (
+            max(64, round(width * share / multiple) * multiple),
+            max(64, round(height * share / multiple) * multiple),
+        )
+        for share in (3 / 4, 1 / 2, 1 / 4)
+    ]
+    levers.append([{"size": size} for size in smaller if size != parts.size])
+    return [lever for lever in levers if lever]
 
 
 def _warnings(parts: _Parts, slots: SlotPlan) -> tuple[str, ...]:
@@ -389,8 +541,8 @@ def _smaller_powers_of_two(number: int) -> Sequence[int]:
     return [1 << bit for bit in reversed(range(max(0, number - 1).bit_length()))]
 
 
-def _memory_fits(peak: int, machine: Machine) -> bool:
-    return peak <= machine.memory_bytes * HEADROOM
+def _memory_fits(needed: int, free: int) -> bool:
+    return needed <= free * HEADROOM
 
 
 def _disk_fits(needed: int, machine: Machine) -> bool:
@@ -399,6 +551,10 @@ def _disk_fits(needed: int, machine: Machine) -> bool:
 
 def _gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _option(value: object) -> str:
+    return f"{value[0]}x{value[1]}" if isinstance(value, tuple) else str(value)
 
 
 def _number(value: Fraction) -> str:

@@ -2,7 +2,7 @@
 
 transformers and diffusers import torchao by themselves, whether it is used or not; torchao then logs a line
 for every optional kernel that does not match this machine and touches a deprecated torch call. Only records
-of these two loggers that match these patterns are dropped, and only inside the `with`, beside complaints
+of these loggers that match these patterns are dropped, and only inside the `with`, beside complaints
 about string escapes in torchao's own source; every other warning gets through.
 """
 
@@ -17,6 +17,11 @@ from contextlib import contextmanager
 _NOISE = (
     ("torchao", re.compile(r"Failed to load .*_C\w*[\w.-]*\.so\b")),
     ("torchao", re.compile(r"Skipping import of cpp extensions due to incompatible torch version")),
+    ("torchao.kernel.intmm", re.compile(r"Detected no triton")),
+    (
+        "diffusers.quantizers.torchao.torchao_quantizer",
+        re.compile(r"Unable to import `torchao` Tensor objects"),
+    ),
     (
         "torch.utils._pytree",
         re.compile(r"is an Enum subclass and is now natively supported by torch\.compile"),

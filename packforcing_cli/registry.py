@@ -7,290 +7,89 @@ A package is a folder in diffusers layout with a manifest; `demo` is the one ins
 
     name or folder -> manifest -> every file verified -> modules on meta -> tensors assigned -> VideoModel
 
-No tensor is read before all files are verified. Only safetensors are read. Knows nothing of prompts,
-rollouts or caches; the numbers in `CacheDefaults` and `Schedule` are for others to read.
+Where a package and its parts are, and whether they are whole, is `packages`' business. No tensor is read before all
+files are verified. Only safetensors are read. Knows nothing of prompts, rollouts or caches; the numbers in
+`CacheDefaults` and `Schedule` are for others to read.
 Source: DESIGN 7.
 """
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from fractions import Fraction
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, weights
+from packforcing_cli import catalog, packages, weights
+from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.compressor import Compressor, CompressorConfig
-from packforcing_cli.errors import DiskFullError, EnvironmentProblem, UsageError, WeightsError
+from packforcing_cli.errors import DiskFullError, EnvironmentProblem, OfflineError, UsageError, WeightsError
+from packforcing_cli.packages import (
+    MANIFEST,
+    REQUIRED_PARTS,
+    SCHEMA,
+    CacheDefaults,
+    CodecFactsRecord,
+    FileRecord,
+    HubReference,
+    Manifest,
+    Part,
+    Schedule,
+    find_package,
+    part_folder,
+    read_manifest,
+    verify_package,
+)
+from packforcing_cli.packages import record_of as _record
 from packforcing_cli.quantize import linear_weights, quantizer, require_support
 from packforcing_cli.quiet import known_import_noise_dropped
-from packforcing_cli.text import TextEncoder, TextIdentity, encoder_parts
+from packforcing_cli.text import TIED, TextEncoder, TextIdentity, build_encoder, encoder_parts
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-MANIFEST = "packforcing.json"
-SCHEMA = 1
+__all__ = [
+    "DEMO_FOLDER",
+    "MANIFEST",
+    "REQUIRED_PARTS",
+    "SCHEMA",
+    "CacheDefaults",
+    "CodecFactsRecord",
+    "FileRecord",
+    "HubReference",
+    "Manifest",
+    "ModelSource",
+    "Part",
+    "Schedule",
+    "VideoModel",
+    "check_tensors",
+    "find_package",
+    "load_codec",
+    "load_compressor",
+    "load_model",
+    "load_transformer",
+    "open_model",
+    "read_manifest",
+    "resolve_device",
+    "resolve_dtype",
+    "verify_package",
+    "write_package",
+]
+
 LAYERS = "blocks."  # of a transformer, in its state dict
 
 M = TypeVar("M", bound=nn.Module)
-Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "compressor"]
-REQUIRED_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "tokenizer")
-
 _AGAIN = "Get the package again; for the demo, install packforcing again from a fresh checkout."
-
-
-# ------------------------------------------------------------------------------------------------- manifest
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
-
-
-class CacheDefaults(_Frozen):
-    """Memory settings the model was trained with; each can be overridden by the option of the same name."""
-
-    frames_per_block: int = Field(ge=1)
-    sink_blocks: int = Field(2, ge=0)
-    recent_blocks: int = Field(1, ge=0)
-    top_k: int = Field(16, ge=0)
-    bank: int | None = Field(256, ge=1, description="blocks; null = unlimited")
-    select: str = "affinity-recent"
-    mid_span: str = Field(
-        "fit", description='slots of a mid block: "fit" or a positive fraction such as "4" or "3/2"'
-    )
-    compressor: str = "hr+lr"
-    compressed_context: Literal["sinks", "history"] = "sinks"
-
-    @field_validator("mid_span", mode="before")
-    @classmethod
-    def _a_span(cls, value: object) -> str:
-        text = str(value)
-        try:
-            positive = text == "fit" or Fraction(text) > 0
-        except (ValueError, ZeroDivisionError):
-            positive = False
-        if not positive:
-            raise ValueError(f'must be "fit" or a positive fraction, not {text!r}')
-        return text
-
-
-class Schedule(_Frozen):
-    """How a block is denoised. `renoise`: few-step students, guidance 1. `euler`: any model and guidance.
-
-    timesteps: renoise only, the training timesteps visited, falling; `steps` is their number.
-    """
-
-    kind: Literal["renoise", "euler"]
-    steps: int = Field(ge=1)
-    shift: float = Field(gt=0)
-    guidance: float = Field(1.0, ge=0)
-    timesteps: tuple[int, ...] = ()
-
-    @model_validator(mode="after")
-    def _fits_its_kind(self) -> Schedule:
-        if self.kind == "renoise" and len(self.timesteps) != self.steps:
-            raise ValueError(f"a renoise schedule of {self.steps} steps needs as many timesteps")
-        return self
-
-
-class CodecFactsRecord(_Frozen):
-    """What the latents of this model are; must agree with the VAE in the package."""
-
-    kind: Literal["tiny", "wan"]
-    latent_channels: int = Field(ge=1)
-    spatial_stride: int = Field(ge=1)
-    temporal_stride: int = Field(ge=1)
-    pixel_range: tuple[float, float]
-    encode_lookahead: int = Field(0, ge=0)
-
-    @classmethod
-    def of(cls, codec: Codec) -> CodecFactsRecord:
-        """The facts of a codec, as the manifest stores them."""
-        facts = codec.facts
-        return cls(
-            kind="tiny" if isinstance(codec, TinyCodec) else "wan",
-            latent_channels=facts.latent_channels,
-            spatial_stride=facts.spatial_stride,
-            temporal_stride=facts.temporal_stride,
-            pixel_range=facts.pixel_range,
-            encode_lookahead=facts.encode_lookahead,
-        )
-
-
-class FileRecord(_Frozen):
-    """Size and hash of one file."""
-
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    size: int = Field(ge=0)
-
-
-class Manifest(_Frozen):
-    """packforcing.json. `parts` and `files` are filled in by `write_package`.
-
-    size:           (width, height) in pixels.
-    trained_frames: latent frames of the longest distance seen in training (the range of temporal slots).
-    text_length:    tokens of a prompt, padding included.
-    vocabulary:     words the model was trained on; empty when it is open.
-    limits:         what it cannot do, one sentence each.
-    provenance:     recipe, data, steps, measured figures.
-    parts:          part -> folder inside the package.
-    files:          path inside the package -> size and hash, for every file of every part.
-    """
-
-    schema_version: int = Field(SCHEMA, alias="schema", ge=1)
-    name: str = Field(min_length=1)
-    version: str
-    title: str
-    license: str
-    base_model: str | None = None
-    size: tuple[int, int]
-    fps: int = Field(ge=1)
-    trained_frames: int = Field(ge=1)
-    text_length: int = Field(ge=1)
-    cache: CacheDefaults
-    schedule: Schedule
-    codec: CodecFactsRecord
-    vocabulary: tuple[str, ...] = ()
-    limits: tuple[str, ...] = ()
-    provenance: dict[str, Any] = Field(default_factory=dict)
-    parts: dict[Part, str] = Field(default_factory=dict)
-    files: dict[str, FileRecord] = Field(default_factory=dict)
-
-    @field_validator("parts", "files")
-    @classmethod
-    def _inside_the_package(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for path in [*value, *(v for v in value.values() if isinstance(v, str))]:
-            pure = PurePosixPath(path)
-            if (
-                pure.is_absolute()
-                or ".." in pure.parts
-                or "\\" in path
-                or ":" in path
-                or str(pure) in ("", ".")
-            ):
-                raise ValueError(f"{path!r} is not a path inside the package")
-        return value
-
-    def part_files(self, part: Part) -> dict[str, FileRecord]:
-        """Name below the part's folder -> size and hash."""
-        place = PurePosixPath(self.parts[part])
-        inside = {name: record for name, record in self.files.items() if place in PurePosixPath(name).parents}
-        return {str(PurePosixPath(name).relative_to(place)): record for name, record in inside.items()}
-
-    def part_hash(self, part: Part) -> str:
-        """One hash that changes with any file of a part."""
-        lines = [f"{name} {record.sha256}" for name, record in sorted(self.part_files(part).items())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-    def to_json(self) -> str:
-        """The text of packforcing.json."""
-        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False) + "\n"
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Read and validate packforcing.json of a package folder.
-
-    Raises: WeightsError when it is missing, not valid, or of a newer schema than this program knows.
-    """
-    path = folder / MANIFEST
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError as e:
-        raise WeightsError(f"{folder} is not a model package: it has no {MANIFEST}", hint=_AGAIN) from e
-    except (OSError, ValueError) as e:
-        raise WeightsError(f"{path} cannot be read: {e}", hint=_AGAIN) from e
-    schema = values.get("schema") if isinstance(values, dict) else None
-    if not isinstance(schema, int):
-        raise WeightsError(f"{path} is not a packforcing manifest: it has no schema number", hint=_AGAIN)
-    if schema > SCHEMA:
-        raise WeightsError(
-            f"{path} has schema {schema}; this program reads up to {SCHEMA}",
-            hint="pip install --upgrade packforcing",
-        )
-    try:
-        return Manifest.model_validate(values)
-    except ValidationError as e:
-        raise WeightsError(f"{path} is not valid: {_first_problem(e)}", hint=_AGAIN) from e
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors()[0]
-    where = ".".join(str(p) for p in problem["loc"])
-    if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']}"
-    models: list[type[BaseModel]] = [Manifest, CacheDefaults, Schedule, CodecFactsRecord]
-    known = [field.alias or name for model in models for name, field in model.model_fields.items()]
-    near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-    return f"unknown key {where}" + (f"; did you mean {near[0]}?" if near else "")
-
-
-# --------------------------------------------------------------------------------------------- verification
-
-
-def verify_package(folder: Path, manifest: Manifest) -> None:
-    """Check presence, size and sha256 of every file, and that no part holds unlisted weights or configs.
-
-    Raises: WeightsError naming the first bad file and what is wrong with it.
-    """
-    for part, place in manifest.parts.items():
-        listed = [name for name in manifest.files if PurePosixPath(place) in PurePosixPath(name).parents]
-        if not listed:
-            raise WeightsError(f"the manifest of {folder} lists no file of its part {part}", hint=_AGAIN)
-        for path in sorted((folder / place).rglob("*")):
-            name = path.relative_to(folder).as_posix()
-            if path.suffix in (".safetensors", ".json") and name not in manifest.files:
-                raise WeightsError(f"{path} is not listed in the manifest", hint="Remove it. " + _AGAIN)
-    for name, record in manifest.files.items():
-        _verify_file(folder / name, record)
-
-
-def _verify_file(path: Path, record: FileRecord) -> None:
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            head = file.read(512)
-            if head.startswith(b"version https://git-lfs.github.com/spec/"):
-                raise WeightsError(
-                    f"{path} is a Git LFS pointer, not the file it stands for",
-                    hint="Run `git lfs pull` where it was cloned, or download the file itself.",
-                )
-            if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-                raise WeightsError(
-                    f"{path} is a web page (an error page saved under that name)",
-                    hint="Download the file again.",
-                )
-            if size < record.size:
-                raise WeightsError(f"{path} is truncated: {size} of {record.size} bytes", hint=_AGAIN)
-            if size > record.size:
-                raise WeightsError(f"{path} has {size} bytes instead of {record.size}", hint=_AGAIN)
-            file.seek(0)
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError as e:
-        raise WeightsError(f"{path} is missing", hint=_AGAIN) from e
-    except OSError as e:
-        raise WeightsError(
-            f"{path} cannot be read: {e}", hint="Check the permissions of the model folder."
-        ) from e
-    if digest != record.sha256:
-        raise WeightsError(
-            f"{path} is damaged: its sha256 is {digest[:12]}…, the manifest says {record.sha256[:12]}…",
-            hint=_AGAIN,
-        )
 
 
 # -------------------------------------------------------------------------------------------------- loading
@@ -336,28 +135,6 @@ class ModelSource:
     load: Callable[[], VideoModel]
     device: torch.device
     dtype: torch.dtype
-
-
-def find_package(name_or_folder: str | Path) -> Path:
-    """The folder of a model given by name or path. A name wins over a folder of that name (use ./NAME).
-
-    Raises: UsageError for a family (facts without weights), an unknown name, or a folder that does not exist.
-    """
-    name = str(name_or_folder)
-    if name_or_folder == "demo":  # a Path of that name is a folder
-        return catalog.DEMO_FOLDER
-    folder = Path(name).expanduser()
-    if isinstance(name_or_folder, Path) or folder.is_dir() or os.sep in name or name.startswith((".", "~")):
-        if not folder.is_dir():
-            raise UsageError(f"there is no model folder {name}", hint="Check the path, or use --model demo.")
-        return folder
-    facts = catalog.get(name)  # UsageError with the nearest names
-    facts.require_weights()
-    if facts.name == "demo":
-        return catalog.DEMO_FOLDER
-    raise UsageError(
-        f"{facts.name} is not installed", hint="Use --model demo, or the folder of a model package."
-    )
 
 
 def load_model(
@@ -413,16 +190,11 @@ def open_model(
     if quantize != "none":
         require_support(quantize, chosen_device)
     manifest = read_manifest(folder)
-    missing = [part for part in REQUIRED_PARTS if part not in manifest.parts]
-    if missing:
-        raise WeightsError(
-            f"{folder} has no {', no '.join(missing)}: it cannot make a video",
-            hint="Finish its training first.",
-        )
+    packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)
-    verify_package(folder, manifest)
+    verify_package(folder, manifest, trust=True)
     transformer_config = TransformerConfig.from_dict(
-        _config_of(folder / manifest.parts["transformer"], "WanTransformer3DModel")
+        _config_of(part_folder(folder, manifest, "transformer"), "WanTransformer3DModel")
     )
     text = TextIdentity(
         encoder=_combined(manifest.part_hash("text_encoder"), manifest.part_hash("tokenizer")),
@@ -434,8 +206,8 @@ def open_model(
 
     def load_text_encoder() -> TextEncoder:
         return TextEncoder.load(
-            folder / manifest.parts["text_encoder"],
-            folder / manifest.parts["tokenizer"],
+            part_folder(folder, manifest, "text_encoder"),
+            part_folder(folder, manifest, "tokenizer"),
             max_length=manifest.text_length,
             device=text_device,
             dtype=chosen_dtype,
@@ -444,16 +216,16 @@ def open_model(
 
     def load() -> VideoModel:
         transformer = load_transformer(
-            folder / manifest.parts["transformer"],
+            part_folder(folder, manifest, "transformer"),
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
             stream_layers=offload == "all",
         )
         compressor = None
-        if "compressor" in manifest.parts:
+        if "compressor" in manifest.parts or "compressor" in manifest.references:
             compressor = load_compressor(
-                folder / manifest.parts["compressor"], device=chosen_device, dtype=chosen_dtype
+                part_folder(folder, manifest, "compressor"), device=chosen_device, dtype=chosen_dtype
             )
             if compressor.config.dim != transformer.config.dim:
                 raise WeightsError(
@@ -462,7 +234,8 @@ def open_model(
                     hint=_AGAIN,
                 )
         codec = load_codec(vae_folder, device=chosen_device, dtype=chosen_dtype)
-        _check_codec(manifest, codec, transformer.config.in_channels, own=vae_folder.parent == folder)
+        own = vae_folder == part_folder(folder, manifest, "vae")
+        _check_codec(manifest, codec, transformer.config.in_channels, own=own)
         return VideoModel(
             name=manifest.name,
             manifest=manifest,
@@ -494,9 +267,18 @@ def _combined(*hashes: str) -> str:
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
+    """Where the VAE to use is. `tiny` for a model with the Wan VAE is the installed taew2_1."""
     if vae is None or str(vae) == manifest.codec.kind:
-        return folder / manifest.parts["vae"]
+        return part_folder(folder, manifest, "vae")
     catalog.check_vae(manifest.name, manifest.codec.kind, str(vae))
+    if str(vae) == "tiny":
+        other = packages.install_folder("taew2_1")
+        if not (other / MANIFEST).is_file():
+            raise OfflineError(
+                "--vae tiny: the tiny VAE taew2_1 is not installed", hint="packforcing models pull taew2_1"
+            )
+        verify_package(other, read_manifest(other), trust=True)
+        return part_folder(other, read_manifest(other), "vae")
     return Path(vae)
 
 
@@ -529,9 +311,7 @@ def load_transformer(
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
     Raises: WeightsError for another architecture or wrong tensors.
     """
-    values = _config_of(folder, "WanTransformer3DModel")
-    with torch.device("meta"):
-        module = WanTransformer(TransformerConfig.from_dict(values))
+    module = _empty_transformer(folder)
     linears = linear_weights(module, LAYERS)
     shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
 
@@ -550,12 +330,22 @@ def load_transformer(
     return module
 
 
+def _empty_transformer(folder: Path) -> WanTransformer:
+    # The second name is FastVideo's for the same network run block by block.
+    values = _config_of(folder, "WanTransformer3DModel", "CausalWanTransformer3DModel")
+    with torch.device("meta"):
+        return WanTransformer(TransformerConfig.from_dict(values))
+
+
 def load_compressor(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Read a compressor from its folder. Raises: WeightsError for another architecture or wrong tensors."""
+    return _filled(_empty_compressor(folder), folder, device, dtype)
+
+
+def _empty_compressor(folder: Path) -> Compressor:
     values = _config_of(folder, "Compressor")
     with torch.device("meta"):
-        module = Compressor(CompressorConfig.from_dict(values))
-    return _filled(module, folder, device, dtype)
+        return Compressor(CompressorConfig.from_dict(values))
 
 
 def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Codec:
@@ -563,6 +353,17 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
 
     Raises: WeightsError for another architecture or wrong tensors.
     """
+    module = _filled(_empty_vae(folder), folder, device, dtype)
+    if isinstance(module, TinyAutoencoder):
+        return TinyCodec(module)
+    wan: Any = module  # diffusers gives its models no types
+    try:
+        return WanCodec(wan)
+    except ValueError as e:
+        raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
+
+
+def _empty_vae(folder: Path) -> nn.Module:
     values = _config_of(folder, "TinyAutoencoder", "AutoencoderKLWan")
     if values["_class_name"] == "TinyAutoencoder":
         try:
@@ -570,16 +371,42 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
         except (TypeError, ValueError) as e:
             raise WeightsError(f"{folder / weights.CONFIG} is not valid: {e}", hint=_AGAIN) from e
         with torch.device("meta"):
-            tiny = TinyAutoencoder(config)
-        return TinyCodec(_filled(tiny, folder, device, dtype))
+            return TinyAutoencoder(config)
     with known_import_noise_dropped():
         from diffusers import AutoencoderKLWan
     with torch.device("meta"):
-        wan = AutoencoderKLWan.from_config(values)
-    try:
-        return WanCodec(_filled(wan, folder, device, dtype))
-    except ValueError as e:
-        raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
+        wan: nn.Module = AutoencoderKLWan.from_config(values)
+        return wan
+
+
+def check_tensors(folder: Path, manifest: Manifest) -> int:
+    """Read every tensor of a package, one at a time, and compare names and shapes with its configurations.
+
+    Returns: how many there are.
+    Raises: WeightsError for an unknown architecture, wrong names or shapes, NaN or infinity.
+    """
+    empty: dict[Part, Callable[[Path], nn.Module]] = {
+        "transformer": _empty_transformer,
+        "compressor": _empty_compressor,
+        "vae": _empty_vae,
+        "text_encoder": lambda place: build_encoder(weights.read_config(place), on_meta=True),
+    }
+    count = 0
+    for part, build in empty.items():
+        if part not in manifest.parts and part not in manifest.references:
+            continue
+        place = part_folder(folder, manifest, part)
+        found = {}
+        for name, tensor in weights.each_tensor(place):
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                raise WeightsError(f"{name} in {place} is not finite", hint=_AGAIN)
+            found[name] = tensor.to("meta")
+        count += len(found)
+        if part == "text_encoder":
+            stored = next((found[name] for name in TIED if name in found), None)
+            found |= {} if stored is None else dict.fromkeys(TIED, stored)
+        weights.assign(build(place), found, source=str(place))
+    return count
 
 
 def _config_of(folder: Path, *supported: str) -> dict[str, Any]:
@@ -692,11 +519,11 @@ def write_package(
     them leaves the old one as `.NAME.old-*`.
 
     Args:
-        manifest: its `parts` and `files` are ignored and computed.
+        manifest: its `parts` and `files` are ignored and computed; its `references` stay for parts not given here.
         vae:      a TinyAutoencoder or diffusers' AutoencoderKLWan.
         dtype:    of the stored floating-point tensors; None keeps the modules' own.
-        base:     a package whose parts are copied where none is given here.
-        leave_out: parts of the base not to copy.
+        base:     a package whose parts are copied, and whose references are kept, where none is given here.
+        leave_out: parts of the base not to take over.
         overwrite: replace the folder; files beside its manifest (a README) are kept.
     Returns: the manifest as written.
     Raises: UsageError when the folder exists and overwrite is False; DiskFullError.
@@ -727,11 +554,16 @@ def write_package(
         if tokenizer_dir is not None:
             shutil.copytree(tokenizer_dir, unfinished / "tokenizer")
             parts["tokenizer"] = "tokenizer"
+        references = dict(manifest.references)
         if base is not None:
-            for part, place in read_manifest(base).parts.items():
-                if part not in parts and part not in leave_out:
+            old = read_manifest(base)
+            kept = {part: there for part, there in old.references.items() if part not in leave_out}
+            references = kept | references
+            for part, place in old.parts.items():
+                if part not in parts and part not in manifest.references and part not in leave_out:
                     shutil.copytree(base / place, unfinished / part)
                     parts[part] = part
+        references = {part: there for part, there in references.items() if part not in parts}
         if folder.is_dir():
             for note in folder.iterdir():
                 if note.is_file() and note.name != MANIFEST:
@@ -743,7 +575,8 @@ def write_package(
             if path.is_file()
         }
         written = Manifest.model_validate(
-            manifest.model_dump(by_alias=True) | {"schema": SCHEMA, "parts": parts, "files": files}
+            manifest.model_dump(by_alias=True)
+            | {"schema": SCHEMA, "parts": parts, "references": references, "files": files}
         )
         (unfinished / MANIFEST).write_text(written.to_json(), "utf-8")
         for path in unfinished.rglob("*"):
@@ -772,11 +605,6 @@ def _vae_config(vae: nn.Module) -> dict[str, Any]:
         return {"_class_name": "TinyAutoencoder", **vae.config.to_dict()}
     config: Any = vae.config
     return {"_class_name": type(vae).__name__, **_public(dict(config))}
-
-
-def _record(path: Path) -> FileRecord:
-    with path.open("rb") as file:
-        return FileRecord(sha256=hashlib.file_digest(file, "sha256").hexdigest(), size=path.stat().st_size)
 
 
 def _sync(path: Path) -> None:

@@ -12,24 +12,28 @@ Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog, config
+from packforcing_cli import __version__, catalog, config, provenance
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
-from packforcing_cli.config import MemoryOptions
+from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
 from packforcing_cli.errors import GenerationError
-from packforcing_cli.layout import Grid
+from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.timeline import Script
@@ -179,6 +183,24 @@ def encode_script(
     return Story(script, prompts)
 
 
+def encode_image(model: VideoModel, pixels: NDArray[np.uint8]) -> Tensor:
+    """The latent frame of an image, as the first of a video.
+
+    Args:
+        pixels: [H,W,3] uint8 RGB, in the size of the video.
+    Returns: [1,C,1,h,w] in the model's dtype.
+    """
+    encoder = model.codec.encoder()
+    latents = encoder.encode(to_pixels(pixels[None], model.device))
+    last = encoder.flush()
+    return (latents if last is None else torch.cat((latents, last), dim=2)).to(model.dtype)
+
+
+def to_pixels(frames: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """[T,H,W,3] uint8 -> [1,3,T,H,W] float32 in [0, 1]; `to_uint8` is the inverse."""
+    return torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 255
+
+
 class StoryText:
     """Cross-attention keys and values for each block of a story.
 
@@ -232,6 +254,7 @@ def stream_generate(
     size: tuple[int, int] | None = None,
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
+    first_latent: Tensor | None = None,
 ) -> Iterator[Block]:
     """Generate a video block by block; every block is yielded as soon as its frames and its memory are there.
 
@@ -239,6 +262,7 @@ def stream_generate(
         num_blocks: length; `Layout.blocks_for` turns seconds into blocks.
         seed:       noise is a function of (seed, block, step).
         size:       (width, height) in pixels; None = the package's.
+        first_latent: [1,C,1,h,w] what the video begins with, from `encode_image`: held while block 0 is denoised.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
     """
     schedule = schedule or schedule_for(model)
@@ -274,9 +298,11 @@ def stream_generate(
         watch = Stopwatch(model.device)
         with watch.stage("denoise"):
             context, (text, guided) = cache.context(i), texts.at(i)
+            held = first_latent if i == 0 else None
             x0 = denoise_block(
-                partial(velocity, model, guided, context),
+                partial(velocity, model, guided, context, held=held is not None),
                 schedule,
+                held=held,
                 seed=seed,
                 block=i,
                 shape=shape,
@@ -306,9 +332,16 @@ def stream_generate(
         )
 
 
-def velocity(model: VideoModel, text: TextKV, context: CacheContext, x: Tensor, sigma: float) -> Tensor:
-    """The transformer's prediction for each prompt in `text`, the block's frames all at one noise level."""
+def velocity(
+    model: VideoModel, text: TextKV, context: CacheContext, x: Tensor, sigma: float, *, held: bool = False
+) -> Tensor:
+    """The transformer's prediction for each prompt in `text`, the block's frames all at one noise level.
+
+    held: the first latent frame is clean: its own timestep is 0.
+    """
     timesteps = torch.full((1, x.shape[2]), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x.device)
+    if held:
+        timesteps[:, 0] = 0
     out: Tensor = model.transformer(x, timesteps, text, context)
     return out
 
@@ -405,7 +438,9 @@ def generate(
     size: tuple[int, int] | None = None,
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
+    first_latent: Tensor | None = None,
     crf: int = 18,
+    metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -415,6 +450,7 @@ def generate(
     Args:
         seconds:     wanted length; the video has whole blocks (DESIGN 5).
         seed:        None = random.
+        metadata:    tags of the file; None = prompt, seed, model and version.
         on_block:    called after every block with it and its wall-clock seconds.
         should_stop: asked after every block; True ends the video there, finished and playable.
     Returns: what was made. Raises: as `stream_generate` and `video.VideoWriter`; what was written still plays.
@@ -425,12 +461,9 @@ def generate(
     seed = config.random_seed() if seed is None else seed
     schedule = schedule or schedule_for(model)
     story = as_story(model, prompt, guided=schedule.guidance != 1.0)
-    metadata = {
-        "prompt": story.prompts[0].text,
-        "seed": str(seed),
-        "model": model.name,
-        "version": __version__,
-    }
+    if metadata is None:
+        said = story.prompts[0].text
+        metadata = {"prompt": said, "seed": str(seed), "model": model.name, "version": __version__}
     started = clock = time.perf_counter()
     first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
     stream = stream_generate(
@@ -441,6 +474,7 @@ def generate(
         size=(width, height),
         schedule=schedule,
         memory=memory,
+        first_latent=first_latent,
     )
     with VideoWriter(
         Path(output),
@@ -479,6 +513,24 @@ def generate(
         block_seconds=tuple(spent),
         cache=last.cache,
         peak_memory_bytes=peak_memory_bytes(model.device),
+    )
+
+
+def provenance_of(model: VideoModel | ModelSource, request: GenerateRequest, layout: Layout) -> Provenance:
+    """What the file of a request is to say of itself."""
+    manifest = model.manifest
+    return Provenance(
+        version=__version__,
+        request={k: v for k, v in request.to_values().items() if k not in provenance.NOT_REPEATED},
+        model=ModelRecord(
+            name=manifest.name,
+            version=manifest.version,
+            files={name: record.sha256 for name, record in manifest.files.items()},
+        ),
+        layout=provenance.layout_values(layout),
+        image_sha256=None
+        if request.image is None
+        else hashlib.sha256(request.image.read_bytes()).hexdigest(),
     )
 
 

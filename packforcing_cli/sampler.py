@@ -117,6 +117,7 @@ def denoise_block(
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device | str,
+    held: Tensor | None = None,
 ) -> Tensor:
     """Noise -> clean latents of one block.
 
@@ -124,6 +125,8 @@ def denoise_block(
         velocity: prediction; called with x in `dtype`. When guidance is not 1 it answers for the prompt and for the
                   empty prompt at once, see `Velocity`.
         shape:    [B,C,F,h,w].
+        held:     [B,C,n,h,w] clean latents of the first n frames, which are given: `velocity` meets them in every
+                  call (at timestep 0, which is its business), and they come out as they are.
     Returns: x0 [B,C,F,h,w] in `dtype`. The state between steps is float32 (float64 for float64 models).
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -139,14 +142,17 @@ def denoise_block(
             v = u + schedule.guidance * (v - u)
         return v
 
-    x = noise(0)
+    def hold(x: Tensor) -> Tensor:
+        return x if held is None else torch.cat((held.to(x), x[:, :, held.shape[2] :]), dim=2)
+
+    x = hold(noise(0))
     if schedule.kind == "euler":
         for sigma, following in zip(schedule.sigmas, schedule.sigmas[1:], strict=False):
-            x = x + (following - sigma) * predict(x, sigma)
+            x = hold(x + (following - sigma) * predict(x, sigma))
         return x.to(dtype)
     for step, sigma in enumerate(schedule.sigmas):
         x0 = x - sigma * predict(x, sigma)
         if step + 1 < len(schedule.sigmas):
             following = schedule.sigmas[step + 1]
-            x = (1 - following) * x0 + following * noise(step + 1)
-    return x0.to(dtype)
+            x = hold((1 - following) * x0 + following * noise(step + 1))
+    return hold(x0).to(dtype)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _SHARED = "shared.weight"
 _TIED = "encoder.embed_tokens.weight"  # the same tensor as shared.weight; files hold either name or both
+TIED = (_SHARED, _TIED)
 
 
 def clean(prompt: str) -> str:

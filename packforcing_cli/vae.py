@@ -422,6 +422,7 @@ class TinyAutoencoder(nn.Module):
 class CodecFacts:
     """What the latents of a codec are.
 
+    kind:             which of the two codecs.
     latent_channels:  channels of a latent.
     spatial_stride:   pixels per latent cell and axis.
     temporal_stride:  frames per latent frame after the first.
@@ -431,6 +432,7 @@ class CodecFacts:
                       Empty when raw latents are normalised already.
     """
 
+    kind: Literal["tiny", "wan"]
     latent_channels: int
     spatial_stride: int
     temporal_stride: int
@@ -553,6 +555,7 @@ class TinyCodec:
         config = module.config
         self.module = module.eval().requires_grad_(False)
         self._facts = CodecFacts(
+            kind="tiny",
             latent_channels=config.latent_channels,
             spatial_stride=config.spatial_stride,
             temporal_stride=config.temporal_stride,
@@ -750,6 +753,7 @@ class WanCodec:
             )
         self.module = untyped.eval().requires_grad_(False)
         self._facts = CodecFacts(
+            kind="wan",
             latent_channels=config.z_dim,
             spatial_stride=2 ** (len(config.dim_mult) - 1),
             temporal_stride=2 ** sum(config.temperal_downsample),

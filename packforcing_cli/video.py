@@ -36,6 +36,7 @@ import struct
 import threading
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from packforcing_cli.config import FITS
 from packforcing_cli.errors import (
     DiskFullError,
     EnvironmentProblem,
@@ -65,6 +67,7 @@ except ImportError:  # pragma: no cover
 
 if TYPE_CHECKING:
     from av.packet import Packet
+    from PIL import Image
     from torch import Tensor
 
 MAX_NAME_BYTES = 255  # of one file name on every common file system
@@ -705,13 +708,25 @@ def _place_fragment(fragment: bytearray, *, number: int, start: int) -> None:
 # ----------------------------------------------------------------------------------------------------- reader
 
 
+@dataclass(frozen=True)
+class Timing:
+    """Seconds at which the first frame of a stream begins and its last one ends.
+
+    stamped: whether the frames carry times; otherwise they follow each other at the stream's rate.
+    """
+
+    start: Fraction
+    end: Fraction
+    stamped: bool
+
+
 class VideoReader:
     """Reads any video PyAV can, as RGB, with the stream's own matrix and range; again on every iteration.
 
     Untagged streams are read as BT.709 from 720 lines up and as BT.601 below, limited range. A file whose
     writer was killed gives all whole frames it has.
 
-    Attributes: path; width and height in pixels; fps, an exact fraction; metadata and
+    Attributes: path; width and height in pixels; fps, an exact fraction; has_audio; metadata and
         chapters, (seconds, title), of the container.
     Raises: UsageError if the file is missing; VideoError if it is no video or is damaged.
     """
@@ -728,6 +743,11 @@ class VideoReader:
             if not rate or not self.width or not self.height:
                 raise VideoError(f"{self.path} has no picture size or frame rate")
             self.fps: Fraction = Fraction(rate)
+            self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
+            self.has_audio = bool(container.streams.audio)
+            self.damaged_after: Fraction | None = (
+                None  # set by `upright`: frames behind it could not be decoded
+            )
             self.metadata: dict[str, str] = dict(container.metadata)
             self.chapters: tuple[tuple[float, str], ...] = tuple(
                 (float(c["start"] * (c["time_base"] or 1)), c["metadata"].get("title", ""))
@@ -771,6 +791,61 @@ class VideoReader:
             except _IO_ERRORS as error:
                 raise VideoError(f"{self.path} is damaged after frame {count}: {error}") from error
 
+    def timing(self) -> Timing:
+        """When the first frame begins and the last one ends, read without decoding.
+
+        Raises: VideoError if there is no frame.
+        """
+        first: Fraction | None = None
+        last, length, count = Fraction(0), 1 / self.fps, 0
+        with self._open() as container:
+            base = self._stream(container).time_base
+            for packet in self._whole_packets(container):
+                if packet.is_discard:
+                    continue
+                count += 1
+                if packet.pts is None or base is None:
+                    continue
+                time = packet.pts * base
+                first = time if first is None else min(first, time)
+                if time >= last:
+                    last, length = time, packet.duration * base if packet.duration else 1 / self.fps
+        if not count:
+            raise VideoError(f"{self.path} has no frames")
+        if first is None or (last <= first and count > 1):  # no timestamps, as in a bare H.264 stream
+            return Timing(Fraction(0), count / self.fps, stamped=False)
+        return Timing(first, last + length, stamped=True)
+
+    def upright(self) -> Iterator[tuple[Fraction, NDArray[np.uint8]]]:
+        """Yield (seconds, frame [h, w, 3] uint8) in display order: turned as the display matrix says, with square
+        pixels, times rising. Frames without a time follow at the stream's rate."""
+        timing = self.timing()
+        time = timing.start - 1 / self.fps
+        with self._open() as container:
+            stream = self._stream(container)
+            reformatter = VideoReformatter()
+            count = 0
+            try:
+                for packet in self._whole_packets(container, flush=True):
+                    for frame in stream.codec_context.decode(packet):
+                        stamp = frame.pts if timing.stamped else None
+                        following = time + 1 / self.fps
+                        if stamp is not None and frame.time_base is not None:
+                            following = max(time, stamp * frame.time_base)
+                        time, count = following, count + 1
+                        yield time, self._upright(self._to_rgb(reformatter, frame), frame)
+            except _IO_ERRORS as error:
+                if count == 0:
+                    raise VideoError(f"{self.path} cannot be decoded: {error}") from error
+                self.damaged_after = time
+
+    def _upright(self, pixels: NDArray[np.uint8], frame: VideoFrame) -> NDArray[np.uint8]:
+        aspect = self._pixel_aspect
+        if aspect != 1:
+            wide = max(1, round(pixels.shape[1] * aspect))
+            pixels = fitted(pixels, (wide, pixels.shape[0]), "stretch")
+        return np.rot90(pixels, round(frame.rotation / 90) % 4)
+
     def _open(self) -> InputContainer:
         try:
             container: InputContainer = av.open(str(self.path))
@@ -812,6 +887,56 @@ class VideoReader:
             threads=1,
         )
         return np.asarray(converted.to_ndarray(), dtype=np.uint8)
+
+
+# ----------------------------------------------------------------------------------------------- fitting, images
+
+
+def fitted(
+    pixels: NDArray[np.uint8] | Image.Image, size: tuple[int, int], fit: str = "crop"
+) -> NDArray[np.uint8]:
+    """A picture in another size.
+
+    Args:
+        pixels: [H, W, 3] uint8 RGB, or an image; square pixels.
+        size:   (width, height).
+        fit:    crop (fill the size, cut what is over), pad (all of it, black around) or stretch.
+    Returns: [height, width, 3] uint8 RGB.
+    Raises: UsageError for another `fit`.
+    """
+    from PIL import Image, ImageOps
+
+    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
+    if fit == "crop":
+        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
+    elif fit == "pad":
+        image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
+    elif fit == "stretch":
+        image = image.resize(size, Image.Resampling.LANCZOS)
+    else:
+        raise UsageError(f"--fit {fit}: must be one of {', '.join(FITS)}", hint="For example --fit crop.")
+    return np.array(image, dtype=np.uint8)
+
+
+def read_image(path: Path | str, size: tuple[int, int], fit: str = "crop") -> NDArray[np.uint8]:
+    """Read a PNG, JPEG or WebP, upright, in a size; what is transparent becomes black.
+
+    Returns: [height, width, 3] uint8 RGB.
+    Raises: UsageError if there is no such file, it is no such picture or is damaged; as `fitted`.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
+            upright = ImageOps.exif_transpose(opened).convert("RGBA")
+    except FileNotFoundError as error:
+        raise UsageError(f"there is no image {path}", hint="Check the path.") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(
+            f"{path} cannot be read as an image: {error}", hint="Give a PNG, JPEG or WebP file."
+        ) from error
+    black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
+    return fitted(Image.alpha_composite(black, upright).convert("RGB"), size, fit)
 
 
 # ---------------------------------------------------------------------------------------------- contact sheet

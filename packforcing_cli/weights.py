@@ -82,20 +82,40 @@ def read_tensors(
     Raises: WeightsError on a file that is not safetensors.
     """
     tensors: dict[str, Tensor] = {}
-    for path in weight_files(folder):
-        try:
-            for name, tensor in _stream(path, device):
-                if dtype is not None and tensor.is_floating_point():
-                    tensor = tensor.to(dtype)
-                tensors[name] = tensor if change is None else change(name, tensor)
-        except (SafetensorError, OSError) as e:
-            raise WeightsError(
-                f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
-            ) from e
+    for name, tensor in each_tensor(folder, device=device):
+        if dtype is not None and tensor.is_floating_point():
+            tensor = tensor.to(dtype)
+        tensors[name] = tensor if change is None else change(name, tensor)
     return tensors
 
 
-def _stream(path: Path, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+def each_tensor(folder: Path, *, device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a part one after the other, as they are stored.
+
+    Raises: WeightsError on a file that is not safetensors.
+    """
+    for path in weight_files(folder):
+        yield from _each_of(path, device=device)
+
+
+def read_file(path: Path, *, device: torch.device, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """All tensors of one safetensors file, as `read_tensors`. Raises: WeightsError if it is none."""
+    return {
+        name: tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        for name, tensor in _each_of(path, device=device)
+    }
+
+
+def _each_of(path: Path, *, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from _stream(path, device)
+    except (SafetensorError, OSError) as e:
+        raise WeightsError(
+            f"{path} is not a readable safetensors file: {e}", hint="Download the model again."
+        ) from e
+
+
+def _stream(path: Path, device: torch.device | str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a file, one after the other.
 
     The pages of a mapped file that were read stay in memory until it is unmapped, so it is mapped anew now and then.

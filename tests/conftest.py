@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +31,7 @@ if "sitecustomize" in sys.modules and not hasattr(sys.modules["sitecustomize"], 
 
 import pytest  # noqa: E402
 import sitecustomize  # noqa: E402  (tests/guard; blocks the network of this process)
+from hub_server import HubServer  # noqa: E402
 
 sitecustomize.install()
 
@@ -82,3 +83,24 @@ def run_command(
 
 def _as_list(arguments: Sequence[str]) -> list[str]:
     return [str(argument) for argument in arguments]
+
+
+@pytest.fixture
+def hub_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A Hub on this machine, and caches of this test's own; failed requests are repeated without a pause."""
+    import huggingface_hub.utils
+    from huggingface_hub import constants
+
+    from packforcing_cli import hub
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    for variable in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HUGGINGFACE_HUB_TOKEN"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(variable, str(tmp_path / "cache"))
+    monkeypatch.setattr(hub, "RETRY_SECONDS", (0, 0))
+    with HubServer() as server:
+        yield server
+    huggingface_hub.utils.close_session()

@@ -50,7 +50,15 @@ def test_the_schedules_are_those_of_the_models() -> None:
 
 def test_packages_come_first_and_every_default_size_has_a_grid() -> None:
     models = catalog.all_models()
-    assert [facts.name for facts in models] == ["demo", "wan2.1-1.3b", "wan2.1-14b"]
+    assert [facts.name for facts in models] == [
+        "demo",
+        "wan2.1-1.3b-self-forcing",
+        "wan2.1-1.3b-causal-forcing",
+        "wan2.1-1.3b-longlive",
+        "wan2.1-1.3b",
+        "wan2.1-14b",
+    ]
+    assert [facts.name for facts in catalog.all_vaes()] == ["taew2_1"]
     for facts in models:
         for frames_per_block in facts.block_sizes:
             grid = facts.grid(facts.default_size, frames_per_block)
@@ -63,8 +71,33 @@ def test_names_are_found_in_any_case_and_wrong_ones_name_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"no model is named 'wan-1.3b'; did you mean wan2.1-1.3b") as error:
         catalog.get("wan-1.3b")
     assert "models list" in error.value.hint
-    with pytest.raises(UsageError, match=r"known models: demo, wan2\.1-1\.3b, wan2\.1-14b"):
+    with pytest.raises(UsageError, match=r"known models: demo, wan2\.1-1\.3b, wan2\.1-14b, wan"):
         catalog.get("zzzzzz")
+
+
+def test_every_released_model_has_all_its_parts_somewhere() -> None:
+    released = [facts for facts in catalog.all_models() if facts.parts]
+    assert len(released) == 3
+    for facts in released:
+        family = catalog.get("wan2.1-1.3b")
+        assert (facts.schedule, facts.dim, facts.layers) == (family.schedule, family.dim, family.layers)
+        assert (facts.frames_per_block, facts.trained_frames, facts.span_for(3)) == (3, 21, "fit")
+        parts = {*facts.parts, *(["transformer"] if facts.pickled else [])}
+        assert parts == {"transformer", "vae", "text_encoder", "tokenizer"}
+        assert 28e9 < facts.download_bytes < 31e9  # the text encoder is stored in fp32
+        assert facts.license
+    shared = [facts.parts["text_encoder"] for facts in released]
+    assert shared[0] == shared[1] == shared[2]
+
+
+def test_a_repository_is_found_by_the_model_whose_transformer_it_holds() -> None:
+    facts = catalog.of_repo("WLSaidhi/SFWan2.1-T2V-1.3B-Diffusers")
+    assert facts is not None
+    assert facts.name == "wan2.1-1.3b-self-forcing"
+    assert catalog.of_repo("Wan-AI/Wan2.1-T2V-1.3B-Diffusers") is None
+    tiny = catalog.of_repo("ionden/taew2.1")
+    assert tiny is not None
+    assert tiny.name == "taew2_1"
 
 
 def test_unknown_block_sizes_are_refused() -> None:

@@ -6,11 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from live_memory import LiveBytes, on_meta
 
-from packforcing_cli import catalog
+from packforcing_cli import catalog, planner, registry, transformer
 from packforcing_cli.config import GenerateRequest, MemoryOptions, PlanRequest
 from packforcing_cli.errors import DiskFullError, LayoutError, MemoryFitError, UsageError
 from packforcing_cli.planner import Machine, Plan, host_machine, plan
+from packforcing_cli.quiet import known_import_noise_dropped
+from packforcing_cli.transformer import AloneContext, TransformerConfig, WanTransformer
+from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
 
 GB = 10**9
 
@@ -85,13 +90,18 @@ def test_growth_shows_a_full_cache_growing_and_this_one_flat() -> None:
 
 def followed(made: Plan, request: PlanRequest, machine: Machine) -> Plan:
     """The plan after doing what the suggestion says."""
-    option, value = made.suggestion.split()
-    name = option.removeprefix("--").replace("-", "_")
-    if name in MemoryOptions.model_fields:
-        memory = MemoryOptions(**{**request.memory.model_dump(exclude_unset=True), name: value})
-        return plan(PlanRequest(**{**request.model_dump(exclude={"memory"}), "memory": memory}), machine)
+    words = made.suggestion.split()
+    given = zip(words[::2], words[1::2], strict=True)
+    options = {option.removeprefix("--").replace("-", "_"): value for option, value in given}
+    memory = {name: options.pop(name) for name in tuple(options) if name in MemoryOptions.model_fields}
     return plan(
-        PlanRequest(**{**request.model_dump(exclude={"memory"}), name: value, "memory": request.memory}),
+        PlanRequest(
+            **{
+                **request.model_dump(exclude={"memory"}),
+                **options,
+                "memory": MemoryOptions(**{**request.memory.model_dump(exclude_unset=True), **memory}),
+            }
+        ),
         machine,
     )
 
@@ -101,7 +111,10 @@ def followed(made: Plan, request: PlanRequest, machine: Machine) -> Plan:
     [
         (paper(memory=MemoryOptions(policy="full")), 80, "--policy packforcing"),
         (paper(seconds=1200, memory=MemoryOptions(bank=None)), 24, "--bank "),
-        (paper(), 12, "--size "),
+        (paper(), 14, "--size "),
+        (paper(seconds=1200), 23, "--bank "),
+        (paper(seconds=5, size="416x240"), 11, "--quantize-text int8"),
+        (paper(seconds=10), 11, "--quantize-text int8 --quantize int8 --size "),
     ],
 )
 def test_a_plan_that_does_not_fit_names_an_option_that_does(
@@ -115,6 +128,131 @@ def test_a_plan_that_does_not_fit_names_an_option_that_does(
     with pytest.raises(MemoryFitError, match=f"cuda:0 has {memory_gb}.0 GB free") as error:
         made.require_fit()
     assert made.suggestion in error.value.hint
+
+
+@pytest.mark.parametrize(
+    ("request_", "memory_gb", "change"),
+    [
+        (paper(seconds=5, size="416x240"), 8, {"offload": "text"}),
+        (paper(size="416x240", memory=MemoryOptions(bank=16)), 7, {"offload": "all"}),
+        (paper(size="416x240", offload="text", memory=MemoryOptions(bank=16)), 6, {"quantize": "int8"}),
+        (paper(), 5, {"offload": "all", "bank": 16, "size": (416, 240)}),
+    ],
+)
+def test_beside_a_gpu_the_host_takes_weights_first(
+    request_: PlanRequest, memory_gb: float, change: dict[str, Any]
+) -> None:
+    machine = Machine(int(memory_gb * GB), device="cuda:0", host_bytes=64 * GB)
+    made = plan(request_, machine)
+    assert (made.fits, made.change) == (False, change)
+    assert followed(made, request_, machine).fits
+
+
+def test_a_host_that_is_too_small_is_refused() -> None:
+    made = plan(paper(offload="text"), Machine(80 * GB, device="cuda:0", host_bytes=8 * GB))
+    with pytest.raises(MemoryFitError, match=r"of host memory are needed \(to encode the prompt") as error:
+        made.require_fit()
+    assert "and 8.0 GB are free" in error.value.message
+    assert error.value.hint == "Try --offload none."
+
+
+def test_stages_tell_where_weights_are() -> None:
+    facts = catalog.get("wan2.1-1.3b")
+    layers = 2 * facts.layers * facts.layer_params
+    text, denoise, decode = plan(paper()).stages
+    assert [text.name, denoise.name, decode.name] == ["text", "denoise", "decode"]
+    assert (text.host_bytes, denoise.host_bytes, decode.host_bytes) == (0, 0, 0)
+    assert text.device_bytes > 2 * facts.text_params
+    assert plan(paper()).peak_bytes == max(s.device_bytes for s in (text, denoise, decode))
+    away = plan(paper(offload="text")).stages
+    assert (away[0].device_bytes, away[1].device_bytes) == (0, denoise.device_bytes)
+    assert away[0].host_bytes > 2 * facts.text_params
+    streamed = plan(paper(offload="all")).stages
+    assert streamed[1].host_bytes - planner.HOST_BYTES == layers
+    assert denoise.device_bytes - layers < streamed[1].device_bytes < denoise.device_bytes - layers * 0.9
+    small = plan(paper(quantize="int8", quantize_text="int8"))
+    assert 0.5 < small.weights.transformer / plan(paper()).weights.transformer < 0.53
+    assert 0.55 < small.weights.text_encoder / plan(paper()).weights.text_encoder < 0.6
+    assert plan(paper(vae="tiny")).stages[2].device_bytes < decode.device_bytes - 3 * GB
+
+
+@pytest.mark.parametrize("mode", ["int8", "fp8-weight"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_planned_weights_are_the_bytes_of_the_loaded_ones(mode: str, dtype: str) -> None:
+    size = plan(PlanRequest(model="demo", quantize=mode, dtype=dtype)).weights
+    model = registry.load_model("demo", device="cpu", dtype=dtype, quantize=mode)
+    loaded = sum(tensor_bytes(value) for value in model.transformer.state_dict().values())
+    assert loaded == pytest.approx(size.transformer, rel=0.01)
+    assert model.compressor is not None
+    assert sum(p.nbytes for p in model.compressor.parameters()) == size.compressor
+    encoder = registry.load_model("demo", device="cpu", dtype=dtype, quantize_text="int8").load_text_encoder()
+    small = plan(PlanRequest(model="demo", quantize_text="int8", dtype=dtype)).weights.text_encoder
+    made = sum(
+        tensor_bytes(value)
+        for name, value in encoder.model.state_dict().items()
+        if "embed_tokens" not in name
+    )
+    assert made == pytest.approx(small, rel=0.1)
+
+
+def tensor_bytes(tensor: Any) -> int:
+    """Bytes of a tensor, or of the two parts of a quantized one."""
+    if hasattr(tensor, "qdata"):
+        return int(tensor.qdata.nbytes + tensor.scale.nbytes)
+    return int(tensor.nbytes)
+
+
+# ------------------------------------------------------------------------------- estimates against counted runs
+
+
+def test_the_working_memory_of_a_layer_is_what_a_full_size_pass_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two layers at Wan's width over a block of 832x480, on the meta device."""
+    monkeypatch.setattr(transformer, "attention", lambda q, k, v: torch.empty_like(q))  # as a fused kernel
+    facts = catalog.get("wan2.1-1.3b")
+    with torch.device("meta"):
+        network = WanTransformer(TransformerConfig(num_layers=2)).to(torch.bfloat16).requires_grad_(False)
+    tokens = plan(paper()).layout.grid.block_tokens
+    positions = on_meta((tokens, 3), torch.float64)
+    text = network.embed_text(on_meta((1, 512, 4096)))
+    latents, times = on_meta((1, 16, 4, 60, 104)), on_meta((1, 4), torch.float64)
+    with LiveBytes() as forward:
+        network(latents, times, text, AloneContext(positions))
+    estimate = tokens * (planner.LAYER_WIDTHS * facts.dim + facts.ffn_dim) * 2
+    assert 0.8 * estimate < forward.peak < estimate
+    with LiveBytes() as clean:
+        network.commit(latents, text, AloneContext(positions))
+    kv = tokens * 2 * 2 * facts.dim * 2  # two layers, keys and values, two bytes
+    assert clean.peak < estimate + 2 * kv
+
+
+def test_the_wan_decoders_memory_is_what_a_full_width_decoder_takes() -> None:
+    with known_import_noise_dropped():
+        from diffusers import AutoencoderKLWan
+    with torch.device("meta"):
+        module = AutoencoderKLWan.from_config(AutoencoderKLWan().config)
+    codec = WanCodec(module)
+    assert sum(p.numel() for p in module.parameters()) == catalog.get("wan2.1-1.3b").vae_params
+    check_decoder(codec, "wan")
+
+
+def test_the_tiny_decoders_memory_is_what_it_takes() -> None:
+    with torch.device("meta"):
+        module = TinyAutoencoder(TinyAutoencoderConfig())
+    assert sum(p.numel() for p in module.parameters()) == planner.TINY_VAE_PARAMS
+    check_decoder(TinyCodec(module), "tiny")
+
+
+def check_decoder(codec: Codec, kind: str) -> None:
+    """Two blocks of four latents at 208x128."""
+    decoder, latents, pixels = codec.decoder(), on_meta((1, 16, 4, 16, 26), torch.float32), 208 * 128
+    with LiveBytes() as live:
+        decoder.decode(latents)
+        assert live.now == pytest.approx(pixels * 4 * planner.DECODER_STATE[kind], rel=0.02)
+        live.peak = 0
+        decoder.decode(latents)
+    assert live.peak == pytest.approx(pixels * 4 * planner.DECODER_PEAK[kind], rel=0.05)
 
 
 def test_what_fits_is_not_refused() -> None:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from tiny import embeds, video_model
@@ -443,3 +444,33 @@ def test_chapters_are_where_the_prompts_change(model: VideoModel, tmp_path: Path
         should_stop=lambda: len(seen) == 5,
     )
     assert [title for _, title in VideoReader(result.path).chapters] == ["a", "bb"]
+
+
+# -- a picture to begin with ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_the_first_latent_of_a_video_can_be_given(guidance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes out as it went in, at timestep 0 in every pass of block 0; the layout is the same."""
+    model = video_model()
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    first = rollout.encode_image(model, picture)
+    expected = model.codec.encoder().encode(torch.tensor(picture).permute(2, 0, 1)[None, :, None] / 255)
+    torch.testing.assert_close(first, expected.double(), rtol=1e-6, atol=1e-6)
+    said = Prompt("made up", embeds(0), unconditional=embeds(1) if guidance != 1 else None)
+    seen: list[list[float]] = []
+    forward = model.transformer.forward
+
+    def spy(x: Tensor, timesteps: Tensor, *rest: Any) -> Tensor:
+        seen.append(timesteps[0].tolist())
+        return forward(x, timesteps, *rest)
+
+    monkeypatch.setattr(model.transformer, "forward", spy)
+    options: dict[str, Any] = {"num_blocks": 3, "seed": 0, "schedule": schedule_for(model, guidance=guidance)}
+    blocks = list(stream_generate(model, said, first_latent=first, **options))
+    assert torch.equal(blocks[0].latents[:, :, :1], first)
+    assert seen[:2] == [[0, *[1000.0] * 3], [0, *[seen[1][1]] * 3]]
+    assert all(len({*times}) == 1 for times in seen[2:])
+    free = list(stream_generate(model, said, **options))
+    assert not torch.allclose(blocks[0].latents[:, :, 1:], free[0].latents[:, :, 1:])
+    assert [b.cache.bytes for b in blocks] == [b.cache.bytes for b in free]

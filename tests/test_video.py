@@ -22,10 +22,19 @@ import numpy as np
 import pytest
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
+from PIL import Image
 
 from packforcing_cli import video
 from packforcing_cli.errors import DiskFullError, LockedError, UsageError, VideoError
-from packforcing_cli.video import VideoReader, VideoWriter, check_output, contact_sheet, safe_name
+from packforcing_cli.video import (
+    VideoReader,
+    VideoWriter,
+    check_output,
+    contact_sheet,
+    fitted,
+    read_image,
+    safe_name,
+)
 
 WIDTH, HEIGHT, FPS = 128, 64, 16
 Pixels = NDArray[np.uint8]
@@ -627,3 +636,46 @@ def test_contact_sheet_shows_evenly_spaced_frames(tmp_path: Path) -> None:
     contact_sheet(path, tmp_path / "long.png", columns=20, rows=4, width=1200)  # more cells than frames
     with pytest.raises(UsageError, match="do not fit"):
         contact_sheet(path, tmp_path / "no.png", columns=0)
+
+
+# ------------------------------------------------------------------------------------------------------ pictures
+
+
+@pytest.mark.parametrize(
+    ("fit", "corner", "middle"), [("crop", (0, 255, 0), (0, 255, 0)), ("pad", (0, 0, 0), (0, 255, 0))]
+)
+def test_a_picture_fills_the_size_or_is_padded(
+    fit: str, corner: tuple[int, ...], middle: tuple[int, ...]
+) -> None:
+    picture = np.zeros((40, 120, 3), np.uint8)
+    picture[:, :] = (255, 0, 0)
+    picture[:, 40:80] = (0, 255, 0)
+    result = fitted(picture, (64, 64), fit)
+    assert result.shape == (64, 64, 3)
+    assert tuple(result[0, 5]) == corner and tuple(result[32, 32]) == middle
+    assert tuple(fitted(picture, (64, 64), "stretch")[32, 5]) == (255, 0, 0)
+    with pytest.raises(UsageError, match="crop, pad, stretch"):
+        fitted(picture, (64, 64), "tile")
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "webp"])
+def test_pictures_are_read_upright_and_opaque(kind: str, tmp_path: Path) -> None:
+    image = Image.new("RGBA", (64, 32), (0, 0, 255, 255))
+    image.paste((255, 0, 0, 0 if kind != "jpg" else 255), (0, 0, 32, 32))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was turned: show it a quarter clockwise
+    path = tmp_path / f"a.{kind}"
+    options: dict[str, Any] = {"webp": {"lossless": True}, "jpg": {"quality": 100}}.get(kind, {})
+    (image.convert("RGB") if kind == "jpg" else image).save(path, exif=turned, **options)
+    result = read_image(path, (32, 64)).astype(int)
+    assert np.abs(result[5, 16] - ((255, 0, 0) if kind == "jpg" else (0, 0, 0))).max() < 4
+    assert np.abs(result[60, 16] - (0, 0, 255)).max() < 4
+
+
+def test_what_is_no_picture_is_a_usage_error(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:60])
+    (tmp_path / "empty.png").touch()
+    for name in ("cut.png", "empty.png", "missing.png", "."):
+        with pytest.raises(UsageError):
+            read_image(tmp_path / name, (64, 64))

@@ -31,6 +31,7 @@ COMMANDS = (
     ("train", "train", "train"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),
+    ("show", "show", "show"),
 )
 
 
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: without the program's name; None = sys.argv.
     """
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"  # nothing phones home, whichever library is loaded later
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     sys.exit(_run(arguments))
 

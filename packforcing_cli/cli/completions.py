@@ -17,15 +17,8 @@ from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
 _FILE_OPTIONS = (
-    "--output",
-    "-o",
-    "--out",
-    "--config",
-    "--vae",
-    "--embeddings",
-    "--lora",
-    "--base",
-    "--timeline",
+    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from"),
+    *("--embeddings", "--lora", "--base"),
 )
 
 
@@ -97,6 +90,7 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--mid-span": ("fit", "block", "1", "2"),
         "--bank": (config.UNLIMITED,),
         "--dtype": config.DTYPES,
+        "--fit": config.FITS,
         "--device": ("auto", "cpu", "cuda"),
         "--parity": ("paper",),
         "--progress": ("auto", "rich", "plain", "json", "none"),

@@ -19,11 +19,15 @@ from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from packforcing_cli.catalog import ModelFacts
     from packforcing_cli.cli.progress import Display, MemoryReader
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import MemoryFitError
     from packforcing_cli.planner import Machine, Plan
+    from packforcing_cli.provenance import Provenance
     from packforcing_cli.registry import VideoModel
     from packforcing_cli.rollout import Block, Prompt, Result
     from packforcing_cli.sampler import Schedule
@@ -72,9 +76,14 @@ def generate(
             "--device", metavar="NAME", help="auto (the GPU with most free memory), cpu, cuda or cuda:N."
         ),
     ] = None,
-    vae: Annotated[
-        str | None,
-        typer.Option("--vae", metavar="NAME", help="The model's own, or a folder with another VAE."),
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            "--image",
+            metavar="FILE",
+            rich_help_panel=story.PANEL,
+            help="The picture the video begins with: PNG, JPEG or WebP.",
+        ),
     ] = None,
     embeddings: Annotated[
         Path | None,
@@ -84,6 +93,7 @@ def generate(
             help="Prompt embeddings from packforcing models embed; the text encoder is not loaded.",
         ),
     ] = None,
+    fit: story.Fit = None,
     at: story.At = None,
     timeline: story.TimelineFile = None,
     pin: story.Pin = None,
@@ -97,6 +107,11 @@ def generate(
     mid_span: memory.MidSpan = None,
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
+    quantize: memory.Quantize = None,
+    quantize_text: memory.QuantizeText = None,
+    offload: memory.Offload = None,
+    vae: memory.Vae = None,
+    auto_fit: memory.AutoFit = False,
     parity: Annotated[
         str | None,
         typer.Option(
@@ -116,6 +131,18 @@ def generate(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    again: Annotated[
+        Path | None,
+        typer.Option(
+            "--from",
+            metavar="FILE",
+            help="Make the video of a file again: what it was made with, and the options given here instead.",
+        ),
+    ] = None,
+    metadata: Annotated[
+        bool | None,
+        typer.Option("--metadata/--no-metadata", help="Write into the file how it was made. Default: yes."),
+    ] = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
 
@@ -137,9 +164,15 @@ def generate(
         "guidance": guidance,
         "dtype": dtype,
         "device": device,
+        "quantize": quantize,
+        "quantize_text": quantize_text,
+        "offload": offload,
         "vae": vae,
         "embeddings": embeddings,
+        "auto_fit": auto_fit or None,
         "crf": crf,
+        "fit": fit,
+        "metadata": metadata,
         "overwrite": overwrite or None,
         "policy": policy,
         "sink_blocks": sink_blocks,
@@ -156,11 +189,22 @@ def generate(
         if parity not in (None, "paper"):
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
         given = _only_prompt(embeddings) if prompt is None else _read_prompt(prompt, shown)
-        first, scenes = story.gather(given, at, timeline, pin)
-        request = settings.gather(flags).generate_request(first, output, timeline=scenes)
+        made_with = None if again is None else _provenance(again)
+        if made_with is None:
+            first, scenes = story.gather(given, at, timeline, pin)
+            request = settings.gather(flags).generate_request(first, output, timeline=scenes, image=image)
+        else:
+            changes: dict[str, Any] = {"prompt": given, "image": image, "size": size, **flags}
+            if at or timeline or pin:
+                changes["prompt"], changes["timeline"] = story.gather(
+                    given or made_with.request.get("prompt"), at, timeline, pin
+                )
+            request = made_with.generate_request(
+                {"output": output, **{name: value for name, value in changes.items() if value is not None}}
+            )
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
-        job = _prepare(request)
+        job = _prepare(request, made_with)
         if dry_run:
             _show_plan(job, shown, as_json=as_json)
             return
@@ -184,9 +228,11 @@ def generate(
 class _Job:
     """A request with everything decided.
 
-    place:   what `registry.load_model` is given, a name or a folder.
+    place:   what `registry.open_model` is given, a name or a folder.
     device:  its name, such as cpu or cuda:0.
     machine: what there was when it was planned.
+    image:   [H,W,3] what the video begins with.
+    again:   how the file was made of which this is the repetition.
     command: repeats this job.
     """
 
@@ -197,6 +243,8 @@ class _Job:
     device: str
     machine: Machine
     plan: Plan
+    image: NDArray[np.uint8] | None
+    again: Provenance | None
     command: str
 
 
@@ -227,19 +275,39 @@ def _only_prompt(embeddings: Path | None) -> str | None:
     return prompts[0] if len(prompts) == 1 else None
 
 
-def _prepare(request: GenerateRequest) -> _Job:
+def _provenance(path: Path) -> Provenance:
+    """How a video file was made. Raises: UsageError or VideoError."""
+    from packforcing_cli import provenance, video
+
+    return provenance.from_tags(video.VideoReader(path).metadata, source=str(path))
+
+
+def _compare(before: Provenance, now: Provenance, shown: Display) -> None:
+    """Say what is no longer as it was when the file was made."""
+    changed = []
+    if now.model.files != before.model.files:
+        changed.append(f"the weights of {before.model.name} {before.model.version}")
+    if before.image_sha256 is not None and now.image_sha256 not in (None, before.image_sha256):
+        changed.append("the start image")
+    if before.version != now.version:
+        changed.append(f"packforcing {before.version}, here {now.version}")
+    if changed:
+        shown.warn(f"not as it was when the file was made: {', '.join(changed)}; the video may differ")
+
+
+def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     """Decide all that is open. Raises: PackforcingError of any kind; no weights are read for it.
 
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
     """
-    from packforcing_cli import catalog, config, planner
+    from packforcing_cli import catalog, config, packages, planner
 
-    facts = catalog.of(request.model)
-    facts.require_weights()
+    facts = packages.facts(request.model)
+    packages.find_package(request.model)  # refused early when it is not here
     _check_abilities(request, facts)
     path = _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
-    place = facts.name if is_named else Path(request.model).expanduser()
+    place = facts.name if is_named else request.model
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded
@@ -256,8 +324,13 @@ def _prepare(request: GenerateRequest) -> _Job:
     if plan.size != facts.default_size:
         said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
         plan = replace(plan, warnings=(said, *plan.warnings))
+    image = None
+    if request.image is not None:
+        from packforcing_cli.video import read_image
+
+        image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
-    return _Job(request, facts, place, path, device, machine, plan, command)
+    return _Job(request, facts, place, path, device, machine, plan, image, again, command)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -319,7 +392,9 @@ def _device(request: GenerateRequest, path: Path) -> tuple[str, str, Machine]:
 
 def _command(request: GenerateRequest) -> str:
     """The command that makes the same video again: everything the person set, and what was decided for them."""
-    values: dict[str, Any] = {"output": request.output}
+    values: dict[str, Any] = {"output": request.output, "image": request.image}
+    if request.fit != "crop":
+        values["fit"] = request.fit
     if request.size is not None:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
     for name in (
@@ -343,6 +418,8 @@ def _command(request: GenerateRequest) -> str:
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)
             options += ["--" + name.replace("_", "-"), shown]
+    if not request.metadata:
+        options.append("--no-metadata")
     if request.overwrite:
         options.append("--overwrite")
     prompt = ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
@@ -481,7 +558,22 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
         try:
             shown.stage(f"loading {job.facts.name} …")
             given = None if request.embeddings is None else embeddings.read(request.embeddings)
-            source = registry.open_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
+            source = registry.open_model(
+                job.place,
+                device=job.device,
+                dtype=request.dtype,
+                vae=request.vae,
+                quantize=request.quantize,
+                quantize_text=request.quantize_text,
+                offload=request.offload,
+            )
+            if job.image is not None and not source.manifest.start_image:
+                shown.warn(
+                    f"{source.name} was not trained to begin with a given picture; what follows may not match it"
+                )
+            made = rollout.provenance_of(source, request, job.plan.layout)
+            if job.again is not None:
+                _compare(job.again, made, shown)
             schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
             # The text encoder is gone before the transformer takes memory.
             prompts = rollout.encode_script(
@@ -504,7 +596,9 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
                 size=job.plan.size,
                 schedule=schedule,
                 memory=request.memory,
+                first_latent=None if job.image is None else rollout.encode_image(model, job.image),
                 crf=request.crf,
+                metadata=made.tags() if request.metadata else {},
                 overwrite=request.overwrite,
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,

@@ -36,13 +36,17 @@ def inspect_cache(
     mid_span: memory.MidSpan = None,
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
+    quantize: memory.Quantize = None,
+    quantize_text: memory.QuantizeText = None,
+    offload: memory.Offload = None,
+    vae: memory.Vae = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the plan of a video's memory: partitions, bytes, growth and slots. Loads no model.
 
     Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
     """
-    from packforcing_cli import planner
+    from packforcing_cli import packages, planner
     from packforcing_cli.cli import console, settings
 
     flags = {
@@ -60,8 +64,13 @@ def inspect_cache(
         "mid_span": mid_span,
         "compressor": compressor,
         "compressed_context": compressed_context,
+        "quantize": quantize,
+        "quantize_text": quantize_text,
+        "offload": offload,
+        "vae": vae,
     }
-    plan = planner.plan(settings.gather(flags).plan_request())
+    request = settings.gather(flags).plan_request()
+    plan = planner.plan(request, facts=packages.facts(request.model))
     if as_json:
         console.result_json(plan.to_json())
         return

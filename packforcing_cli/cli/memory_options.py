@@ -82,3 +82,48 @@ CompressedContext = Annotated[
         help="What a block sees while it is compressed: sinks (default) or history.",
     ),
 ]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="Smaller weights in the transformer: none, int8, int8-dynamic, fp8 or fp8-weight. Default none.",
+    ),
+]
+QuantizeText = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize-text",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="Smaller weights in the text encoder: none or int8. Default none.",
+    ),
+]
+Offload = Annotated[
+    str | None,
+    typer.Option(
+        "--offload",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="What stays in host memory: none (default), text (the text encoder runs on the CPU), or all (also the"
+        " transformer's layers, each copied to the GPU while it runs).",
+    ),
+]
+Vae = Annotated[
+    str | None,
+    typer.Option(
+        "--vae",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="tiny, wan, or a folder with a VAE of the same latents. Default: the model's own.",
+    ),
+]
+AutoFit = Annotated[
+    bool,
+    typer.Option(
+        "--auto-fit",
+        rich_help_panel=PANEL,
+        help="If it does not fit in memory, make the smallest change that fits, and say so.",
+    ),
+]

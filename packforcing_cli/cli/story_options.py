@@ -45,6 +45,17 @@ Pin = Annotated[
 ]
 
 
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="How a picture comes to the video's size: crop (default), pad or stretch.",
+    ),
+]
+
+
 def gather(
     prompt: str | None, at: list[str] | None, timeline: Path | None, pins: list[str] | None
 ) -> tuple[str, Timeline]:

@@ -106,11 +106,14 @@ MODELS_SHAPE = {
     "title": str,
     "license": str,
     "installed": bool,
+    "state": str,
     "size": list,
     "fps": int,
     "frames_per_block": int,
     "params": int,
     "size_bytes": int,
+    "download_bytes": int,
+    "memory_bytes": int,
     "install": str,
 }
 
@@ -253,7 +256,15 @@ def test_models_list_tells_what_there_is(run_command: Any) -> None:
     assert values["schema"] == 1
     for model in values["models"]:
         assert_shape(model, MODELS_SHAPE, model["name"])
-    assert [model["name"] for model in values["models"]] == ["demo", "wan2.1-1.3b", "wan2.1-14b"]
+    assert [model["name"] for model in values["models"]] == [
+        "demo",
+        "wan2.1-1.3b-self-forcing",
+        "wan2.1-1.3b-causal-forcing",
+        "wan2.1-1.3b-longlive",
+        "wan2.1-1.3b",
+        "wan2.1-14b",
+        "taew2_1",
+    ]
     table = run_command("models", "list").out
     for model in values["models"]:
         assert model["name"] in table

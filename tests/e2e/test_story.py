@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from test_generate import assert_one_message, write_tiny
 
 from packforcing_cli.video import VideoReader
@@ -84,3 +87,74 @@ def test_mistakes_end_before_anything_is_made(
 ) -> None:
     assert_one_message(generate(*arguments), 2, said, next_step)
     assert not list(tmp_path.glob("*.mp4"))
+
+
+def test_a_video_begins_with_a_picture_and_says_when_the_model_does_not_know_how(
+    generate: Any, tmp_path: Path
+) -> None:
+    Image.new("RGBA", (90, 40), (255, 0, 0, 255)).save(tmp_path / "first.png")
+    for fit in ("crop", "pad", "stretch"):
+        made = generate(
+            "a red circle", "--image", "first.png", "--fit", fit, "--seconds", "1", "-o", f"{fit}.mp4"
+        )
+        assert made.code == 0, made.err
+        assert "not trained to begin with a given picture" in made.err
+    plan = generate("a red circle", "--image", "first.png", "--fit", "pad", "--dry-run")
+    assert "--image first.png --fit pad" in plan.out
+    (tmp_path / "text.png").write_text("no picture", encoding="utf-8")
+    for name, said in (("missing.png", "there is no image missing.png"), ("text.png", "cannot be read")):
+        assert_one_message(generate("a", "--image", name), 2, said, "")
+
+
+# -- files that say how they were made ----------------------------------------------------------------------------
+
+
+def frames(path: Path) -> bytes:
+    return b"".join(frame.tobytes() for frame in VideoReader(path))
+
+
+def test_a_file_says_how_it_was_made_and_is_made_again(
+    generate: Any, run_command: Any, tmp_path: Path
+) -> None:
+    made = generate(
+        "a red circle", "--at", "0:02", "a circle [cut]", "--top-k", "3", "--seconds", "3", "-o", "a.mp4"
+    )
+    assert made.code == 0, made.err
+    again = run_command("generate", "--from", "a.mp4", "-o", "b.mp4")
+    assert again.code == 0, again.err
+    assert "not as it was" not in again.err
+    assert frames(tmp_path / "b.mp4") == frames(tmp_path / "a.mp4")
+    other = run_command("generate", "--from", "a.mp4", "--seed", "2", "--select", "fifo", "-o", "c.mp4")
+    assert other.code == 0 and frames(tmp_path / "c.mp4") != frames(tmp_path / "a.mp4")
+    values = json.loads(run_command("show", "c.mp4", "--json").out)
+    assert (values["request"]["seed"], values["request"]["memory"]["select"]) == (2, "fifo")
+    assert values["request"]["timeline"] == {"at": [["0:02", "a circle [cut]"]], "pins": []}
+    assert values["layout"]["top_k"] == 3 and values["layout"]["cuts"] == [2]
+    assert len(values["model"]["files"]) > 4 and [c["title"] for c in values["chapters"]] == [
+        "a red circle",
+        "a circle",
+    ]
+    shown = run_command("show", "a.mp4").out
+    assert "prompt       a red circle" in shown and "at           0:02 a circle [cut]" in shown
+    assert "packforcing generate --from a.mp4" in shown
+
+
+def test_a_changed_model_is_said_and_no_metadata_leaves_nothing(
+    generate: Any, run_command: Any, package: Path, tmp_path: Path
+) -> None:
+    assert generate("a red circle", "--seconds", "1", "-o", "a.mp4").code == 0
+    other = tmp_path / "other"
+    shutil.copytree(package, other)
+    manifest = json.loads((other / "packforcing.json").read_text("utf-8"))
+    config = other / "transformer" / "config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    changed = {"sha256": hashlib.sha256(config.read_bytes()).hexdigest(), "size": config.stat().st_size}
+    manifest["files"]["transformer/config.json"] = changed
+    (other / "packforcing.json").write_text(json.dumps(manifest), encoding="utf-8")
+    again = run_command("generate", "--from", "a.mp4", "--model", str(other), "-o", "b.mp4")
+    assert "not as it was when the file was made: the weights of tiny 0.1" in again.err
+    assert generate("a red circle", "--seconds", "1", "-o", "n.mp4", "--no-metadata").code == 0
+    tags = VideoReader(tmp_path / "n.mp4").metadata
+    assert not {"prompt", "seed", "model", "packforcing"} & set(tags)
+    for arguments in (("show", "n.mp4"), ("generate", "--from", "n.mp4")):
+        assert_one_message(run_command(*arguments), 2, "n.mp4 does not say how it was made", "--no-metadata")
