@@ -19,8 +19,9 @@ At = Annotated[
         "--at",
         metavar="TIME PROMPT",
         rich_help_panel=PANEL,
-        help='From a time on another prompt; repeatable: --at 0:12 "a blue square [blend 1s]". Options behind the'
-        " prompt: [blend 1s] moves over, [cut] leaves recent frames behind, [pin] or [pin 2s] pins its beginning.",
+        # A backslash, as rich would read the brackets as markup.
+        help='From a time on another prompt; repeatable: --at 0:12 "a blue square \\[blend 1s]". Options behind the'
+        " prompt: \\[blend 1s] moves over, \\[cut] leaves recent frames behind, \\[pin] or \\[pin 2s] pins its start.",
         show_default=False,
     ),
 ]
