@@ -15,18 +15,19 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--offload|--out|--output|--pin|--quantize|--quantize-text|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--embeddings|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--offload|--out|--output|--pin|--quantize|--quantize-text|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
         "packforcing") words="generate inspect-cache models show train --version --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
-        "packforcing models") words="convert list pack path pull remove show verify --help -h" ;;
+        "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
+        "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;
         "packforcing models pack") words="-o --output --with-parts --overwrite -q --quiet --help -h" ;;
         "packforcing models path") words="--help -h" ;;

@@ -306,6 +306,7 @@ class GenerateRequest(PlanRequest):
     steps:     denoising steps; None = the package's.
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
+    embeddings: a file with the prompts' embeddings; None = they are encoded.
     auto_fit:  make the smallest change that lets a request fit, and say so.
     crf:       H.264 quality, 0 (lossless) to 51.
     metadata:  write into the file how it was made.
@@ -320,6 +321,7 @@ class GenerateRequest(PlanRequest):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
+    embeddings: Path | None = None
     auto_fit: bool = False
     crf: int = Field(18, ge=0, le=51)
     metadata: bool = True

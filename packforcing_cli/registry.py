@@ -16,6 +16,7 @@ Source: DESIGN 7.
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import secrets
 import shutil
@@ -50,7 +51,7 @@ from packforcing_cli.packages import (
 from packforcing_cli.packages import record_of as _record
 from packforcing_cli.quantize import linear_weights, quantizer, require_support
 from packforcing_cli.quiet import known_import_noise_dropped
-from packforcing_cli.text import TIED, TextEncoder, build_encoder, encoder_parts
+from packforcing_cli.text import TIED, TextEncoder, TextIdentity, build_encoder, encoder_parts
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
 
@@ -101,6 +102,7 @@ class VideoModel:
 
     compressor: None when the package has none.
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
+    text: what its embeddings depend on.
     quantize: of the transformer's linears, "none" or a mode of `quantize`.
     """
 
@@ -111,6 +113,7 @@ class VideoModel:
     compressor: Compressor | None
     codec: Codec
     load_text_encoder: Callable[[], TextEncoder]
+    text: TextIdentity
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
@@ -129,6 +132,7 @@ class ModelSource:
     manifest: Manifest
     folder: Path
     load_text_encoder: Callable[[], TextEncoder]
+    text: TextIdentity
     load: Callable[[], VideoModel]
     device: torch.device
     dtype: torch.dtype
@@ -190,6 +194,16 @@ def open_model(
     packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)
     verify_package(folder, manifest, trust=True)
+    transformer_config = TransformerConfig.from_dict(
+        _config_of(part_folder(folder, manifest, "transformer"), "WanTransformer3DModel")
+    )
+    text = TextIdentity(
+        encoder=_combined(manifest.part_hash("text_encoder"), manifest.part_hash("tokenizer")),
+        length=manifest.text_length,
+        width=transformer_config.text_dim,
+        numerics=f"{dtype_name(chosen_dtype)} {text_device.type} {quantize_text}",
+        vocabulary=manifest.vocabulary,
+    )
 
     def load_text_encoder() -> TextEncoder:
         return TextEncoder.load(
@@ -231,12 +245,26 @@ def open_model(
             compressor=compressor,
             codec=codec,
             load_text_encoder=load_text_encoder,
+            text=text,
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
         )
 
-    return ModelSource(manifest.name, manifest, folder, load_text_encoder, load, chosen_device, chosen_dtype)
+    return ModelSource(
+        name=manifest.name,
+        manifest=manifest,
+        folder=folder,
+        load_text_encoder=load_text_encoder,
+        text=text,
+        load=load,
+        device=chosen_device,
+        dtype=chosen_dtype,
+    )
+
+
+def _combined(*hashes: str) -> str:
+    return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:

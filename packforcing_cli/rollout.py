@@ -30,6 +30,7 @@ from packforcing_cli import __version__, catalog, config, provenance
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
 from packforcing_cli.config import GenerateRequest, MemoryOptions
+from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
 from packforcing_cli.errors import GenerationError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.provenance import ModelRecord, Provenance
@@ -140,25 +141,46 @@ def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
 
 
 def encode_prompt(model: VideoModel | ModelSource, text: str, *, guided: bool) -> Prompt:
-    """Encode a prompt; the text encoder is loaded for it and dropped afterwards."""
+    """Encode a prompt, as `encode_script` does."""
     return encode_script(model, Script((text,)), guided=guided).prompts[0]
 
 
-def encode_script(model: VideoModel | ModelSource, script: Script, *, guided: bool) -> Story:
-    """Encode the prompts of a script, equal ones once; the text encoder is dropped afterwards."""
-    encoder = model.load_text_encoder()
-    empty = encoder.encode("").to(model.device) if guided else None
-    encoded = {
-        text: Prompt(
+def encode_script(
+    model: VideoModel | ModelSource,
+    script: Script,
+    *,
+    guided: bool,
+    given: EmbeddingFile | None = None,
+    cache: EmbeddingCache | None = None,
+) -> Story:
+    """Encode the prompts of a script, equal ones once.
+
+    The text encoder is loaded only for prompts the cache does not have, and is gone from memory when this returns. With
+    a `ModelSource` that is before the transformer is loaded.
+
+    Args:
+        given: embeddings from a file; the encoder is then never loaded.
+        cache: None = the user's.
+    Raises: WeightsError or UsageError if `given` is of another model or lacks a prompt.
+    """
+    texts = [*script.prompts, *([UNCONDITIONAL] if guided else [])]
+    if given is not None:
+        given.require_fit(model.text, model=model.name)
+        found = given.choose(texts)
+    else:
+        found = encode(texts, model.text, model.load_text_encoder, cache=cache or EmbeddingCache.of_user())
+    embeds = {text: entry.embeds.to(model.device, model.dtype) for text, entry in found.items()}
+    prompts = tuple(
+        Prompt(
             text=text,
-            conditional=encoder.encode(text).to(model.device),
-            unconditional=empty,
-            unknown=encoder.unknown_words(text, model.manifest.vocabulary),
-            dropped=encoder.num_dropped(text),
+            conditional=embeds[text],
+            unconditional=embeds[UNCONDITIONAL] if guided else None,
+            unknown=found[text].unknown,
+            dropped=found[text].dropped,
         )
-        for text in dict.fromkeys(script.prompts)
-    }
-    return Story(script, tuple(encoded[text] for text in script.prompts))
+        for text in script.prompts
+    )
+    return Story(script, prompts)
 
 
 def encode_image(model: VideoModel, pixels: NDArray[np.uint8]) -> Tensor:
@@ -494,7 +516,7 @@ def generate(
     )
 
 
-def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -> Provenance:
+def provenance_of(model: VideoModel | ModelSource, request: GenerateRequest, layout: Layout) -> Provenance:
     """What the file of a request is to say of itself."""
     manifest = model.manifest
     return Provenance(

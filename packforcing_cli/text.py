@@ -56,6 +56,24 @@ class Tokens:
     dropped: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class TextIdentity:
+    """What embeddings depend on besides their text.
+
+    encoder:    one hash of the files of encoder and tokenizer; "" = not known, and nothing is cached.
+    length:     T.
+    width:      C, which the transformer takes.
+    numerics:   dtype, device and quantization of the encoder.
+    vocabulary: the words a small model was trained on, which decide what is unknown to it.
+    """
+
+    encoder: str
+    length: int
+    width: int
+    numerics: str
+    vocabulary: tuple[str, ...] = ()
+
+
 class TextEncoder:
     """A UMT5 encoder with its tokenizer.
 

@@ -19,7 +19,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "provenance", "quiet"),
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
-    ("bundle", "install", "registry", "runfolder", "trace", "source"),
+    ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings"),
     ("rollout", "convert"),
     ("batch", "metrics", "bench", "training"),
 )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.registry import CodecFactsRecord, Manifest, VideoModel
-from packforcing_cli.text import TextEncoder
+from packforcing_cli.text import TextEncoder, TextIdentity
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec
 
@@ -114,6 +114,7 @@ def video_model(
         compressor=compressor.eval(),
         codec=codec,
         load_text_encoder=load_text_encoder,
+        text=TextIdentity(encoder="", length=5, width=network.config.text_dim, numerics=""),
         device=torch.device("cpu"),
         dtype=dtype,
     )

@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
-_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from")
+_FILE_OPTIONS = (
+    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from"),
+    *("--embeddings", "--lora", "--base"),
+)
 
 
 @dataclass(frozen=True)

@@ -86,6 +86,14 @@ def generate(
             help="The picture the video begins with: PNG, JPEG or WebP.",
         ),
     ] = None,
+    embeddings: Annotated[
+        Path | None,
+        typer.Option(
+            "--embeddings",
+            metavar="FILE",
+            help="Prompt embeddings from packforcing models embed; the text encoder is not loaded.",
+        ),
+    ] = None,
     fit: story.Fit = None,
     at: story.At = None,
     timeline: story.TimelineFile = None,
@@ -161,6 +169,7 @@ def generate(
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
+        "embeddings": embeddings,
         "auto_fit": auto_fit or None,
         "crf": crf,
         "fit": fit,
@@ -180,7 +189,7 @@ def generate(
     try:
         if parity not in (None, "paper"):
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
-        given = None if prompt is None else _read_prompt(prompt, shown)
+        given = _only_prompt(embeddings) if prompt is None else _read_prompt(prompt, shown)
         made_with = None if again is None else _provenance(again)
         if made_with is None:
             first, scenes = story.gather(given, at, timeline, pin)
@@ -220,7 +229,7 @@ def generate(
 class _Job:
     """A request with everything decided.
 
-    place:   what `registry.load_model` is given, a name or a folder.
+    place:   what `registry.open_model` is given, a name or a folder.
     device:  its name, such as cpu or cuda:0.
     machine: what there was when it was planned.
     image:   [H,W,3] what the video begins with.
@@ -255,6 +264,16 @@ def _read_prompt(prompt: str, shown: Display) -> str:
                 hint="Give the prompt as an argument, or convert it.",
             ) from error
     return prompt.encode(errors="surrogateescape").decode(errors="replace")
+
+
+def _only_prompt(embeddings: Path | None) -> str | None:
+    """The prompt of a file of embeddings that has just one."""
+    if embeddings is None:
+        return None
+    from packforcing_cli.embeddings import read
+
+    prompts = read(embeddings).prompts
+    return prompts[0] if len(prompts) == 1 else None
 
 
 def _provenance(path: Path) -> Provenance:
@@ -380,7 +399,18 @@ def _command(request: GenerateRequest) -> str:
         values["fit"] = request.fit
     if request.size is not None:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
-    for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf"):
+    for name in (
+        "seconds",
+        "seed",
+        "model",
+        "steps",
+        "guidance",
+        "dtype",
+        "device",
+        "vae",
+        "embeddings",
+        "crf",
+    ):
         values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
@@ -513,7 +543,7 @@ class _Stop:
 
 def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
     """Load, encode, generate, finish the file. Raises: PackforcingError, saying what plays."""
-    from packforcing_cli import registry, rollout
+    from packforcing_cli import embeddings, registry, rollout
     from packforcing_cli.errors import PackforcingError
 
     request = job.request
@@ -529,18 +559,31 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
     with _Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
-            if job.image is not None and not model.manifest.start_image:
+            given = None if request.embeddings is None else embeddings.read(request.embeddings)
+            source = registry.open_model(
+                job.place,
+                device=job.device,
+                dtype=request.dtype,
+                vae=request.vae,
+                quantize=request.quantize,
+                quantize_text=request.quantize_text,
+                offload=request.offload,
+            )
+            if job.image is not None and not source.manifest.start_image:
                 shown.warn(
-                    f"{model.name} was not trained to begin with a given picture; what follows may not match it"
+                    f"{source.name} was not trained to begin with a given picture; what follows may not match it"
                 )
-            made = rollout.provenance_of(model, request, job.plan.layout)
+            made = rollout.provenance_of(source, request, job.plan.layout)
             if job.again is not None:
                 _compare(job.again, made, shown)
-            schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
-            prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
+            schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
+            # The text encoder is gone before the transformer takes memory.
+            prompts = rollout.encode_script(
+                source, job.plan.script, guided=schedule.guidance != 1.0, given=given
+            )
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
-                _warn_about_words(prompt, model.manifest.vocabulary, shown)
+                _warn_about_words(prompt, source.manifest.vocabulary, shown)
+            model = source.load()
             load_seconds = time.perf_counter() - started
             if verbose:
                 _describe(model, schedule, load_seconds, shown)

@@ -501,8 +501,10 @@ def _locate(name: str) -> Path:
 def _register() -> None:
     """The commands of this group that have files of their own."""
     from packforcing_cli.cli.convert import convert
+    from packforcing_cli.cli.embed import embed
 
     app.command("convert")(convert)
+    app.command("embed")(embed)
 
 
 _register()

@@ -411,7 +411,7 @@ def test_what_a_package_cannot_do_is_refused_before_anything_is_loaded(
     run_command: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(registry, "load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(registry, "open_model", lambda *_, **__: 1 / 0)
     for more in ([], ["--dry-run"]):
         result = run_command("generate", PROMPT, "--model", str(student), *arguments, *more)
         assert_one_message(result, 2, said, next_step)
@@ -546,7 +546,7 @@ def test_memory_that_runs_out_says_what_would_fit(
 def test_a_failure_nobody_foresaw_is_one_line_and_keeps_what_was_made(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "load_model", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(registry, "open_model", lambda *_, **__: 1 / 0)
     result = generate()
     assert result.code == 1
     assert result.err.splitlines()[-1].startswith("unexpected error: ZeroDivisionError")
@@ -619,7 +619,7 @@ def test_the_second_signal_stops_at_once_and_the_part_plays(
 def test_a_signal_while_the_model_is_loaded_stops_at_once(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(registry, "load_model", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(registry, "open_model", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     result = generate()
     assert (result.code, result.out) == (143, "")
     assert "Stopped at once. Nothing was written." in result.err
