@@ -219,8 +219,9 @@ def generate(
 class _Job:
     """A request with everything decided.
 
-    place:   what `registry.load_model` is given, a name or a folder.
+    place:   what `registry.open_model` is given, a name or a folder.
     device:  its name, such as cpu or cuda:0.
+    why:     why this model, device and precision, in one line.
     machine: what there was when it was planned.
     image:   [H,W,3] what the video begins with.
     again:   how the file was made of which this is the repetition.
@@ -232,6 +233,7 @@ class _Job:
     place: str | Path
     path: Path
     device: str
+    why: str
     machine: Machine
     plan: Plan
     image: NDArray[np.uint8] | None
@@ -282,7 +284,9 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
     """
     from packforcing_cli import catalog, config, packages, planner
+    from packforcing_cli.cli import console
 
+    fitted: tuple[str, ...] = ()
     facts = packages.facts(request.model)
     packages.find_package(request.model)  # refused early when it is not here
     _check_abilities(request, facts)
@@ -292,16 +296,24 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded
-    device, dtype, machine = _device(request, path)
+    on = _device(request, path)
+    plan = planner.plan(request.model_copy(update={"dtype": on.dtype}), on.machine, facts=facts)
+    if request.auto_fit and plan.change:
+        said = (
+            f"auto-fit: {plan.suggestion}; as asked about {console.gb(plan.peak_bytes)} would be needed, and"
+            f" {on.machine.device} has {console.gb(on.machine.memory_bytes)} free"
+        )
+        request, fitted = request.changed(**plan.change, auto_fit=False), (said,)
     request = request.model_copy(
         update={
             "seed": config.random_seed() if request.seed is None else request.seed,
             "output": path,
-            "device": device.partition(":")[0] if request.device == "auto" else request.device,
-            "dtype": dtype,
+            "device": on.device.partition(":")[0] if request.device == "auto" else request.device,
+            "dtype": on.dtype,
         }
     )
-    plan = planner.plan(request, machine, facts=facts)
+    plan = planner.plan(request, on.machine, facts=facts)
+    plan = replace(plan, warnings=(*fitted, *plan.warnings))
     if plan.size != facts.default_size:
         said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
         plan = replace(plan, warnings=(said, *plan.warnings))
@@ -311,7 +323,8 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
 
         image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
-    return _Job(request, facts, place, path, device, machine, plan, image, again, command)
+    why = f"model: asked for; device: {on.why}; precision: {on.why_dtype}"
+    return _Job(request, facts, place, path, on.device, why, on.machine, plan, image, again, command)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -351,24 +364,50 @@ def _output_path(request: GenerateRequest) -> Path:
         number += 1
 
 
-def _device(request: GenerateRequest, path: Path) -> tuple[str, str, Machine]:
-    """Device, dtype and what there is to use. Raises: EnvironmentProblem for a GPU that is not there."""
-    from packforcing_cli import machine, planner
+@dataclass(frozen=True)
+class _Device:
+    """Where a model runs, in which precision, what there is to use, and why."""
+
+    device: str
+    dtype: str
+    machine: Machine
+    why: str
+    why_dtype: str
+
+
+def _device(request: GenerateRequest, path: Path) -> _Device:
+    """Take device and dtype. Raises: EnvironmentProblem for a GPU that is not there, or lacks what is asked for."""
+    from packforcing_cli import catalog, machine, planner
 
     host = planner.host_machine(path.absolute().parent)
-    if request.device == "cpu" or (request.device == "auto" and not machine.has_nvidia_driver()):
-        return "cpu", "fp32" if request.dtype == "auto" else request.dtype, host
+    why_dtype = "asked for" if request.dtype != "auto" else "as on every CPU"
+    why = "asked for"
+    if request.device == "auto":
+        why = "there is no NVIDIA driver" if not machine.has_nvidia_driver() else ""
+    if request.device == "cpu" or (request.device == "auto" and why):
+        catalog.check_cpu(request.quantize, request.offload)
+        return _Device("cpu", "fp32" if request.dtype == "auto" else request.dtype, host, why, why_dtype)
     from packforcing_cli import registry
+    from packforcing_cli.quantize import require_support
 
     device = registry.resolve_device(request.device)
     dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
+    require_support(request.quantize, device)
     if device.type == "cpu":
-        return "cpu", dtype, host
+        catalog.check_cpu(request.quantize, request.offload)
+        return _Device("cpu", dtype, host, "PyTorch sees no GPU", why_dtype)
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
     name = f"{torch.cuda.get_device_name(device)} ({device})"
-    return str(device), dtype, planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
+    if request.dtype == "auto":
+        why_dtype = "as on every GPU that has it" if dtype == "bf16" else "this GPU has no bf16"
+    there = planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
+    return _Device(str(device), dtype, there, why or "the GPU with most free memory", why_dtype)
+
+
+def _precision(request: GenerateRequest) -> str:
+    return request.dtype + ("" if request.quantize == "none" else f" with {request.quantize} linears")
 
 
 def _command(request: GenerateRequest) -> str:
@@ -380,6 +419,9 @@ def _command(request: GenerateRequest) -> str:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
     for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf"):
         values[name] = getattr(request, name)
+    for name in ("quantize", "quantize_text", "offload"):
+        if getattr(request, name) != "none":
+            values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
         values["bank"] = "unlimited"
@@ -418,14 +460,14 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
     else:
         fits = f"no; try {plan.suggestion}" if plan.suggestion else "no"
     for name, value in (
-        ("model", f"{plan.model.name} on {job.device}, {plan.dtype}"),
+        ("model", f"{plan.model.name} on {job.device}, {_precision(job.request)}"),
         ("video", f"{width}x{height}, {plan.fps} fps, {plan.frames} frames = {plan.exact_seconds:.2f} s"),
         ("blocks", f"{plan.blocks} of {plan.frames_per_block} latent frames"),
         ("seed", str(job.request.seed)),
         *story.rows(plan),
         ("memory", _memory_text(job)),
         ("KV memory", f"{console.gb(plan.memory.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
-        ("peak memory", f"about {console.gb(plan.peak_bytes)}"),
+        ("peak memory", f"about {console.gb(plan.peak_bytes)}: {_stages_text(plan)}"),
         ("disk", f"at most about {console.gb(plan.disk_bytes)}"),
         ("output", str(job.path)),
         ("downloads", "none"),
@@ -446,6 +488,17 @@ def _memory_text(job: _Job) -> str:
     )
 
 
+def _stages_text(plan: Plan) -> str:
+    """Peak memory of each stage: text 12 GB, denoise 18 GB, decode 21 GB; in host memory …"""
+    from packforcing_cli.cli import console
+
+    def listed(attribute: str) -> str:
+        return ", ".join(f"{stage.name} {console.gb(getattr(stage, attribute))}" for stage in plan.stages)
+
+    beside = any(stage.host_bytes for stage in plan.stages)
+    return listed("device_bytes") + (f"; in host memory {listed('host_bytes')}" if beside else "")
+
+
 def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
     """What will be made, said before it is begun."""
     plan = job.plan
@@ -456,9 +509,9 @@ def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
             " a model package; this version does not fetch real weights (Wan 2.1) yet."
         )
     shown.note(
-        f"{plan.model.name} on {job.device} ({plan.dtype}), {width}x{height}, seed {job.request.seed};"
+        f"{plan.model.name} on {job.device} ({_precision(job.request)}), {width}x{height}, seed {job.request.seed};"
         f" {plan.seconds:g} s in whole blocks: {plan.blocks} = {plan.frames} frames = {plan.exact_seconds:.2f} s"
-        f" at {plan.fps} fps"
+        f" at {plan.fps} fps; {job.why}"
     )
     for warning in plan.warnings:
         shown.warn(warning)
@@ -527,18 +580,28 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
     with _Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
-            if job.image is not None and not model.manifest.start_image:
+            source = registry.open_model(
+                job.place,
+                device=job.device,
+                dtype=request.dtype,
+                vae=request.vae,
+                quantize=request.quantize,
+                quantize_text=request.quantize_text,
+                offload=request.offload,
+            )
+            if job.image is not None and not source.manifest.start_image:
                 shown.warn(
-                    f"{model.name} was not trained to begin with a given picture; what follows may not match it"
+                    f"{source.name} was not trained to begin with a given picture; what follows may not match it"
                 )
+            schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
+            # Before the transformer takes its memory; the text encoder is gone by then.
+            prompts = rollout.encode_script(source, job.plan.script, guided=schedule.guidance != 1.0)
+            for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
+                _warn_about_words(prompt, source.manifest.vocabulary, shown)
+            model = source.load()
             made = rollout.provenance_of(model, request, job.plan.layout)
             if job.again is not None:
                 _compare(job.again, made, shown)
-            schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
-            prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
-            for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
-                _warn_about_words(prompt, model.manifest.vocabulary, shown)
             load_seconds = time.perf_counter() - started
             if verbose:
                 _describe(model, schedule, load_seconds, shown)
