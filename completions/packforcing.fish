@@ -11,7 +11,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from generate' -s o -l output
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l seconds -x -d 'Length; the video has whole blocks'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l size -x -d 'Pixels'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l seed -x -d 'Default, random, and printed'
-complete -c packforcing -n '__fish_seen_subcommand_from generate' -l model -x -a 'demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b' -d 'A model’s name or a package folder'
+complete -c packforcing -n '__fish_seen_subcommand_from generate' -l model -x -a 'demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b' -d 'A model’s name, a package folder, hf,owner/repo, or auto, an installed real model on a GPU that it fits, else the demo'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l steps -x -d 'Denoising steps'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l guidance -x -d 'Classifier-free guidance, 1 = none'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l dtype -x -a 'auto bf16 fp16 fp32' -d 'auto (bf16 on a GPU, fp32 on a CPU), bf16, fp16, fp32'

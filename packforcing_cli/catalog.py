@@ -25,6 +25,7 @@ TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
 WEIGHT_BYTES = 2  # packages hold 16-bit weights
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library allows
 DEMO_FOLDER = Path(__file__).parent / "demo"
+RECOMMENDED = "wan2.1-1.3b-self-forcing"  # what --model auto offers: safetensors, no conversion
 
 
 @dataclass(frozen=True)

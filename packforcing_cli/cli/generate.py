@@ -55,7 +55,12 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Default: random, and printed.")] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="A model's name or a package folder. Default demo.")
+        str | None,
+        typer.Option(
+            "--model",
+            help="A model's name, a package folder, hf:owner/repo, or auto: an installed real model on a GPU that it"
+            " fits, else the demo. Default auto.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps. Default: the model's own.")
@@ -284,9 +289,13 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
     """
     from packforcing_cli import catalog, config, packages, planner
-    from packforcing_cli.cli import console
+    from packforcing_cli.cli import choose, console
 
     fitted: tuple[str, ...] = ()
+    on, why_model = None, "asked for"
+    if request.model == choose.AUTO:
+        on = choose.choose_device(request, (request.output or Path()).absolute().parent)
+        request, why_model = choose.resolve_model(request, on)
     facts = packages.facts(request.model)
     packages.find_package(request.model)  # refused early when it is not here
     _check_abilities(request, facts)
@@ -296,7 +305,7 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded
-    on = _device(request, path)
+    on = on or choose.choose_device(request, path.absolute().parent)
     plan = planner.plan(request.model_copy(update={"dtype": on.dtype}), on.machine, facts=facts)
     if request.auto_fit and plan.change:
         said = (
@@ -323,7 +332,7 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
 
         image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
-    why = f"model: asked for; device: {on.why}; precision: {on.why_dtype}"
+    why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
     return _Job(request, facts, place, path, on.device, why, on.machine, plan, image, again, command)
 
 
@@ -362,48 +371,6 @@ def _output_path(request: GenerateRequest) -> Path:
             video.check_output(path, overwrite=request.overwrite)
             return path
         number += 1
-
-
-@dataclass(frozen=True)
-class _Device:
-    """Where a model runs, in which precision, what there is to use, and why."""
-
-    device: str
-    dtype: str
-    machine: Machine
-    why: str
-    why_dtype: str
-
-
-def _device(request: GenerateRequest, path: Path) -> _Device:
-    """Take device and dtype. Raises: EnvironmentProblem for a GPU that is not there, or lacks what is asked for."""
-    from packforcing_cli import catalog, machine, planner
-
-    host = planner.host_machine(path.absolute().parent)
-    why_dtype = "asked for" if request.dtype != "auto" else "as on every CPU"
-    why = "asked for"
-    if request.device == "auto":
-        why = "there is no NVIDIA driver" if not machine.has_nvidia_driver() else ""
-    if request.device == "cpu" or (request.device == "auto" and why):
-        catalog.check_cpu(request.quantize, request.offload)
-        return _Device("cpu", "fp32" if request.dtype == "auto" else request.dtype, host, why, why_dtype)
-    from packforcing_cli import registry
-    from packforcing_cli.quantize import require_support
-
-    device = registry.resolve_device(request.device)
-    dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
-    require_support(request.quantize, device)
-    if device.type == "cpu":
-        catalog.check_cpu(request.quantize, request.offload)
-        return _Device("cpu", dtype, host, "PyTorch sees no GPU", why_dtype)
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0]
-    name = f"{torch.cuda.get_device_name(device)} ({device})"
-    if request.dtype == "auto":
-        why_dtype = "as on every GPU that has it" if dtype == "bf16" else "this GPU has no bf16"
-    there = planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
-    return _Device(str(device), dtype, there, why or "the GPU with most free memory", why_dtype)
 
 
 def _precision(request: GenerateRequest) -> str:
@@ -505,8 +472,8 @@ def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
     width, height = plan.size
     if job.place == "demo":
         shown.note(
-            "demo is a toy world of coloured shapes that ships with packforcing. For other videos: --model FOLDER,"
-            " a model package; this version does not fetch real weights (Wan 2.1) yet."
+            "demo is a toy world of coloured shapes that ships with packforcing. For other videos:"
+            " packforcing models list."
         )
     shown.note(
         f"{plan.model.name} on {job.device} ({_precision(job.request)}), {width}x{height}, seed {job.request.seed};"

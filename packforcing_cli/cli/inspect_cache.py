@@ -46,7 +46,7 @@ def inspect_cache(
 
     Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
     """
-    from packforcing_cli import packages, planner
+    from packforcing_cli import catalog, machine, packages, planner
     from packforcing_cli.cli import console, settings
 
     flags = {
@@ -70,6 +70,8 @@ def inspect_cache(
         "vae": vae,
     }
     request = settings.gather(flags).plan_request()
+    if request.model == "auto":  # what generate would take; whether it fits is not asked here
+        request = request.changed(model=catalog.RECOMMENDED if machine.has_nvidia_driver() else "demo")
     plan = planner.plan(request, facts=packages.facts(request.model))
     if as_json:
         console.result_json(plan.to_json())
