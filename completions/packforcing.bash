@@ -11,11 +11,14 @@ _packforcing() {
         --fit) COMPREPLY=($(compgen -W "crop pad stretch" -- "$current")); return ;;
         --mid-span) COMPREPLY=($(compgen -W "fit block 1 2" -- "$current")); return ;;
         --model) COMPREPLY=($(compgen -W "demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b" -- "$current")); return ;;
+        --offload) COMPREPLY=($(compgen -W "none text all" -- "$current")); return ;;
         --parity) COMPREPLY=($(compgen -W "paper" -- "$current")); return ;;
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
+        --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
+        --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--embeddings|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--offload|--out|--output|--pin|--quantize|--quantize-text|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--embeddings|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"

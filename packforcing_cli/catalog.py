@@ -18,13 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.errors import EnvironmentProblem, UsageError, WeightsError
 from packforcing_cli.layout import Grid, Span
 
 TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
 WEIGHT_BYTES = 2  # packages hold 16-bit weights
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library allows
 DEMO_FOLDER = Path(__file__).parent / "demo"
+RECOMMENDED = "wan2.1-1.3b-self-forcing"  # what --model auto offers: safetensors, no conversion
 
 
 @dataclass(frozen=True)
@@ -295,12 +296,20 @@ def vae_kind(vae: str) -> str:
         ) from error
 
 
-def check_offload(offload: str, device: str) -> None:
-    """Raises: UsageError if weights shall leave a device ("cpu", "cuda", "cuda:N") that is the host itself."""
-    if offload != "none" and device == "cpu":
+def check_cpu(quantize: str, offload: str) -> None:
+    """Refuse what makes no sense, or does not work, where the model runs on the CPU.
+
+    Raises: UsageError if weights shall be kept off a GPU; EnvironmentProblem for products in fp8.
+    """
+    if offload != "none":
         raise UsageError(
             f"--offload {offload} keeps weights off a GPU, and the model runs on the CPU",
             hint="Leave --offload away; --quantize int8 makes the weights smaller.",
+        )
+    if quantize == "fp8":
+        raise EnvironmentProblem(
+            "--quantize fp8 needs an NVIDIA GPU with fp8 products, and the model runs on the CPU",
+            hint="Use --quantize int8 or --quantize fp8-weight, which run everywhere.",
         )
 
 

@@ -299,6 +299,7 @@ class GenerateRequest(PlanRequest):
     """Everything `packforcing generate` needs to know.
 
     prompt:    what the video shows.
+    model:     auto = an installed real model on a GPU that it fits, else the demo.
     image:     picture the video begins with.
     fit:       how pictures come to the size of the video: crop, pad or stretch.
     output:    the MP4 file; None = a name made from the prompt in the current folder.
@@ -314,6 +315,7 @@ class GenerateRequest(PlanRequest):
     """
 
     prompt: str
+    model: str = "auto"
     image: Path | None = None
     fit: str = "crop"
     output: Path | None = None

@@ -186,10 +186,10 @@ def open_model(
     folder = find_package(name_or_folder)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    catalog.check_offload(offload, chosen_device.type)
+    if chosen_device.type == "cpu":
+        catalog.check_cpu(quantize, offload)
+    require_support(quantize, chosen_device)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
-    if quantize != "none":
-        require_support(quantize, chosen_device)
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)

@@ -56,7 +56,11 @@ def generate(
     seed: Annotated[int | None, typer.Option("--seed", help="Default: random, and printed.")] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", help="A model's name, a package folder or hf:owner/repo. Default demo."),
+        typer.Option(
+            "--model",
+            help="A model's name, a package folder, hf:owner/repo, or auto: an installed real model on a GPU that it"
+            " fits, else the demo. Default auto.",
+        ),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", help="Denoising steps. Default: the model's own.")
@@ -231,6 +235,7 @@ class _Job:
 
     place:   what `registry.open_model` is given, a name or a folder.
     device:  its name, such as cpu or cuda:0.
+    why:     why this model, device and precision, in one line.
     machine: what there was when it was planned.
     image:   [H,W,3] what the video begins with.
     again:   how the file was made of which this is the repetition.
@@ -242,6 +247,7 @@ class _Job:
     place: str | Path
     path: Path
     device: str
+    why: str
     machine: Machine
     plan: Plan
     image: NDArray[np.uint8] | None
@@ -302,7 +308,13 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
     """
     from packforcing_cli import catalog, config, packages, planner
+    from packforcing_cli.cli import choose, console
 
+    fitted: tuple[str, ...] = ()
+    on, why_model = None, "asked for"
+    if request.model == choose.AUTO:
+        on = choose.choose_device(request, (request.output or Path()).absolute().parent)
+        request, why_model = choose.resolve_model(request, on)
     facts = packages.facts(request.model)
     folder = packages.find_package(request.model)  # refused early when it is not here
     packages.require_complete(folder, packages.read_manifest(folder))
@@ -313,16 +325,24 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded
-    device, dtype, machine = _device(request, path)
+    on = on or choose.choose_device(request, path.absolute().parent)
+    plan = planner.plan(request.model_copy(update={"dtype": on.dtype}), on.machine, facts=facts)
+    if request.auto_fit and plan.change:
+        said = (
+            f"auto-fit: {plan.suggestion}; as asked about {console.gb(plan.peak_bytes)} would be needed, and"
+            f" {on.machine.device} has {console.gb(on.machine.memory_bytes)} free"
+        )
+        request, fitted = request.changed(**plan.change, auto_fit=False), (said,)
     request = request.model_copy(
         update={
             "seed": config.random_seed() if request.seed is None else request.seed,
             "output": path,
-            "device": device.partition(":")[0] if request.device == "auto" else request.device,
-            "dtype": dtype,
+            "device": on.device.partition(":")[0] if request.device == "auto" else request.device,
+            "dtype": on.dtype,
         }
     )
-    plan = planner.plan(request, machine, facts=facts)
+    plan = planner.plan(request, on.machine, facts=facts)
+    plan = replace(plan, warnings=(*fitted, *plan.warnings))
     if plan.size != facts.default_size:
         said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
         plan = replace(plan, warnings=(said, *plan.warnings))
@@ -332,7 +352,8 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
 
         image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
-    return _Job(request, facts, place, path, device, machine, plan, image, again, command)
+    why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
+    return _Job(request, facts, place, path, on.device, why, on.machine, plan, image, again, command)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -372,24 +393,8 @@ def _output_path(request: GenerateRequest) -> Path:
         number += 1
 
 
-def _device(request: GenerateRequest, path: Path) -> tuple[str, str, Machine]:
-    """Device, dtype and what there is to use. Raises: EnvironmentProblem for a GPU that is not there."""
-    from packforcing_cli import machine, planner
-
-    host = planner.host_machine(path.absolute().parent)
-    if request.device == "cpu" or (request.device == "auto" and not machine.has_nvidia_driver()):
-        return "cpu", "fp32" if request.dtype == "auto" else request.dtype, host
-    from packforcing_cli import registry
-
-    device = registry.resolve_device(request.device)
-    dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
-    if device.type == "cpu":
-        return "cpu", dtype, host
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0]
-    name = f"{torch.cuda.get_device_name(device)} ({device})"
-    return str(device), dtype, planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
+def _precision(request: GenerateRequest) -> str:
+    return request.dtype + ("" if request.quantize == "none" else f" with {request.quantize} linears")
 
 
 def _command(request: GenerateRequest) -> str:
@@ -412,6 +417,9 @@ def _command(request: GenerateRequest) -> str:
         "crf",
     ):
         values[name] = getattr(request, name)
+    for name in ("quantize", "quantize_text", "offload"):
+        if getattr(request, name) != "none":
+            values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
         values["bank"] = "unlimited"
@@ -450,14 +458,14 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
     else:
         fits = f"no; try {plan.suggestion}" if plan.suggestion else "no"
     for name, value in (
-        ("model", f"{plan.model.name} on {job.device}, {plan.dtype}"),
+        ("model", f"{plan.model.name} on {job.device}, {_precision(job.request)}"),
         ("video", f"{width}x{height}, {plan.fps} fps, {plan.frames} frames = {plan.exact_seconds:.2f} s"),
         ("blocks", f"{plan.blocks} of {plan.frames_per_block} latent frames"),
         ("seed", str(job.request.seed)),
         *story.rows(plan),
         ("memory", _memory_text(job)),
         ("KV memory", f"{console.gb(plan.memory.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
-        ("peak memory", f"about {console.gb(plan.peak_bytes)}"),
+        ("peak memory", f"about {console.gb(plan.peak_bytes)}: {_stages_text(plan)}"),
         ("disk", f"at most about {console.gb(plan.disk_bytes)}"),
         ("output", str(job.path)),
         ("downloads", "none"),
@@ -478,6 +486,17 @@ def _memory_text(job: _Job) -> str:
     )
 
 
+def _stages_text(plan: Plan) -> str:
+    """Peak memory of each stage: text 12 GB, denoise 18 GB, decode 21 GB; in host memory …"""
+    from packforcing_cli.cli import console
+
+    def listed(attribute: str) -> str:
+        return ", ".join(f"{stage.name} {console.gb(getattr(stage, attribute))}" for stage in plan.stages)
+
+    beside = any(stage.host_bytes for stage in plan.stages)
+    return listed("device_bytes") + (f"; in host memory {listed('host_bytes')}" if beside else "")
+
+
 def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
     """What will be made, said before it is begun."""
     plan = job.plan
@@ -485,12 +504,12 @@ def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
     if job.place == "demo":
         shown.note(
             "demo is a toy world of coloured shapes that ships with packforcing. For other videos, on a GPU:"
-            " packforcing models list"
+            " packforcing models list."
         )
     shown.note(
-        f"{plan.model.name} on {job.device} ({plan.dtype}), {width}x{height}, seed {job.request.seed};"
+        f"{plan.model.name} on {job.device} ({_precision(job.request)}), {width}x{height}, seed {job.request.seed};"
         f" {plan.seconds:g} s in whole blocks: {plan.blocks} = {plan.frames} frames = {plan.exact_seconds:.2f} s"
-        f" at {plan.fps} fps"
+        f" at {plan.fps} fps; {job.why}"
     )
     for warning in plan.warnings:
         shown.warn(warning)

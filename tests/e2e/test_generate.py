@@ -160,7 +160,8 @@ def test_stdout_is_the_path_and_stderr_is_the_talk(generate: Any, tmp_path: Path
     assert (result.code, result.out) == (0, "a-red-circle.mp4\n")
     said = result.err.splitlines()
     assert said[0] == (
-        "tiny on cpu (fp32), 64x64, seed 7; 3 s in whole blocks: 3 = 45 frames = 2.81 s at 16 fps"
+        "tiny on cpu (fp32), 64x64, seed 7; 3 s in whole blocks: 3 = 45 frames = 2.81 s at 16 fps;"
+        " model: asked for; device: there is no NVIDIA driver; precision: as on every CPU"
     )
     assert said[1].startswith("block 1/3: 0:01 of 0:03, ")
     assert said[2].startswith("block 3/3: 0:03 of 0:03, ")
@@ -352,6 +353,40 @@ def test_a_plan_needs_no_torch_without_an_nvidia_driver(package: Path, tmp_path:
         assert done.returncode == expected, done.stderr
 
 
+def test_quantized_linears_make_a_video_and_are_part_of_the_command(generate: Any, tmp_path: Path) -> None:
+    options = ("--quantize", "int8", "--quantize-text", "int8", "--dtype", "bf16", "--seed", "1")
+    result = generate(*options, "-o", "a.mp4")
+    assert result.code == 0
+    assert "tiny on cpu (bf16 with int8 linears), 64x64" in result.err
+    assert "precision: asked for" in result.err
+    assert num_frames(tmp_path / "a.mp4") == 45
+    dry = generate(*options, "--dry-run")
+    assert "--quantize int8 --quantize-text int8" in dry.out.splitlines()[-1]
+
+
+def test_auto_fit_makes_the_change_and_says_so(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = ("--seconds", "20000", "--policy", "full", "--dry-run", "--json")
+    need = json.loads(generate("--seconds", "20000", "--dry-run", "--json").out)["peak_bytes_estimate"]
+    monkeypatch.setattr(planner, "host_machine", lambda folder=None: planner.Machine(2 * need, 10**12))
+    assert json.loads(generate(*long).out)["fits"] is False
+    values = json.loads(generate(*long, "--auto-fit").out)
+    assert (values["fits"], values["memory"]["policy"]) == (True, "packforcing")
+    assert values["warnings"][0].startswith("auto-fit: --policy packforcing; as asked about ")
+    assert "--policy packforcing" in values["command"]
+    assert "--auto-fit" not in values["command"]
+    monkeypatch.setattr(planner, "host_machine", lambda folder=None: planner.Machine(1000))
+    assert_one_message(generate("--auto-fit"), 5, "of memory are needed", "another machine")
+
+
+def test_the_peak_of_every_stage_is_shown(generate: Any, package: Path, run_command: Any) -> None:
+    (line,) = [line for line in generate("--dry-run").out.splitlines() if line.startswith("peak memory")]
+    assert line.startswith("peak memory  about ")
+    assert ": text " in line and ", denoise " in line and ", decode " in line
+    said = run_command("inspect-cache", "--model", str(package), "--offload", "all").out
+    assert "Memory by stage" in said
+    assert "host memory" in said
+
+
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -373,6 +408,10 @@ def test_a_plan_needs_no_torch_without_an_nvidia_driver(package: Path, tmp_path:
         (["--seed", "-1"], "--seed -1", "--help"),
         (["--crf", "99"], "--crf 99", "18 looks lossless"),
         (["--vae", "wan"], "there is no 'wan'", "Leave --vae out"),
+        (["--quantize", "int4"], "--quantize int4: must be one of none, int8", "--help"),
+        (["--quantize-text", "fp8"], "--quantize-text fp8: must be one of none, int8", "--help"),
+        (["--offload", "some"], "--offload some: must be one of none, text, all", "--help"),
+        (["--offload", "all"], "keeps weights off a GPU, and the model runs on the CPU", "--quantize int8"),
         (["-o", "no/such/a.mp4"], "the folder no/such does not exist", "mkdir -p no/such"),
         (["-o", "a.avi"], "cannot write a video to a.avi", "ends in .mp4"),
         (["-o", "-"], "standard output", "-o video.mp4"),
@@ -438,6 +477,12 @@ def test_existing_outputs_are_refused(generate: Any, tmp_path: Path) -> None:
 def test_a_folder_that_is_not_writable_is_refused(generate: Any, tmp_path: Path) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     assert_one_message(generate("-o", "locked/a.mp4"), 2, "is not writable", "-o")
+
+
+def test_fp8_on_a_cpu_is_an_environment_problem(generate: Any) -> None:
+    for more in ([], ["--dry-run"]):
+        result = generate("--quantize", "fp8", "--device", "cpu", *more)
+        assert_one_message(result, 4, "needs an NVIDIA GPU with fp8 products", "--quantize int8")
 
 
 def test_a_gpu_that_is_not_there_is_an_environment_problem(generate: Any) -> None:
