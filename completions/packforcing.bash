@@ -4,6 +4,7 @@ _packforcing() {
     local path="packforcing" words="" word i
     case "$previous" in
         --bank) COMPREPLY=($(compgen -W "unlimited" -- "$current")); return ;;
+        --codec) COMPREPLY=($(compgen -W "h264 hevc h264_nvenc hevc_nvenc" -- "$current")); return ;;
         --compressed-context) COMPREPLY=($(compgen -W "sinks history" -- "$current")); return ;;
         --compressor) COMPREPLY=($(compgen -W "auto hr+lr hr lr pool identity" -- "$current")); return ;;
         --device) COMPREPLY=($(compgen -W "auto cpu cuda" -- "$current")); return ;;
@@ -15,7 +16,7 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--offload|--older-than|--out|--output|--pin|--prompt|--quantize|--quantize-text|--recent-blocks|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--endpoint|--frames|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--offload|--older-than|--out|--output|--pin|--preset|--prompt|--quantize|--quantize-text|--recent-blocks|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
@@ -24,7 +25,7 @@ _packforcing() {
     case "$path" in
         "packforcing") words="extend generate inspect-cache models resume runs show train --version --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --force --json --progress -q --quiet -v --verbose --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;

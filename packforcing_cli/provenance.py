@@ -19,8 +19,8 @@ from packforcing_cli.layout import Layout
 
 SCHEMA = 1
 TAG = "packforcing"
-# of a request: where the file and its run folder went says nothing about the video
-NOT_REPEATED = ("output", "overwrite", "metadata", "keep_run", "snapshot_every")
+NOT_REPEATED = ("output", "frames", "overwrite", "metadata", "keep_run", "snapshot_every")
+"""Of a request: where files went says nothing about the video."""
 
 
 class ModelRecord(BaseModel):

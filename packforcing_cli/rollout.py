@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
 from packforcing_cli.vae import StreamingDecoder, WanCodec, encode_lr, lr_pixels
-from packforcing_cli.video import VideoReader, VideoWriter, part_path
+from packforcing_cli.video import PipeWriter, VideoReader, VideoWriter, part_path
 
 
 @dataclass(frozen=True)
@@ -490,7 +490,7 @@ class Stopwatch:
 def generate(
     model: VideoModel,
     prompt: str | Prompt | Script | Story,
-    output: Path | str,
+    output: Path | str | BinaryIO,
     *,
     seconds: float = 10.0,
     seed: int | None = None,
@@ -498,7 +498,9 @@ def generate(
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
     first_latent: Tensor | None = None,
+    codec: str = "h264",
     crf: int = 18,
+    preset: str | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
     run: RunFolder | None = None,
@@ -506,14 +508,16 @@ def generate(
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
-    """Generate a video into an MP4 file; encoding runs beside generation.
+    """Generate a video into a file, beside which encoding runs, or into a stream.
 
     Args:
+        output:       a file name, see `video.VideoWriter`, or a stream, see `video.PipeWriter`.
         seconds:      wanted length; the video has whole blocks (DESIGN 5).
         seed:         None = random.
+        first_latent: as `stream_generate`.
         metadata:     tags of the file; None = prompt, seed, model and version. A run folder's own are preferred.
         run:          where every block is kept before it is written; the blocks it has already are not made again,
-                      and what its video has of them is not encoded again.
+                      and what its video has of them is not encoded again. Not with a stream.
         snapshot_every: blocks between two exact snapshots in the run folder; None = none.
         on_block:     called after every block with it and its wall-clock seconds.
         should_stop:  asked after every block; True ends the video there, finished and playable.
@@ -534,16 +538,8 @@ def generate(
     started = clock = time.perf_counter()
     first, stalled, spent, replayed = 0.0, 0.0, list[float](), 0
     last: Block | None = None
-    with open_writer(
-        Path(output),
-        run,
-        fps=fps,
-        size=(width, height),
-        crf=crf,
-        metadata=metadata,
-        chapters=story.script.chapters(grid),
-        overwrite=overwrite,
-    ) as writer:
+    encoding = Encoding(fps, (width, height), codec, crf, preset, metadata, story.script.chapters(grid))
+    with open_writer(output, run, encoding, overwrite=overwrite) as writer:
         written, start = writer.blocks_written, 0
         past: Iterable[PastBlock] = ()
         if run is not None:
@@ -610,7 +606,7 @@ def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -
         model=ModelRecord(
             name=manifest.name,
             version=manifest.version,
-            files={name: record.sha256 for name, record in manifest.files.items()},
+            files=dict(model.files),
         ),
         layout=provenance.layout_values(layout),
         image_sha256=None
@@ -690,30 +686,44 @@ def numerics(model: VideoModel) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class Encoding:
+    """How a video is encoded and what its file says; see `video.VideoWriter`."""
+
+    fps: int
+    size: tuple[int, int]
+    codec: str
+    crf: int
+    preset: str | None
+    metadata: Mapping[str, str]
+    chapters: Sequence[tuple[int, str]]
+
+
 def open_writer(
-    output: Path,
-    run: RunFolder | None,
-    *,
-    fps: int,
-    size: tuple[int, int],
-    crf: int,
-    metadata: Mapping[str, str],
-    chapters: Sequence[tuple[int, str]],
-    overwrite: bool,
-) -> VideoWriter:
+    output: Path | str | BinaryIO, run: RunFolder | None, encoding: Encoding, *, overwrite: bool
+) -> VideoWriter | PipeWriter:
     """A writer of `output` that has all whole blocks an earlier one left of this run's video, unchanged.
 
     They are in NAME.part.mp4; after Ctrl-C in NAME.mp4, whose packets are copied and which is replaced at the end.
     """
+    options: dict[str, Any] = {
+        "fps": encoding.fps,
+        "width": encoding.size[0],
+        "height": encoding.size[1],
+        "codec": encoding.codec,
+        "crf": encoding.crf,
+        "preset": encoding.preset,
+    }
+    if not isinstance(output, Path | str):
+        assert run is None, "a stream cannot be resumed"
+        return PipeWriter(output, metadata=encoding.metadata, **options)
+    output = Path(output)
     had = 0 if run is None else finished_blocks(run, output)
     writer = VideoWriter(
         output,
-        fps=fps,
-        width=size[0],
-        height=size[1],
-        crf=crf,
-        metadata=metadata,
-        chapters=chapters,
+        **options,
+        metadata=encoding.metadata,
+        chapters=encoding.chapters,
         overwrite=overwrite or bool(had),
         owner="" if run is None else f"packforcing run {run.record.id}",
         resume=None if run is None else run.blocks,
@@ -786,16 +796,17 @@ def finish(run: RunFolder) -> bool:
     request = GenerateRequest.from_values(record.request)
     grid = Grid(record.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
     script = request.timeline.script(request.prompt, grid, fps=record.fps, num_blocks=record.blocks)
-    writer = open_writer(
-        output,
-        run,
-        fps=record.fps,
-        size=record.size,
-        crf=request.crf,
-        metadata=record.tags,
-        chapters=script.chapters(grid),
-        overwrite=request.overwrite,
+    encoding = Encoding(
+        record.fps,
+        record.size,
+        request.codec,
+        request.crf,
+        request.preset,
+        record.tags,
+        script.chapters(grid),
     )
+    writer = open_writer(output, run, encoding, overwrite=request.overwrite)
+    assert isinstance(writer, VideoWriter)
     if writer.blocks_written < record.blocks:
         writer.abort()
         return False
@@ -804,7 +815,7 @@ def finish(run: RunFolder) -> bool:
     return True
 
 
-def close_run(run: RunFolder, writer: VideoWriter) -> None:
+def close_run(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
     """Note in run.json how far the finished file goes."""
     status = "finished" if writer.blocks_written == run.record.blocks else "stopped"
     run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written)

@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, BinaryIO, Self
 
 import av
 import numpy as np
@@ -73,6 +73,16 @@ if TYPE_CHECKING:
 
 MAX_NAME_BYTES = 255  # of one file name on every common file system
 MAX_SAFE_NAME_BYTES = 200  # what safe_name uses of it: ".part" and a copy's number still fit behind
+
+CONTAINERS = {".mp4": "mp4", ".mkv": "matroska", ".mov": "mov"}
+"""Endings a finished video may have -> FFmpeg's muxers. The unfinished one is an MP4 whatever it becomes."""
+CODECS = {
+    # name -> FFmpeg's encoder, default preset, tag in an MP4
+    "h264": ("libx264", "veryfast", "avc1"),
+    "hevc": ("libx265", "veryfast", "hvc1"),
+    "h264_nvenc": ("h264_nvenc", "p4", "avc1"),
+    "hevc_nvenc": ("hevc_nvenc", "p4", "hvc1"),
+}
 
 _IO_ERRORS = (OSError, av.FFmpegError)
 # Flags of libswscale/swscale.h: ACCURATE_RND, BITEXACT, FULL_CHR_H_INT and FULL_CHR_H_INP give the same pixels
@@ -127,25 +137,28 @@ def safe_name(prompt: str, suffix: str) -> str:
 
 
 def part_path(path: Path) -> Path:
-    """Where the unfinished video of `path` is: NAME.part.mp4 beside NAME.mp4."""
+    """Where the unfinished video of `path` is: NAME.part.mp4 beside NAME.mp4, NAME.mkv or NAME.mov."""
     return path.with_name(f"{path.stem}.part.mp4")
 
 
 def check_output(path: Path, *, overwrite: bool = False) -> None:
     """Refuse an output that cannot be written, before any work is done for it. Writes nothing.
 
-    Raises: UsageError, with the next step, if the ending is not .mp4, the name is too long, the folder is
+    Raises: UsageError, with the next step, if the ending is not in CONTAINERS, the name is too long, the folder is
         missing or read-only, the file exists, or an interrupted run left its unfinished video there.
     """
     if "\0" in str(path):
         raise UsageError(f"the output name {str(path)!r} has a NUL character in it")
-    if path.suffix.lower() != ".mp4" or not path.stem.strip(". "):
-        raise UsageError(f"cannot write a video to {path}", hint="Give a file name that ends in .mp4.")
+    if path.suffix.lower() not in CONTAINERS or not path.stem.strip(". "):
+        raise UsageError(
+            f"cannot write a video to {path}",
+            hint=f"Give a file name that ends in {' or '.join(CONTAINERS)}.",
+        )
     size = len(os.fsencode(part_path(path).name))
     if size > MAX_NAME_BYTES:
         raise UsageError(
             f"the output name is too long: {size} bytes with '.part', at most {MAX_NAME_BYTES} are possible",
-            hint=f"For example: -o {shlex.quote(safe_name(path.stem, '.mp4'))}",
+            hint=f"For example: -o {shlex.quote(safe_name(path.stem, path.suffix.lower()))}",
         )
     folder = path.parent
     if not folder.is_dir():
@@ -182,18 +195,19 @@ def _other_encoder(path: Path) -> VideoError:
 
 
 class VideoWriter:
-    """Writes blocks of frames to an H.264 MP4 on a thread of its own.
+    """Writes blocks of frames to a video file on a thread of its own.
 
     Use as a context manager: leaving it normally closes, leaving it by an exception aborts. An error on the
     thread surfaces at the next `write`, `flush` or `close`; every block written before it stays playable.
 
     Args:
-        path:         the finished file, NAME.mp4. Until `close` there is only NAME.part.mp4.
+        path:         the finished file, an MP4, MKV or MOV. Until `close` there is only NAME.part.mp4.
         fps:          frames a second, an integer or an exact fraction.
         width:        of a frame, even (4:2:0).
         height:       of a frame, even.
-        crf:          0 (lossless) to 51, x264's constant rate factor.
-        preset:       x264's preset.
+        codec:        one of CODECS.
+        crf:          0 (lossless) to 51, the constant rate factor of x264 and x265; NVENC's quantiser.
+        preset:       the encoder's preset; None = the one of CODECS.
         metadata:     written into both files under these very keys.
         chapters:     (first frame, title) of each, rising; in the finished file.
         queue_blocks: how many blocks may wait for the encoder before `write` blocks.
@@ -203,7 +217,7 @@ class VideoWriter:
                       them stay, `blocks_written` says how many; what follows is cut off. A part of another
                       `owner` or encoder is refused. None = start anew.
     Raises: UsageError as `check_output`; LockedError if another process is writing this very file;
-        DiskFullError; EnvironmentProblem if PyAV has no libx264; VideoError if libx264 refuses the settings.
+        DiskFullError; as `check_encoder`.
     """
 
     def __init__(
@@ -213,8 +227,9 @@ class VideoWriter:
         fps: int | Fraction,
         width: int,
         height: int,
+        codec: str = "h264",
         crf: int = 18,
-        preset: str = "veryfast",
+        preset: str | None = None,
         metadata: Mapping[str, str] | None = None,
         chapters: Sequence[tuple[int, str]] = (),
         queue_blocks: int = 4,
@@ -225,21 +240,10 @@ class VideoWriter:
         self.path = Path(path)
         has_part = resume is not None and part_path(self.path).exists()
         check_output(self.path, overwrite=overwrite or (has_part and not self.path.exists()))
-        if width < 2 or height < 2 or width % 2 or height % 2:
-            raise UsageError(f"a video of {width}x{height} is not possible: both must be even")
-        if fps <= 0:
-            raise UsageError(f"a video of {fps} frames a second is not possible")
-        if not 0 <= crf <= 51:
-            raise UsageError(f"crf {crf} is out of range", hint="Choose 0 (lossless) to 51 (smallest).")
         self._overwrite = overwrite
         self._chapters = [(frame, _clean(title)) for frame, title in chapters]
         self._encoder = _BlockEncoder(
-            fps=Fraction(fps),
-            width=width,
-            height=height,
-            crf=crf,
-            preset=preset,
-            metadata={_clean(key): _clean(value) for key, value in (metadata or {}).items()},
+            codec, fps=fps, width=width, height=height, crf=crf, preset=preset, metadata=metadata
         )
         self._blocks = 0
         self._frames = 0
@@ -284,14 +288,7 @@ class VideoWriter:
         self._raise_error()
         if self._finished:
             raise VideoError(f"{self.path} is already closed")
-        array = np.array(frames.cpu().numpy() if hasattr(frames, "cpu") else frames, order="C")
-        expected = (self._encoder.height, self._encoder.width, 3)
-        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != expected or not len(array):
-            raise VideoError(
-                f"a block must be uint8 [T >= 1, {expected[0]}, {expected[1]}, 3], "
-                f"not {array.dtype} {list(array.shape)}"
-            )
-        self._queue.put(array)
+        self._queue.put(self._encoder.checked(frames))
 
     def copy(self, source: Path, lengths: Iterable[int]) -> None:
         """Append the first blocks of a finished file of equal settings, packet by packet, without re-encoding.
@@ -461,26 +458,67 @@ class _BlockEncoder:
     """
 
     def __init__(
-        self, *, fps: Fraction, width: int, height: int, crf: int, preset: str, metadata: dict[str, str]
+        self,
+        codec: str,
+        *,
+        fps: int | Fraction,
+        width: int,
+        height: int,
+        crf: int,
+        preset: str | None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.fps = fps
+        if width < 2 or height < 2 or width % 2 or height % 2:
+            raise UsageError(f"a video of {width}x{height} is not possible: both must be even")
+        if fps <= 0:
+            raise UsageError(f"a video of {fps} frames a second is not possible")
+        if not 0 <= crf <= 51:
+            raise UsageError(f"crf {crf} is out of range", hint="Choose 0 (lossless) to 51 (smallest).")
+        if codec not in CODECS:
+            raise UsageError(f"unknown codec {codec!r}", hint=f"Choose one of {', '.join(CODECS)}.")
+        self.fps = Fraction(fps)
         self.width = width
         self.height = height
-        self.metadata = metadata
-        self._options = {"crf": str(crf), "preset": preset, "chroma_sample_location": "center"}
+        self.metadata = {_clean(key): _clean(value) for key, value in (metadata or {}).items()}
+        self._encoder, usual, self._tag = CODECS[codec]
+        is_hardware = self._encoder.endswith("_nvenc")
+        self._options = {"preset": preset or usual, "chroma_sample_location": "center"}
+        self._options |= {"rc": "constqp", "qp": str(crf)} if is_hardware else {"crf": str(crf)}
+        if self._encoder == "libx265":  # its output, like x264's, depends on the number of threads
+            self._options["x265-params"] = "log-level=error:bframes=0:pools=none:frame-threads=1"
         self._reformatter = VideoReformatter()
         self.frame_ticks = 0
         try:
             self.header, _ = self._mux(())
+            if is_hardware:  # whether there is such hardware shows when it works
+                self.encode(np.zeros((2, height, width, 3), dtype=np.uint8))
         except av.codec.codec.UnknownCodecError as error:
             raise EnvironmentProblem(
-                "this PyAV cannot encode H.264: it was built without libx264",
+                f"this PyAV cannot encode {codec}: it was built without {self._encoder}",
                 hint="python -m pip install --force-reinstall --only-binary :all: av",
             ) from error
         except _IO_ERRORS as error:
+            if is_hardware:
+                raise EnvironmentProblem(
+                    f"this machine cannot encode with {self._encoder}: {error}",
+                    hint=f"Use --codec {codec.partition('_')[0]}.",
+                ) from error
             raise VideoError(
-                f"libx264 refuses {width}x{height}, {fps} frames/s, crf {crf}, preset {preset!r}: {error}"
+                f"{self._encoder} refuses {width}x{height}, {self.fps} frames/s, crf {crf},"
+                f" preset {preset or usual!r}: {error}",
+                hint="Leave --preset away.",
             ) from error
+
+    def checked(self, frames: Tensor | NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """A copy of a block's frames as an array. Raises: VideoError if they are not [T, H, W, 3] uint8."""
+        array = np.array(frames.cpu().numpy() if hasattr(frames, "cpu") else frames, order="C")
+        expected = (self.height, self.width, 3)
+        if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != expected or not len(array):
+            raise VideoError(
+                f"a block must be uint8 [T >= 1, {expected[0]}, {expected[1]}, 3], "
+                f"not {array.dtype} {list(array.shape)}"
+            )
+        return array
 
     def encode(self, frames: NDArray[np.uint8]) -> bytearray:
         """Encode [T, H, W, 3]; returns moof and mdat, number and start time not set yet."""
@@ -504,17 +542,19 @@ class _BlockEncoder:
             raise VideoError(f"{source} cannot be continued: {error}") from error
 
     def _copy(self, stream: VideoStream, packets: list[Packet[VideoStream]]) -> bytearray:
-        file, start = io.BytesIO(), packets[0].pts or 0
+        file = io.BytesIO()
         with av.open(file, "w", format="mp4", container_options={"movflags": _FRAGMENTED}) as container:
             copy = container.add_stream_from_template(stream)
+            copy.time_base = 1 / (self.fps * self.frame_ticks)
             container.start_encoding()
-            assert copy.time_base is not None
-            if self.frame_ticks * copy.time_base != 1 / self.fps:
-                raise VideoError(f"the time base {copy.time_base} is not that of this video")
-            for packet in packets:
+            for n, packet in enumerate(packets):  # in display order, and a Matroska file's times are rounded
                 packet.stream = copy
-                packet.pts = packet.dts = (packet.pts or 0) - start
+                packet.time_base = 1 / self.fps
+                packet.pts = packet.dts = n
+                packet.duration = 1
                 container.mux(packet)
+            if self.frame_ticks * (copy.time_base or 0) != 1 / self.fps:
+                raise VideoError(f"the time base {copy.time_base} is not that of this video")
         header, fragment = _split(file.getvalue())
         if _parameter_sets(header) != _parameter_sets(self.header):
             raise _other_encoder(Path(stream.container.name))
@@ -525,13 +565,14 @@ class _BlockEncoder:
         with av.open(file, "w", format="mp4", container_options={"movflags": _FRAGMENTED}) as container:
             container.metadata.update(self.metadata)
             stream = container.add_stream(
-                "libx264", rate=self.fps, options=self._options, width=self.width, height=self.height
+                self._encoder, rate=self.fps, options=self._options, width=self.width, height=self.height
             )
             assert isinstance(stream, VideoStream)
             time_base = 1 / self.fps
             context = stream.codec_context
             context.time_base = time_base
             context.pix_fmt = "yuv420p"
+            context.codec_tag = self._tag
             context.max_b_frames = 0
             context.thread_count = 1  # x264's output depends on the number of threads
             context.color_primaries = _BT709
@@ -571,6 +612,117 @@ class _BlockEncoder:
             yield from stream.encode(None)
 
 
+class PipeWriter:
+    """Writes blocks as a fragmented MP4 into a stream that cannot go back, such as a pipe.
+
+    What has gone out plays up to the last whole block. Use it as a context manager, like VideoWriter.
+
+    Args:
+        file: open for binary writing; it stays open.
+        the others as VideoWriter.
+    Raises: as `check_encoder`; VideoError if nobody reads any more.
+    """
+
+    path = Path("-")
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        fps: int | Fraction,
+        width: int,
+        height: int,
+        codec: str = "h264",
+        crf: int = 18,
+        preset: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._file, self.blocks_written, self.frames_written = file, 0, 0
+        self._encoder = _BlockEncoder(
+            codec, fps=fps, width=width, height=height, crf=crf, preset=preset, metadata=metadata
+        )
+        self._send(self._encoder.header)
+
+    def write(self, frames: Tensor | NDArray[np.uint8]) -> None:
+        """Encode one block [T, H, W, 3] uint8 RGB and send it. Raises: VideoError, DiskFullError."""
+        array = self._encoder.checked(frames)
+        fragment = self._encoder.encode(array)
+        _place_fragment(
+            fragment, number=self.blocks_written + 1, start=self.frames_written * self._encoder.frame_ticks
+        )
+        self._send(fragment)
+        self.blocks_written, self.frames_written = self.blocks_written + 1, self.frames_written + len(array)
+
+    def flush(self) -> None:
+        """Nothing waits: `write` returns when the block has gone out."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def _send(self, data: bytes | bytearray) -> None:
+        try:
+            self._file.write(data)
+            self._file.flush()
+        except BrokenPipeError as error:
+            raise VideoError(
+                f"nobody reads the video any more, after {self.blocks_written} blocks"
+            ) from error
+        except OSError as error:
+            raise _write_error(error, self.path, plays=None) from error
+
+
+def check_frames(folder: Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder for frames that cannot be written or, without `overwrite`, has some. Writes nothing.
+
+    Raises: UsageError.
+    """
+    said = ""
+    if folder.exists() and not folder.is_dir():
+        said = f"{folder} is not a folder"
+    elif not folder.exists() and not folder.parent.is_dir():
+        said = f"the folder {folder.parent} does not exist"
+    elif not os.access(folder if folder.exists() else folder.parent, os.W_OK | os.X_OK):
+        said = f"the folder {folder} is not writable"
+    if said:
+        raise UsageError(said, hint="Choose another folder for --frames.")
+    if not overwrite and next(folder.glob("frame-*.png"), None) is not None:
+        raise UsageError(
+            f"there are frames in {folder}", hint="Choose another folder for --frames, or pass --overwrite."
+        )
+
+
+class FrameFolder:
+    """A folder of numbered PNG files, frame-000000.png and on; see `check_frames` for what it may have in it."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+
+    def write(self, frames: Tensor | NDArray[np.uint8], *, first: int) -> None:
+        """Write [T, H, W, 3] uint8 RGB, numbered from `first`. Raises: DiskFullError, VideoError."""
+        from PIL import Image
+
+        try:
+            self.folder.mkdir(exist_ok=True)
+            for number, pixels in enumerate(np.asarray(frames), start=first):
+                Image.fromarray(pixels).save(self.folder / f"frame-{number:06}.png", format="PNG")
+        except OSError as error:
+            raise _write_error(error, self.folder, plays=None) from error
+
+
+def check_encoder(
+    codec: str, *, fps: int | Fraction, width: int, height: int, crf: int = 18, preset: str | None = None
+) -> None:
+    """Try whether videos like this can be encoded here.
+
+    Raises: UsageError for numbers or names that are not possible; EnvironmentProblem if PyAV or the machine has no
+        such encoder; VideoError if it refuses the settings.
+    """
+    _BlockEncoder(codec, fps=fps, width=width, height=height, crf=crf, preset=preset)
+
+
 def remux(
     source: Path,
     target: Path,
@@ -580,7 +732,7 @@ def remux(
     num_frames: int | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Copy the video stream of `source` into an ordinary MP4, without re-encoding, whole or not at all.
+    """Copy the video stream of `source` into an ordinary file, without re-encoding, whole or not at all.
 
     The copy is made beside `target` (a hidden file, index in front), fsynced and renamed; `source` stays.
 
@@ -600,8 +752,8 @@ def remux(
                 av.open(
                     str(temporary),
                     "w",
-                    format="mp4",
-                    container_options={"movflags": "faststart+use_metadata_tags"},
+                    format=CONTAINERS[target.suffix.lower()],
+                    container_options=_index_in_front(target),
                 ) as writer,
             ):
                 writer.metadata.update(metadata)
@@ -630,6 +782,13 @@ def remux(
     except IndexError as error:
         raise VideoError(f"there is no video in {source}") from error
     return count
+
+
+def _index_in_front(target: Path) -> dict[str, str]:
+    """Muxer options with which a file can be played while it is still being loaded."""
+    if CONTAINERS[target.suffix.lower()] == "matroska":
+        return {"cues_to_front": "1"}
+    return {"movflags": "faststart+use_metadata_tags"}
 
 
 def _set_chapters(
@@ -663,10 +822,24 @@ def _owner_box(owner: str) -> bytes:
     return struct.pack(">I4s", 8 + len(text), b"free") + text if text else b""
 
 
-def _parameter_sets(header: bytes) -> bytes:
-    """What a decoder is set up with: the avcC box (ISO 14496-15)."""
-    at = header.index(b"avcC") - 4
-    return header[at : at + int.from_bytes(header[at : at + 4])]
+def _parameter_sets(header: bytes) -> bytes | list[bytes]:
+    """What a decoder is set up with: the avcC box, or the sets in a hvcC box (ISO 14496-15).
+
+    Muxers write the rest of a hvcC differently.
+    """
+    at = header.index(b"avcC" if b"avcC" in header else b"hvcC") - 4
+    box = header[at : at + int.from_bytes(header[at : at + 4])]
+    if box[4:8] == b"avcC":
+        return box
+    found, at = [], 8 + 23
+    for _ in range(box[8 + 22]):
+        kind, count, at = box[at] & 0x3F, int.from_bytes(box[at + 1 : at + 3]), at + 3
+        for _ in range(count):
+            size = int.from_bytes(box[at : at + 2])
+            if kind in (32, 33, 34):  # VPS, SPS, PPS
+                found.append(box[at + 2 : at + 2 + size])
+            at += 2 + size
+    return found
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
@@ -819,8 +992,8 @@ class VideoReader:
     Untagged streams are read as BT.709 from 720 lines up and as BT.601 below, limited range. A file whose
     writer was killed gives all whole frames it has.
 
-    Attributes: path; width and height in pixels; fps, an exact fraction; has_audio; metadata and
-        chapters, (seconds, title), of the container.
+    Attributes: path; width and height in pixels; fps, an exact fraction; has_audio; metadata
+        (its names in lower case, which containers change) and chapters, (seconds, title), of the container.
     Raises: UsageError if the file is missing; VideoError if it is no video or is damaged.
     """
 
@@ -841,7 +1014,7 @@ class VideoReader:
             self.damaged_after: Fraction | None = (
                 None  # set by `upright`: frames behind it could not be decoded
             )
-            self.metadata: dict[str, str] = dict(container.metadata)
+            self.metadata: dict[str, str] = {name.lower(): text for name, text in container.metadata.items()}
             self.chapters: tuple[tuple[float, str], ...] = tuple(
                 (float(c["start"] * (c["time_base"] or 1)), c["metadata"].get("title", ""))
                 for c in container.chapters()

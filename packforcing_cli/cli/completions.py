@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
-_FILE_OPTIONS = ("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from")
+_FILE_OPTIONS = (
+    "--output",
+    "-o",
+    "--out",
+    "--config",
+    "--vae",
+    "--timeline",
+    "--image",
+    "--from",
+    "--frames",
+)
 
 
 @dataclass(frozen=True)
@@ -88,6 +98,7 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--bank": (config.UNLIMITED,),
         "--dtype": config.DTYPES,
         "--fit": config.FITS,
+        "--codec": config.CODECS,
         "--device": ("auto", "cpu", "cuda"),
         "--parity": ("paper",),
         "--progress": ("auto", "rich", "plain", "json", "none"),

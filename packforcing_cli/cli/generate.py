@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from packforcing_cli.sampler import Schedule
 
 SCHEMA = 1
+FILE_PANEL = "File"
 RUN_PANEL = "Run folder"
 
 
@@ -47,7 +48,12 @@ def generate(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", metavar="FILE.mp4", help="Default: a name made from the prompt."),
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FILE",
+            help='A .mp4, .mkv or .mov, or "-" for standard output. Default: a name made from the prompt.',
+        ),
     ] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", help="Length; the video has whole blocks. Default 10.")
@@ -91,7 +97,31 @@ def generate(
     at: story.At = None,
     timeline: story.TimelineFile = None,
     pin: story.Pin = None,
-    crf: Annotated[int | None, typer.Option("--crf", help="H.264 quality, 0 to 51. Default 18.")] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            "--codec",
+            metavar="NAME",
+            rich_help_panel=FILE_PANEL,
+            help="h264 (default) or hevc; h264_nvenc, hevc_nvenc on GPUs that can.",
+        ),
+    ] = None,
+    crf: Annotated[
+        int | None,
+        typer.Option("--crf", rich_help_panel=FILE_PANEL, help="Quality, 0 (lossless) to 51. Default 18."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", metavar="NAME", rich_help_panel=FILE_PANEL, help="The encoder's. Default veryfast."
+        ),
+    ] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(
+            "--frames", metavar="FOLDER", rich_help_panel=FILE_PANEL, help="Write every frame as a PNG, too."
+        ),
+    ] = None,
     policy: memory.Policy = None,
     sink_blocks: memory.SinkBlocks = None,
     recent_blocks: memory.RecentBlocks = None,
@@ -188,10 +218,12 @@ def generate(
         "vae": vae,
         "auto_fit": auto_fit or None,
         "crf": crf,
+        "codec": codec,
+        "preset": preset,
         "fit": fit,
         "metadata": metadata,
         "overwrite": overwrite or None,
-        "keep_run": False if no_run else None,
+        "keep_run": False if no_run or str(output) == "-" else None,  # a stream cannot be resumed
         "snapshot_every": snapshot_every,
         "policy": policy,
         "sink_blocks": sink_blocks,
@@ -211,9 +243,11 @@ def generate(
         made_with = None if again is None else _provenance(again)
         if made_with is None:
             first, scenes = story.gather(given, at, timeline, pin)
-            request = settings.gather(flags).generate_request(first, output, timeline=scenes, image=image)
+            request = settings.gather(flags).generate_request(
+                first, output, timeline=scenes, image=image, frames=frames
+            )
         else:
-            changes: dict[str, Any] = {"prompt": given, "image": image, "size": size, **flags}
+            changes: dict[str, Any] = {"prompt": given, "image": image, "frames": frames, **flags}
             if at or timeline or pin:
                 changes["prompt"], changes["timeline"] = story.gather(
                     given or made_with.request.get("prompt"), at, timeline, pin
@@ -225,6 +259,8 @@ def generate(
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
         folder = _check_run_options(request, run)
         job = prepare(request, made_with)
+        if as_json and str(job.path) == "-" and not dry_run:
+            raise UsageError("video and JSON cannot both go to standard output", hint="Leave --json away.")
         if dry_run:
             _show_plan(job, shown, as_json=as_json)
             return
@@ -332,7 +368,7 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
     facts = packages.facts(request.model)
     packages.find_package(request.model)  # refused early when it is not here
     _check_abilities(request, facts)
-    path = path or _output_path(request)
+    new, path = path is None, path or _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
     place = facts.name if is_named else request.model
     planner.plan(
@@ -351,6 +387,7 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
     if plan.size != facts.default_size:
         said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
         plan = replace(plan, warnings=(said, *plan.warnings))
+    _check_file(request, plan, new=new)
     image = None
     if request.image is not None:
         from packforcing_cli.video import read_image
@@ -358,6 +395,18 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
         image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
     return Job(request, facts, place, path, device, machine, plan, image, again, command)
+
+
+def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
+    """Raises: PackforcingError if the video cannot be encoded like this here, or its frames not be kept."""
+    from packforcing_cli import video
+
+    width, height = plan.size
+    video.check_encoder(
+        request.codec, fps=plan.fps, width=width, height=height, crf=request.crf, preset=request.preset
+    )
+    if request.frames is not None:
+        video.check_frames(request.frames, overwrite=request.overwrite or not new)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -382,7 +431,12 @@ def _output_path(request: GenerateRequest) -> Path:
 
     given = request.output
     if given is not None and str(given) == "-":
-        raise UsageError("a video cannot go to standard output", hint="Give a file: -o video.mp4")
+        if sys.stdout.isatty():
+            raise UsageError(
+                "a video cannot go to a terminal",
+                hint="Give a file, -o video.mp4, or a pipe: -o - | ffplay -",
+            )
+        return given
     if given is not None and not given.is_dir():
         return checked_output(given, overwrite=request.overwrite)
     folder = given or Path()
@@ -427,11 +481,11 @@ def _device(request: GenerateRequest, path: Path) -> tuple[str, str, Machine]:
 def _command(request: GenerateRequest) -> str:
     """The command that makes the same video again: everything the person set, and what was decided for them."""
     values: dict[str, Any] = {"output": request.output, "image": request.image}
-    if request.fit != "crop":
-        values["fit"] = request.fit
+    values |= {name: getattr(request, name) for name in ("fit", "codec") if name in request.model_fields_set}
+    values["frames"] = request.frames
     if request.size is not None:
         values["size"] = f"{request.size[0]}x{request.size[1]}"
-    for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf"):
+    for name in ("seconds", "seed", "model", "steps", "guidance", "dtype", "device", "vae", "crf", "preset"):
         values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
@@ -594,6 +648,8 @@ def recorded(job: Job) -> GenerateRequest:
         changes["vae"] = str(Path(request.vae).absolute())
     if request.image is not None:
         changes["image"] = request.image.absolute()
+    if request.frames is not None:
+        changes["frames"] = request.frames.absolute()
     return request.model_copy(update=changes)
 
 
@@ -608,14 +664,19 @@ def run_job(
     """
     from packforcing_cli import registry, rollout
     from packforcing_cli.errors import GenerationError, PackforcingError
+    from packforcing_cli.timeline import frames_before
+    from packforcing_cli.video import FrameFolder
 
     request = job.request
     run: RunFolder | None = None
     blocks = 0
+    folder: FrameFolder | None = None
 
     def on_block(block: Block, seconds: float) -> None:
         nonlocal blocks
         blocks += 1
+        if folder is not None:
+            folder.write(block.frames, first=frames_before(job.plan.layout.grid, block.index))
         shown.block(block, seconds)
 
     def kept() -> str:
@@ -636,6 +697,8 @@ def run_job(
                 _compare(job.again, made, shown)
             schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
             run = open_run(model)
+            if request.frames is not None:
+                folder = FrameFolder(request.frames)
             prompts = rollout.encode_script(model, job.plan.script, guided=schedule.guidance != 1.0)
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
                 _warn_about_words(prompt, model.manifest.vocabulary, shown)
@@ -649,14 +712,16 @@ def run_job(
             result = rollout.generate(
                 model,
                 prompts,
-                job.path,
+                sys.stdout.buffer if str(job.path) == "-" else job.path,
                 seconds=request.seconds,
                 seed=request.seed,
                 size=job.plan.size,
                 schedule=schedule,
                 memory=request.memory,
                 first_latent=None if job.image is None else rollout.encode_image(model, job.image),
+                codec=request.codec,
                 crf=request.crf,
+                preset=request.preset,
                 metadata=tags_of(job, model),
                 overwrite=request.overwrite,
                 run=run,
@@ -812,7 +877,8 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
         rest = rest or f"The whole video: {_again(job)}"
         shown.note(f"Stopped after {result.blocks} of {plan.blocks} blocks. {rest}")
     if not as_json:
-        console.result(str(result.path))
+        if str(result.path) != "-":
+            console.result(str(result.path))
         return
     kv = result.cache.bytes
     console.result_json(

@@ -377,7 +377,7 @@ def test_a_plan_needs_no_torch_without_an_nvidia_driver(package: Path, tmp_path:
         (["--vae", "wan"], "there is no 'wan'", "Leave --vae out"),
         (["-o", "no/such/a.mp4"], "the folder no/such does not exist", "mkdir -p no/such"),
         (["-o", "a.avi"], "cannot write a video to a.avi", "ends in .mp4"),
-        (["-o", "-"], "standard output", "-o video.mp4"),
+        (["-o", "-", "--json"], "cannot both go to standard output", "Leave --json away"),
         (["-o", "/dev/null/a.mp4"], "/dev/null is not a folder", "-o"),
         (["--model", "dema"], "no model is named 'dema'; did you mean demo", "models list"),
         (["--model", "wan2.1-1.3b"], "is a family of models", "--model demo"),
