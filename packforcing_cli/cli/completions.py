@@ -17,7 +17,7 @@ from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
 _FILE_OPTIONS = (
-    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from"),
+    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from", "--frames"),
     *("--embeddings", "--lora", "--base"),
 )
 
@@ -94,6 +94,7 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--offload": config.OFFLOADS,
         "--dtype": config.DTYPES,
         "--fit": config.FITS,
+        "--codec": config.CODECS,
         "--device": ("auto", "cpu", "cuda"),
         "--parity": ("paper",),
         "--progress": ("auto", "rich", "plain", "json", "none"),
