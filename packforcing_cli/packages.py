@@ -264,7 +264,10 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         text = path.read_text("utf-8")
     except FileNotFoundError as e:
-        raise WeightsError(f"{folder} is not a model package: it has no {MANIFEST}", hint=_AGAIN) from e
+        raise WeightsError(
+            f"{folder} is not a model package: it has no {MANIFEST}",
+            hint="Check the path, or use --model demo.",
+        ) from e
     except (OSError, ValueError) as e:
         raise WeightsError(f"{path} cannot be read: {e}", hint=_AGAIN) from e
     return parse_manifest(text, str(path))
