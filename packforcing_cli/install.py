@@ -152,7 +152,7 @@ def _plan_known(facts: ModelFacts, source: HubSource | None, at: Hub) -> Plan:
     return _finished(
         name,
         packages.install_folder(name),
-        facts.license + (f" ({facts.license_note})" if facts.license_note else ""),
+        facts.license + (f", see packforcing models show {facts.name}" if facts.license_note else ""),
         drafts,
         manifest,
         pickled=pickled,

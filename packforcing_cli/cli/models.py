@@ -145,7 +145,10 @@ def _table(entries: list[dict[str, Any]]) -> Any:
 
     from packforcing_cli.cli import console
 
-    table = Table("model", "state", "download", "memory", "size", "licence", "what it is", box=None)
+    table = Table(box=None)
+    for title in ("model", "state", "download", "memory", "size", "licence"):
+        table.add_column(title, no_wrap=True)
+    table.add_column("what it is")
     for entry in entries:
         size = "x".join(str(side) for side in entry["size"] or ())
         table.add_row(

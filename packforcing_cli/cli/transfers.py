@@ -24,7 +24,7 @@ class Transfers:
         self._quiet = quiet
         self._bars: Any = None
         self._tasks: dict[str, Any] = {}
-        self._started = self._said = time.monotonic()
+        self._said, self._done_then = time.monotonic(), 0
         self._draws = not quiet and console.draws_in_place()
 
     def __enter__(self) -> Self:
@@ -82,7 +82,8 @@ class Transfers:
         now = time.monotonic()
         if now - self._said < PLAIN_EVERY_SECONDS:
             return
-        self._said = now
         done, total = sum(self._done.values()), sum(self._sizes.values())
         of = f" of {console.gb(total)}" if total else ""
-        console.say(f"{console.gb(done)}{of}, {console.gb(int(done / (now - self._started)))}/s; {name}")
+        speed = console.gb(max(0, int((done - self._done_then) / (now - self._said))))
+        console.say(f"{console.gb(done)}{of}, {speed}/s; {name}")
+        self._said, self._done_then = now, done
