@@ -303,11 +303,12 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     from packforcing_cli import catalog, config, packages, planner
 
     facts = packages.facts(request.model)
-    packages.find_package(request.model)  # refused early when it is not here
+    if not facts.is_random:
+        packages.find_package(request.model)  # refused early when it is not here
     _check_abilities(request, facts)
     path = _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
-    place = facts.name if is_named else request.model
+    place = facts.name if is_named or facts.is_random else request.model
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded
@@ -484,6 +485,11 @@ def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
         shown.note(
             "demo is a toy world of coloured shapes that ships with packforcing. For other videos: --model FOLDER,"
             " a model package; this version does not fetch real weights (Wan 2.1) yet."
+        )
+    if job.facts.is_random:
+        shown.note(
+            f"{job.facts.name} has random weights and random text embeddings, for bench and tests: nothing was"
+            " downloaded, and the video shows noise."
         )
     shown.note(
         f"{plan.model.name} on {job.device} ({plan.dtype}), {width}x{height}, seed {job.request.seed};"
@@ -684,7 +690,8 @@ def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown:
     steps = len(schedule.sigmas) - (schedule.kind == "euler")
     parameters = sum(p.numel() for p in model.transformer.parameters())
     shown.note(
-        f"{model.folder}: version {model.manifest.version}, {parameters:,} parameters in the transformer,"
+        f"{model.name if model.folder == Path() else model.folder}: version {model.manifest.version},"
+        f" {parameters:,} parameters in the transformer,"
         f" loaded in {load_seconds:.1f} s"
     )
     shown.note(
