@@ -18,7 +18,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
-from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.errors import EnvironmentProblem, UsageError, WeightsError
 from packforcing_cli.layout import Grid, Span
 
 TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
@@ -27,6 +27,7 @@ MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library allo
 RANDOM = "random:"  # before the name of a model: its shape with random weights
 MAX_RANDOM_LAYERS = 100
 DEMO_FOLDER = Path(__file__).parent / "demo"
+RECOMMENDED = "wan2.1-1.3b-self-forcing"  # what --model auto offers: safetensors, no conversion
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,8 @@ class ModelFacts:
     compressor_params, text_embedding_params: parameters of the HR branch, and of the text encoder's embedding.
     branches:         trained branches of its compressor, "hr+lr" or "hr"; "lr" without one: LR needs no weights.
     parts:            part -> where it is on the Hub; empty for a model that is not fetched from there.
-    pickled:          pickled checkpoints that `models convert` makes the transformer of.
+    pickled:          pickled checkpoints that `models convert` makes the transformer of: the network, then a LoRA.
+    ema:              whether their averaged weights are meant; None = averaged where there are any.
     """
 
     name: str
@@ -112,6 +114,7 @@ class ModelFacts:
     temporal_stride: int = 4
     parts: Mapping[str, PartSource] = field(default_factory=dict)
     pickled: tuple[PartSource, ...] = ()
+    ema: bool | None = None
     license_note: str = ""
 
     @property
@@ -300,12 +303,20 @@ def vae_kind(vae: str) -> str:
         ) from error
 
 
-def check_offload(offload: str, device: str) -> None:
-    """Raises: UsageError if weights shall leave a device ("cpu", "cuda", "cuda:N") that is the host itself."""
-    if offload != "none" and device == "cpu":
+def check_cpu(quantize: str, offload: str) -> None:
+    """Refuse what makes no sense, or does not work, where the model runs on the CPU.
+
+    Raises: UsageError if weights shall be kept off a GPU; EnvironmentProblem for products in fp8.
+    """
+    if offload != "none":
         raise UsageError(
             f"--offload {offload} keeps weights off a GPU, and the model runs on the CPU",
             hint="Leave --offload away; --quantize int8 makes the weights smaller.",
+        )
+    if quantize == "fp8":
+        raise EnvironmentProblem(
+            "--quantize fp8 needs an NVIDIA GPU with fp8 products, and the model runs on the CPU",
+            hint="Use --quantize int8 or --quantize fp8-weight, which run everywhere.",
         )
 
 

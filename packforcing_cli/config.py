@@ -43,6 +43,7 @@ COMPRESSED_CONTEXTS = ("sinks", "history")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
 OFFLOADS = ("none", "text", "all")
+CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")
 FITS = ("crop", "pad", "stretch")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
@@ -299,6 +300,7 @@ class GenerateRequest(PlanRequest):
     """Everything `packforcing generate` needs to know.
 
     prompt:    what the video shows.
+    model:     auto = an installed real model on a GPU that it fits, else the demo.
     image:     picture the video begins with.
     fit:       how pictures come to the size of the video: crop, pad or stretch.
     output:    the MP4 file; None = a name made from the prompt in the current folder.
@@ -308,12 +310,18 @@ class GenerateRequest(PlanRequest):
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
     auto_fit:  make the smallest change that lets a request fit, and say so.
-    crf:       H.264 quality, 0 (lossless) to 51.
+    codec:     h264 or hevc, or with NVIDIA's hardware h264_nvenc or hevc_nvenc.
+    crf:       quality, 0 (lossless) to 51.
+    preset:    of the encoder; None = its usual one.
+    frames:    folder that gets every frame as a PNG, too.
     metadata:  write into the file how it was made.
     overwrite: replace an existing output.
+    keep_run:  keep a run folder, from which the video can be resumed and extended.
+    snapshot_every: blocks between two exact snapshots in it, which make resuming instant; None = none.
     """
 
     prompt: str
+    model: str = "auto"
     image: Path | None = None
     fit: str = "crop"
     output: Path | None = None
@@ -323,9 +331,14 @@ class GenerateRequest(PlanRequest):
     device: str = "auto"
     embeddings: Path | None = None
     auto_fit: bool = False
+    codec: str = "h264"
     crf: int = Field(18, ge=0, le=51)
+    preset: str | None = None
+    frames: Path | None = None
     metadata: bool = True
     overwrite: bool = False
+    keep_run: bool = True
+    snapshot_every: int | None = Field(None, ge=1, le=MAX_BLOCKS)
 
     @field_validator("prompt")
     @classmethod
@@ -333,6 +346,11 @@ class GenerateRequest(PlanRequest):
         if not value.strip():
             raise ValueError("is empty")
         return value.strip()
+
+    @field_validator("codec")
+    @classmethod
+    def _codec(cls, value: str) -> str:
+        return _one_of(value, CODECS)
 
     @field_validator("fit")
     @classmethod
@@ -368,7 +386,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "image", "output", "timeline")
+_NOT_SETTINGS = ("memory", "prompt", "image", "output", "frames", "timeline")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

@@ -30,13 +30,13 @@ from packforcing_cli import __version__, catalog, unpickle, weights
 from packforcing_cli.catalog import ModelFacts
 from packforcing_cli.errors import DiskFullError, UsageError, WeightsError
 from packforcing_cli.registry import (
-    REQUIRED_PARTS,
     CacheDefaults,
     CodecFactsRecord,
     Manifest,
     Part,
     Schedule,
     find_package,
+    part_folder,
     read_manifest,
     write_package,
 )
@@ -255,7 +255,7 @@ def _convert(
         if kind == "student"
         else f"not a few-step student: {FULL_STEPS} steps with guidance {FULL_GUIDANCE:g} (--kind student if it is one)"
     )
-    missing = [part for part in REQUIRED_PARTS if part not in written.parts]
+    missing = written.missing_parts
     if missing:
         notes.append(
             f"the package is incomplete and makes no videos yet: it has no {', no '.join(missing)}; "
@@ -339,9 +339,9 @@ def _config_beside(source: Path) -> dict[str, Any]:
 
 
 def _base_config(place: Path | None, below: Manifest | None, part: Part) -> dict[str, Any]:
-    if place is None or below is None or part not in below.parts:
+    if place is None or below is None or part not in (*below.parts, *below.references):
         return {}
-    return weights.read_config(place / below.parts[part])
+    return weights.read_config(part_folder(place, below, part))
 
 
 def _config(

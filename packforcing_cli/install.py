@@ -466,6 +466,57 @@ def _with_own_config(folder: Path, manifest: Manifest, part: Part, config: dict[
     )
 
 
+# -------------------------------------------------------------------------------------------------- converting
+
+
+@dataclass(frozen=True)
+class Pickled:
+    """A model whose transformer was pulled as pickles. before: its manifest, without a transformer."""
+
+    folder: Path
+    before: Manifest
+    checkpoint: Path
+    lora: Path | None
+
+
+def pickled(facts: ModelFacts) -> Pickled:
+    """What `models convert NAME` has to read. Raises: OfflineError if it was not pulled."""
+    folder = packages.install_folder(facts.name)
+    before = packages.read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    found = [
+        hub.cached(entry["repo"], entry["revision"], entry["file"])
+        for entry in (before.provenance.get("pickled", ()) if before else ())
+    ]
+    paths = [path for path in found if path is not None]
+    if before is None or len(paths) != len(facts.pickled):
+        raise OfflineError(
+            f"the weights of {facts.name} are not on this machine",
+            hint=f"packforcing models pull {facts.name}",
+        )
+    for path, entry in zip(paths, before.provenance["pickled"]):
+        packages.verify_file(path, FileRecord(sha256=entry["sha256"], size=entry["size"]))
+    return Pickled(folder, before, paths[0], paths[1] if len(paths) > 1 else None)
+
+
+def finish_conversion(source: Pickled, written: Manifest) -> Manifest:
+    """Give a converted package what the catalog knows of it: title, base model, limits, where it is from."""
+    before = source.before
+    manifest = written.model_copy(
+        update={
+            "version": before.version,
+            "title": before.title,
+            "base_model": before.base_model,
+            "limits": before.limits,
+            "cache": before.cache,
+            "schedule": before.schedule,
+            "trained_frames": before.trained_frames,
+            "provenance": {**before.provenance, **written.provenance},
+        }
+    )
+    packages.write_text(source.folder / MANIFEST, manifest.to_json())
+    return manifest
+
+
 # --------------------------------------------------------------------------------------------------- removing
 
 

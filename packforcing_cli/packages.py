@@ -318,9 +318,9 @@ class HubSource:
             return None
         repo, at, revision = text.removeprefix("hf:").partition("@")
         hub.check_repo(repo)
-        if at and not revision:
+        if at and not re.fullmatch(r"[\w.-]+", revision):
             raise UsageError(
-                f"{text} has no revision after the @", hint="Leave the @ out for the newest one."
+                f"{text} has no commit, tag or branch after the @", hint="Leave the @ out for the newest one."
             )
         return cls(repo, revision or "main")
 

@@ -178,16 +178,16 @@ class Plan:
         worst = max(self.stages, key=lambda stage: stage.device_bytes)
         if not _memory_fits(worst.device_bytes, self.machine.memory_bytes):
             raise MemoryFitError(
-                f"about {_gb(worst.device_bytes)} of memory are needed ({STAGE_TEXT[worst.name]}) and"
-                f" {self.machine.device} has {_gb(self.machine.memory_bytes)} free",
+                f"about {_gb(worst.device_bytes)} of memory are needed and {self.machine.device} has"
+                f" {_gb(self.machine.memory_bytes)} free; the most is {STAGE_TEXT[worst.name]}",
                 hint=hint,
             )
         worst = max(self.stages, key=lambda stage: stage.host_bytes)
         free = self.machine.host_bytes
         if free is not None and not _memory_fits(worst.host_bytes, free):
             raise MemoryFitError(
-                f"about {_gb(worst.host_bytes)} of host memory are needed ({STAGE_TEXT[worst.name]}) and"
-                f" {_gb(free)} are free",
+                f"about {_gb(worst.host_bytes)} of host memory are needed and {_gb(free)} are free; the most is"
+                f" {STAGE_TEXT[worst.name]}",
                 hint=hint,
             )
         assert self.machine.disk_free_bytes is not None

@@ -19,11 +19,8 @@ from packforcing_cli.layout import Layout
 
 SCHEMA = 1
 TAG = "packforcing"
-NOT_REPEATED = (
-    "output",
-    "overwrite",
-    "metadata",
-)  # of a request: where the file went says nothing about the video
+NOT_REPEATED = ("output", "frames", "overwrite", "metadata", "keep_run", "snapshot_every")
+"""Of a request: where files went says nothing about the video."""
 
 
 class ModelRecord(BaseModel):

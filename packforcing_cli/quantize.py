@@ -16,6 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from packforcing_cli import catalog
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.quiet import known_import_noise_dropped
 
@@ -35,13 +36,10 @@ def linear_weights(module: nn.Module, prefix: str) -> frozenset[str]:
 
 def require_support(mode: str, device: torch.device) -> None:
     """Raises: EnvironmentProblem if a device cannot run a mode."""
-    if mode != "fp8":
+    if device.type == "cpu":
+        catalog.check_cpu(mode, "none")
+    if mode != "fp8" or device.type == "cpu":
         return
-    if device.type != "cuda":
-        raise EnvironmentProblem(
-            f"--quantize fp8 needs an NVIDIA GPU with fp8 products, and the model runs on the {device.type}",
-            hint="Use --quantize int8 or --quantize fp8-weight, which run everywhere.",
-        )
     capability = torch.cuda.get_device_capability(device)
     if capability < FP8_CAPABILITY:
         raise EnvironmentProblem(

@@ -15,20 +15,18 @@ Source: DESIGN 7.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, packages, weights
+from packforcing_cli import catalog, durable, packages, weights
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import DiskFullError, EnvironmentProblem, OfflineError, UsageError, WeightsError
@@ -87,6 +85,7 @@ __all__ = [
     "load_model",
     "load_transformer",
     "open_model",
+    "part_folder",
     "read_manifest",
     "resolve_device",
     "resolve_dtype",
@@ -111,6 +110,7 @@ class VideoModel:
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
     text: what its embeddings depend on.
     quantize: of the transformer's linears, "none" or a mode of `quantize`.
+    files: path inside the package -> sha256 of every file it was loaded from; of another VAE, "vae/NAME".
     """
 
     name: str
@@ -124,6 +124,7 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -194,10 +195,10 @@ def open_model(
     folder = Path() if facts is not None else find_package(name_or_folder)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
-    catalog.check_offload(offload, chosen_device.type)
+    if chosen_device.type == "cpu":
+        catalog.check_cpu(quantize, offload)
+    require_support(quantize, chosen_device)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
-    if quantize != "none":
-        require_support(quantize, chosen_device)
     if facts is not None:
         return _open_random(
             facts, chosen_device, chosen_dtype, vae=vae, quantize=quantize, stream_layers=offload == "all"
@@ -258,6 +259,7 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            files=_hashes(manifest, None if own else vae_folder),
         )
 
     return ModelSource(
@@ -380,6 +382,15 @@ def _open_random(
 
 def _combined(*hashes: str) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _hashes(manifest: Manifest, other_vae: Path | None) -> dict[str, str]:
+    files = {name: record.sha256 for name, record in manifest.files.items()}
+    if other_vae is None:
+        return files
+    own = PurePosixPath(manifest.parts["vae"])
+    files = {name: sha256 for name, sha256 in files.items() if own not in PurePosixPath(name).parents}
+    return files | {f"vae/{p.name}": _record(p).sha256 for p in sorted(other_vae.iterdir()) if p.is_file()}
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
@@ -708,10 +719,11 @@ def write_package(
         )
         (unfinished / MANIFEST).write_text(written.to_json(), "utf-8")
         for path in unfinished.rglob("*"):
-            _sync(path)
+            (durable.sync_folder if path.is_dir() else durable.sync_file)(path)
         _move_into_place(unfinished, folder)
+        durable.sync_folder(folder.parent)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        if e.errno in durable.FULL_DISK:
             raise DiskFullError(
                 f"no space left to write {folder}", hint="Free some space and try again."
             ) from e
@@ -733,12 +745,6 @@ def _vae_config(vae: nn.Module) -> dict[str, Any]:
         return {"_class_name": "TinyAutoencoder", **vae.config.to_dict()}
     config: Any = vae.config
     return {"_class_name": type(vae).__name__, **_public(dict(config))}
-
-
-def _sync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
 
 
 def _move_into_place(new: Path, folder: Path) -> None:

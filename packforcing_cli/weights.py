@@ -7,7 +7,9 @@ Knows no module class, no model names and no hashes (`registry` verifies files b
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from packforcing_cli.errors import WeightsError
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
 RANDOM_STD = 0.02  # of random weights, as transformers are commonly initialised
-MAPPED_BYTES = 128 << 20  # of a file, read before it is mapped anew
+MAPPED_BYTES = 64 << 20  # of a file, read before it is mapped anew
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -120,6 +122,8 @@ def _stream(path: Path, device: torch.device | str) -> Iterator[tuple[str, Tenso
     """The tensors of a file, one after the other.
 
     The pages of a mapped file that were read stay in memory until it is unmapped, so it is mapped anew now and then.
+    What was freed on the way is given back at the same time: small tensors that stay, between large ones that went,
+    keep glibc from doing so by itself (quantizing 200 MB of 2 MB matrices left 0.6 GB behind).
     """
     with safe_open(path, framework="pt", device=str(device)) as file:
         names = list(file.keys())
@@ -131,6 +135,14 @@ def _stream(path: Path, device: torch.device | str) -> Iterator[tuple[str, Tenso
                 read += tensor.nbytes
                 yield names.pop(0), tensor
                 del tensor
+        _give_back_freed_memory()
+
+
+def _give_back_freed_memory() -> None:
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it, musl does not
+        if trim is not None:
+            trim(0)
 
 
 def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> None:

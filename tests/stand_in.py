@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
+from hub_server import sha256 as sha256
+from safetensors.torch import load, save
 
 from packforcing_cli import text
+from packforcing_cli.catalog import ModelFacts
+from packforcing_cli.convert import original_name
 from packforcing_cli.quiet import known_import_noise_dropped
 from packforcing_cli.training.demo_text import build_demo_tokenizer, tiny_umt5_config
+from packforcing_cli.transformer import TransformerConfig, WanTransformer
+from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
 
 SHARDS = 5  # of the text encoder
 
@@ -36,6 +43,19 @@ def transformer(folder: Path, seed: int = 0) -> dict[str, bytes]:
     )
     model.save_pretrained(folder / "transformer")
     return files_of(folder / "transformer", "transformer")
+
+
+def checkpoint(seed: int = 4) -> bytes:
+    """A .pt as Self-Forcing's code family writes it: a tiny network with original Wan names, last and averaged."""
+    torch.manual_seed(seed)
+    config = TransformerConfig(
+        num_layers=1, num_attention_heads=1, attention_head_dim=128, ffn_dim=16, text_dim=64, freq_dim=16
+    )
+    last = {f"model.{original_name(k)}": v for k, v in WanTransformer(config).state_dict().items()}
+    averaged = {name: tensor * 0.5 for name, tensor in last.items()}
+    buffer = io.BytesIO()
+    torch.save({"generator": last, "generator_ema": averaged, "critic": {}}, buffer)
+    return buffer.getvalue()
 
 
 def vae(folder: Path) -> dict[str, bytes]:
@@ -75,3 +95,29 @@ def wan_base(folder: Path) -> dict[str, bytes]:
     """The files of Wan-AI/Wan2.1-T2V-1.3B-Diffusers that packforcing reads, and some that it does not."""
     rest = {"model_index.json": b"{}", "README.md": b"# Wan", "vae/notes.bin": b"x" * 5000}
     return vae(folder) | text_encoder() | tokenizer(folder) | rest
+
+
+def changed(files: dict[str, bytes], path: str) -> dict[str, bytes]:
+    """The same files, of which one has another last byte or, as JSON, another text."""
+    content = files[path]
+    other = b" " + content if path.endswith(".json") else content[:-1] + bytes([content[-1] ^ 1])
+    return files | {path: other}
+
+
+def poisoned(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same files, the transformer with a NaN in it."""
+    path = "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load(files[path])
+    tensors["proj_out.weight"][0, 0] = float("nan")
+    return files | {path: save(tensors, metadata={"format": "pt"})}
+
+
+def tiny_vae() -> bytes:
+    """taew2_1.safetensors, at its true size, with random weights."""
+    torch.manual_seed(3)
+    return save({k: v.half() for k, v in TinyAutoencoder(TinyAutoencoderConfig()).state_dict().items()})
+
+
+def tiny_vae_facts(facts: ModelFacts) -> ModelFacts:
+    """The catalog's facts without the hash of the true file."""
+    return replace(facts, parts={"vae": replace(facts.parts["vae"], sha256={})})

@@ -23,7 +23,8 @@ def test_the_defaults_are_those_of_the_design() -> None:
     assert (memory.sink_blocks, memory.recent_blocks, memory.top_k, memory.bank) == (2, 1, 16, 256)
     assert (memory.mid_span, memory.compressor, memory.compressed_context) == (None, "auto", "sinks")
     request = GenerateRequest(prompt="a red circle")
-    assert (request.model, request.crf, request.device, request.overwrite) == ("demo", 18, "auto", False)
+    assert (request.model, request.crf, request.device, request.overwrite) == ("auto", 18, "auto", False)
+    assert PlanRequest().model == "demo"
     assert (request.seed, request.steps, request.guidance, request.size) == (None, None, None, None)
 
 

@@ -149,7 +149,7 @@ def test_every_mode_runs_on_a_gpu(mode: str, folder: Path) -> None:
 
 
 def test_fp8_is_refused_without_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(EnvironmentProblem, match="runs on the cpu") as error:
+    with pytest.raises(EnvironmentProblem, match="runs on the CPU") as error:
         quantize.require_support("fp8", CPU)
     assert "--quantize int8" in error.value.hint
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))

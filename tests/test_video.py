@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
 import random
 import signal
@@ -20,15 +22,20 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from packforcing_cli import video
-from packforcing_cli.errors import DiskFullError, LockedError, UsageError, VideoError
+from packforcing_cli import durable, video
+from packforcing_cli.errors import DiskFullError, EnvironmentProblem, LockedError, UsageError, VideoError
 from packforcing_cli.video import (
+    FrameFolder,
+    PipeWriter,
     VideoReader,
     VideoWriter,
+    check_encoder,
+    check_frames,
     check_output,
     contact_sheet,
     fitted,
@@ -386,7 +393,7 @@ def test_disk_full_while_finishing_keeps_the_part(tmp_path: Path, monkeypatch: p
     def fail(_: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(video, "_sync_file", fail)
+    monkeypatch.setattr(durable, "sync_file", fail)
     with pytest.raises(DiskFullError):
         writer.close()
     assert names(tmp_path) == ["a.part.mp4"]
@@ -679,3 +686,102 @@ def test_what_is_no_picture_is_a_usage_error(tmp_path: Path) -> None:
     for name in ("cut.png", "empty.png", "missing.png", "."):
         with pytest.raises(UsageError):
             read_image(tmp_path / name, (64, 64))
+
+
+# --------------------------------------------------------------------------------- codecs, containers, other sinks
+
+
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+@pytest.mark.parametrize("ending", [".mp4", ".mkv", ".mov", ".MKV"])
+def test_every_container_has_all_frames_tags_and_chapters(codec: str, ending: str, tmp_path: Path) -> None:
+    blocks = [make_frames(1, 13), make_frames(2, 16)]
+    path = tmp_path / f"a{ending}"
+    options = {"codec": codec, "chapters": [(0, "one"), (13, "two ÿ"), (40, "behind the end")]}
+    with open_writer(path, metadata={"prompt": "café"}, **options) as writer:
+        for block in blocks:
+            writer.write(block)
+        writer.flush()
+        assert sum(1 for _ in VideoReader(writer.part_path)) == 29  # plays before it is finished
+    assert names(tmp_path) == [path.name]
+    reader = VideoReader(path)
+    assert np.abs(np.stack(list(reader)).astype(int) - np.concatenate(blocks)).mean() < 12
+    assert {key.lower(): value for key, value in reader.metadata.items()}["prompt"] == "café"
+    assert [title for _, title in reader.chapters] == ["one", "two ÿ"]
+    assert [start for start, _ in reader.chapters] == pytest.approx([0, 13 / 16], abs=1e-3)
+    with av.open(str(path)) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.name, context.colorspace, context.color_range) == (codec, 1, 1)
+        times = [
+            p.pts * p.time_base for p in container.demux(container.streams.video[0]) if p.pts is not None
+        ]
+    assert times == pytest.approx([Fraction(n, FPS) for n in range(29)], abs=1e-3)
+
+
+def test_packets_of_an_hevc_block_depend_on_its_frames_alone(tmp_path: Path) -> None:
+    a, b, c = make_frames(1, 13), make_frames(2, 16), make_frames(3, 16)
+    one = packets(write_video(tmp_path / "one.mp4", [a, b], codec="hevc"))
+    other = packets(write_video(tmp_path / "other.mkv", [c[:13], b], codec="hevc"))
+    assert [len(data) for data, *_ in one[13:]] == [len(data) for data, *_ in other[13:]]
+    assert one[13][2] and other[13][2]
+
+
+def test_nvenc_is_refused_where_it_does_not_work() -> None:
+    with contextlib.suppress(EnvironmentProblem):
+        check_encoder("hevc_nvenc", fps=FPS, width=256, height=256)
+        pytest.skip("this machine has a GPU with NVENC")
+    with pytest.raises(EnvironmentProblem) as caught:
+        check_encoder("h264_nvenc", fps=FPS, width=256, height=256)
+    assert caught.value.hint == "Use --codec h264."
+
+
+@pytest.mark.parametrize("options", [{"codec": "av1"}, {"crf": 60}, {"width": 63}])
+def test_impossible_encoders_are_usage_errors(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError):
+        check_encoder(**{"codec": "h264", "fps": FPS, "width": 64, "height": 64} | options)
+    with pytest.raises(VideoError, match="preset 'warp'"):
+        check_encoder("hevc", fps=FPS, width=64, height=64, preset="warp")
+
+
+def test_a_pipe_gets_whole_blocks_one_by_one() -> None:
+    pipe, blocks = io.BytesIO(), [make_frames(1, 13), make_frames(2, 16), make_frames(3, 16)]
+    with PipeWriter(pipe, fps=FPS, width=WIDTH, height=HEIGHT, metadata={"prompt": "a"}) as writer:
+        for n, block in enumerate(blocks):
+            writer.write(block)
+            with av.open(io.BytesIO(pipe.getvalue())) as container:
+                assert container.metadata["prompt"] == "a"
+                assert sum(1 for _ in container.decode(video=0)) == (13, 29, 45)[n]
+    assert not pipe.closed
+
+
+def test_a_pipe_that_nobody_reads_is_one_error() -> None:
+    ours, theirs = os.pipe()
+    os.close(ours)
+    with os.fdopen(theirs, "wb", buffering=0) as pipe, pytest.raises(VideoError, match="nobody reads"):
+        PipeWriter(pipe, fps=FPS, width=WIDTH, height=HEIGHT)
+
+
+def test_frames_are_numbered_pictures_and_never_overwritten_by_accident(tmp_path: Path) -> None:
+    frames, folder = make_frames(1, 13), tmp_path / "frames"
+    check_frames(folder)
+    assert not folder.exists()
+    FrameFolder(folder).write(frames[:5], first=0)
+    FrameFolder(folder).write(torch.from_numpy(frames[5:]), first=5)
+    files = sorted(folder.iterdir())
+    assert [files[0].name, files[-1].name, len(files)] == ["frame-000000.png", "frame-000012.png", 13]
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in files]), frames)
+    for wrong in (folder, tmp_path / "no" / "parent", files[0]):
+        with pytest.raises(UsageError):
+            check_frames(wrong)
+    check_frames(folder, overwrite=True)
+
+
+@pytest.mark.parametrize("ending", [".mkv", ".mov"])
+@pytest.mark.parametrize("codec", ["h264", "hevc"])
+def test_a_finished_file_of_any_kind_can_be_gone_on_with(codec: str, ending: str, tmp_path: Path) -> None:
+    blocks = [make_frames(n, 13 if n == 0 else 16) for n in range(3)]
+    first = write_video(tmp_path / f"first{ending}", blocks[:2], codec=codec)
+    with open_writer(tmp_path / f"second{ending}", codec=codec) as writer:
+        writer.copy(first, [13, 16])
+        writer.write(blocks[2])
+    whole = write_video(tmp_path / f"whole{ending}", blocks, codec=codec)
+    assert packets(tmp_path / f"second{ending}") == packets(whole)

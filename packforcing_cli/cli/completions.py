@@ -17,7 +17,7 @@ from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
 _FILE_OPTIONS = (
-    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from"),
+    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from", "--frames"),
     *("--embeddings", "--lora", "--base"),
 )
 
@@ -89,8 +89,12 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--compressed-context": config.COMPRESSED_CONTEXTS,
         "--mid-span": ("fit", "block", "1", "2"),
         "--bank": (config.UNLIMITED,),
+        "--quantize": config.QUANTIZATIONS,
+        "--quantize-text": config.TEXT_QUANTIZATIONS,
+        "--offload": config.OFFLOADS,
         "--dtype": config.DTYPES,
         "--fit": config.FITS,
+        "--codec": config.CODECS,
         "--device": ("auto", "cpu", "cuda"),
         "--parity": ("paper",),
         "--progress": ("auto", "rich", "plain", "json", "none"),

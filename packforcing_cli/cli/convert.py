@@ -12,9 +12,17 @@ KINDS = ("student", "full")
 
 def convert(
     source: Annotated[
-        Path, typer.Argument(help="A checkpoint (.pt), a .safetensors file, or a folder of sharded ones.")
+        Path,
+        typer.Argument(
+            help="A model that was pulled, a checkpoint (.pt), a .safetensors file, or a folder of sharded ones."
+        ),
     ],
-    output: Annotated[Path, typer.Option("-o", "--output", metavar="FOLDER", help="The package to write.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--output", metavar="FOLDER", help="The package to write. A pulled model has its own place."
+        ),
+    ] = None,
     base: Annotated[
         str | None,
         typer.Option(
@@ -57,12 +65,14 @@ def convert(
 ) -> None:
     """Make a model package from published weights. Prints its folder.
 
+    For the models packforcing knows: packforcing models pull NAME, then packforcing models convert NAME.
+
     Understands Self-Forcing, Causal-Forcing and LongLive checkpoints, original Wan 2.1 safetensors and those of
     diffusers. A .pt file is a program; it is read in a process of its own, and only if it holds nothing but tensors.
 
     Example: packforcing models convert self_forcing_dmd.pt -o self-forcing --base ./wan-package
     """
-    from packforcing_cli import registry
+    from packforcing_cli import catalog, install, registry
     from packforcing_cli.cli import console
     from packforcing_cli.convert import convert as run
     from packforcing_cli.errors import UsageError
@@ -75,6 +85,23 @@ def convert(
         if dtype == "auto":
             raise UsageError("--dtype auto: must be keep, bf16, fp16 or fp32", hint="See --dtype in --help.")
         stored = registry.resolve_dtype(dtype, registry.resolve_device("cpu"))
+    known = None if source.exists() else catalog.find(str(source))
+    pickled = None
+    if known is not None and known.pickled:
+        given = {"--output": output, "--base": base, "--lora": lora, "--name": name, "--license": license_}
+        for option, value in given.items():
+            if value is not None:
+                raise UsageError(
+                    f"{option} does not go with {known.name}, which decides it", hint="Leave it away."
+                )
+        pickled = install.pickled(known)
+        source, output, base, name, license_ = (
+            pickled.checkpoint, pickled.folder, str(pickled.folder), known.name, known.license
+        )  # fmt: skip
+        lora, overwrite = pickled.lora, True
+        ema = known.ema if ema is None else ema
+    if output is None:
+        raise UsageError("there is no --output", hint="Name the package's folder: -o FOLDER")
     if not quiet:
         console.say(f"reading {source} …")
     done = run(
@@ -91,6 +118,8 @@ def convert(
         license=license_,
         overwrite=overwrite,
     )
+    if pickled is not None:
+        install.finish_conversion(pickled, done.manifest)
     if not quiet:
         for note in done.notes:
             console.say(note)

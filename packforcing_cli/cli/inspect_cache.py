@@ -46,7 +46,7 @@ def inspect_cache(
 
     Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
     """
-    from packforcing_cli import packages, planner
+    from packforcing_cli import catalog, machine, packages, planner
     from packforcing_cli.cli import console, settings
 
     flags = {
@@ -70,11 +70,20 @@ def inspect_cache(
         "vae": vae,
     }
     request = settings.gather(flags).plan_request()
+    if request.model == "auto":  # what generate would take; whether it fits is not asked here
+        request = request.changed(model=catalog.RECOMMENDED if machine.has_nvidia_driver() else "demo")
     plan = planner.plan(request, facts=packages.facts(request.model))
     if as_json:
         console.result_json(plan.to_json())
         return
-    for table in (_summary(plan), _partitions(plan), _bytes(plan), _growth(plan), _slots(plan)):
+    for table in (
+        _summary(plan),
+        _partitions(plan),
+        _bytes(plan),
+        _stages(plan),
+        _growth(plan),
+        _slots(plan),
+    ):
         console.result_table(table)
     for warning in plan.warnings:
         console.warn(warning)
@@ -144,9 +153,33 @@ def _bytes(plan: Plan) -> Any:
     table.add_row(
         "full history", console.gb(plan.full_history_bytes), "if nothing were compressed or dropped"
     )
-    weights = plan.weights.transformer + plan.weights.vae
-    table.add_row("weights", console.gb(weights), f"transformer and VAE in {plan.dtype}")
-    table.add_row("peak", console.gb(plan.peak_bytes), "estimate, with weights and working memory")
+    return table
+
+
+def _stages(plan: Plan) -> Any:
+    from packforcing_cli.cli import console
+
+    weights = plan.weights
+    beside = any(stage.host_bytes for stage in plan.stages)
+    table = _new_table(
+        "Memory by stage, estimated", "stage", "memory", *(["host memory"] if beside else []), "what it is"
+    )
+    table.columns[-1].justify = "left"
+    running = weights.transformer + weights.vae + weights.compressor
+    encoder = f"text encoder {console.gb(weights.text_encoder)}"
+    for stage, said in zip(
+        plan.stages,
+        (
+            f"{encoder}, on the CPU" if beside else f"{encoder}, freed afterwards",
+            f"weights {console.gb(running)}, cache {console.gb(plan.capacity.live)}, activations",
+            "the same, and the VAE's feature maps",
+        ),
+        strict=True,
+    ):
+        row = [stage.name, console.gb(stage.device_bytes)] + (
+            [console.gb(stage.host_bytes)] if beside else []
+        )
+        table.add_row(*row, said)
     return table
 
 

@@ -301,8 +301,14 @@ def pull(
     needed = plan.download_bytes
     if not quiet:
         _introduce(called, plan, needed)
-    with Transfers(quiet=quiet, sizes={one.name: one.file.size for one in plan.wanted}) as shown:
-        manifest = install.pull(plan, hub, update=update, advance=lambda one, n: shown.advance(one.name, n))
+    try:
+        with Transfers(quiet=quiet, sizes={one.name: one.file.size for one in plan.wanted}) as shown:
+            manifest = install.pull(
+                plan, hub, update=update, advance=lambda one, n: shown.advance(one.name, n)
+            )
+    except KeyboardInterrupt:
+        say(f"What has arrived is kept; the same command goes on: packforcing models pull {name}")
+        raise
     _report_pull(called, plan.folder, manifest, needed, as_json=as_json, quiet=quiet)
 
 

@@ -84,7 +84,12 @@ PLAN_SHAPE: dict[str, Any] = {
         "within_trained_range": bool,
     },
     "growth": list,
-    "weight_bytes": {"transformer": int, "text_encoder": int, "vae": int},
+    "weight_bytes": {"transformer": int, "text_encoder": int, "vae": int, "compressor": int},
+    "quantize": str,
+    "quantize_text": str,
+    "offload": str,
+    "vae": str,
+    "stages": list,
     "working_bytes_estimate": int,
     "peak_bytes_estimate": int,
     "disk_bytes_estimate": int,
@@ -137,6 +142,9 @@ def test_the_json_is_frozen(options: tuple[str, ...], run_command: Any) -> None:
     values = json.loads(result.out)
     assert values["schema"] == 1
     assert_shape(values, PLAN_SHAPE)
+    assert [stage["name"] for stage in values["stages"]] == ["text", "denoise", "decode"]
+    for stage in values["stages"]:
+        assert_shape(stage, {"name": str, "device_bytes": int, "host_bytes": int}, "stages")
     for point in values["growth"]:
         assert_shape(point, GROWTH_SHAPE, "growth")
 

@@ -44,6 +44,7 @@ RESULT_SHAPE: dict[str, Any] = {
     "frames": int,
     "blocks": int,
     "seconds": float,
+    "run": str,
     "interrupted": bool,
     "warnings": list,
     "command": str,
@@ -160,7 +161,8 @@ def test_stdout_is_the_path_and_stderr_is_the_talk(generate: Any, tmp_path: Path
     assert (result.code, result.out) == (0, "a-red-circle.mp4\n")
     said = result.err.splitlines()
     assert said[0] == (
-        "tiny on cpu (fp32), 64x64, seed 7; 3 s in whole blocks: 3 = 45 frames = 2.81 s at 16 fps"
+        "tiny on cpu (fp32), 64x64, seed 7; 3 s in whole blocks: 3 = 45 frames = 2.81 s at 16 fps;"
+        " model: asked for; device: there is no NVIDIA driver; precision: as on every CPU"
     )
     assert said[1].startswith("block 1/3: 0:01 of 0:03, ")
     assert said[2].startswith("block 3/3: 0:03 of 0:03, ")
@@ -193,6 +195,7 @@ def test_every_line_of_json_progress_is_an_event(generate: Any) -> None:
     assert set(events[3]) == {
         "event",
         "index",
+        "replayed",
         "seconds",
         "stages",
         "eta_seconds",
@@ -352,6 +355,40 @@ def test_a_plan_needs_no_torch_without_an_nvidia_driver(package: Path, tmp_path:
         assert done.returncode == expected, done.stderr
 
 
+def test_quantized_linears_make_a_video_and_are_part_of_the_command(generate: Any, tmp_path: Path) -> None:
+    options = ("--quantize", "int8", "--quantize-text", "int8", "--dtype", "bf16", "--seed", "1")
+    result = generate(*options, "-o", "a.mp4")
+    assert result.code == 0
+    assert "tiny on cpu (bf16 with int8 linears), 64x64" in result.err
+    assert "precision: asked for" in result.err
+    assert num_frames(tmp_path / "a.mp4") == 45
+    dry = generate(*options, "--dry-run")
+    assert "--quantize int8 --quantize-text int8" in dry.out.splitlines()[-1]
+
+
+def test_auto_fit_makes_the_change_and_says_so(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    long = ("--seconds", "20000", "--policy", "full", "--dry-run", "--json")
+    need = json.loads(generate("--seconds", "20000", "--dry-run", "--json").out)["peak_bytes_estimate"]
+    monkeypatch.setattr(planner, "host_machine", lambda folder=None: planner.Machine(2 * need, 10**12))
+    assert json.loads(generate(*long).out)["fits"] is False
+    values = json.loads(generate(*long, "--auto-fit").out)
+    assert (values["fits"], values["memory"]["policy"]) == (True, "packforcing")
+    assert values["warnings"][0].startswith("auto-fit: --policy packforcing; as asked about ")
+    assert "--policy packforcing" in values["command"]
+    assert "--auto-fit" not in values["command"]
+    monkeypatch.setattr(planner, "host_machine", lambda folder=None: planner.Machine(1000))
+    assert_one_message(generate("--auto-fit"), 5, "of memory are needed", "another machine")
+
+
+def test_the_peak_of_every_stage_is_shown(generate: Any, package: Path, run_command: Any) -> None:
+    (line,) = [line for line in generate("--dry-run").out.splitlines() if line.startswith("peak memory")]
+    assert line.startswith("peak memory  about ")
+    assert ": text " in line and ", denoise " in line and ", decode " in line
+    said = run_command("inspect-cache", "--model", str(package), "--offload", "all").out
+    assert "Memory by stage" in said
+    assert "host memory" in said
+
+
 # ------------------------------------------------------------------------------------------------- wrong input
 
 
@@ -373,9 +410,13 @@ def test_a_plan_needs_no_torch_without_an_nvidia_driver(package: Path, tmp_path:
         (["--seed", "-1"], "--seed -1", "--help"),
         (["--crf", "99"], "--crf 99", "18 looks lossless"),
         (["--vae", "wan"], "there is no 'wan'", "Leave --vae out"),
+        (["--quantize", "int4"], "--quantize int4: must be one of none, int8", "--help"),
+        (["--quantize-text", "fp8"], "--quantize-text fp8: must be one of none, int8", "--help"),
+        (["--offload", "some"], "--offload some: must be one of none, text, all", "--help"),
+        (["--offload", "all"], "keeps weights off a GPU, and the model runs on the CPU", "--quantize int8"),
         (["-o", "no/such/a.mp4"], "the folder no/such does not exist", "mkdir -p no/such"),
         (["-o", "a.avi"], "cannot write a video to a.avi", "ends in .mp4"),
-        (["-o", "-"], "standard output", "-o video.mp4"),
+        (["-o", "-", "--json"], "cannot both go to standard output", "Leave --json away"),
         (["-o", "/dev/null/a.mp4"], "/dev/null is not a folder", "-o"),
         (["--model", "dema"], "no model is named 'dema'; did you mean demo", "models list"),
         (["--model", "wan2.1-1.3b"], "is a family of models", "--model demo"),
@@ -440,6 +481,12 @@ def test_a_folder_that_is_not_writable_is_refused(generate: Any, tmp_path: Path)
     assert_one_message(generate("-o", "locked/a.mp4"), 2, "is not writable", "-o")
 
 
+def test_fp8_on_a_cpu_is_an_environment_problem(generate: Any) -> None:
+    for more in ([], ["--dry-run"]):
+        result = generate("--quantize", "fp8", "--device", "cpu", *more)
+        assert_one_message(result, 4, "needs an NVIDIA GPU with fp8 products", "--quantize int8")
+
+
 def test_a_gpu_that_is_not_there_is_an_environment_problem(generate: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
@@ -449,7 +496,7 @@ def test_a_gpu_that_is_not_there_is_an_environment_problem(generate: Any) -> Non
 def test_a_missing_or_damaged_package_is_bad_weights(run_command: Any, package: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     result = run_command("generate", PROMPT, "--model", "empty")
-    assert_one_message(result, 7, "is not a complete model package", "--model demo")
+    assert_one_message(result, 7, "is not a model package", "--model demo")
     copy = tmp_path / "copy"
     for path in package.rglob("*"):
         if path.is_file():
@@ -497,7 +544,7 @@ def test_a_full_disk_keeps_what_was_made(
     def write_some(fd: int, data: Any) -> int:
         if len(data) > 1000:  # a block, not a line of talk
             written.append(len(data))
-        if len(written) > 3:  # the header is the first
+        if len(written) > 7:  # run.json is the first, then a block is written twice, to run folder and video
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(fd, data)
 
@@ -581,7 +628,7 @@ def test_the_first_signal_finishes_block_and_file(
     number: signal.Signals, code: int, generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send_in_block(monkeypatch, 2, number)
-    result = generate("--seconds", "60", "--json", "--seed", "5")
+    result = generate("--seconds", "60", "--json", "--seed", "5", "--no-run")
     assert result.code == code
     values = json.loads(result.out)
     assert (values["interrupted"], values["blocks"], values["frames"]) == (True, 3, 45)
@@ -607,7 +654,7 @@ def test_the_second_signal_stops_at_once_and_the_part_plays(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     send_in_block(monkeypatch, 2, signal.SIGINT, times=2)
-    result = generate("--seconds", "60")
+    result = generate("--seconds", "60", "--no-run")
     assert (result.code, result.out) == (130, "")
     said = result.err.splitlines()[-2:]
     assert said[0] == "Stopped at once. What was made so far plays: a-red-circle.part.mp4"
@@ -655,7 +702,7 @@ def test_ctrl_c_from_outside_leaves_a_finished_file(package: Path, tmp_path: Pat
     code, out, err = end(process)
     assert (code, out) == (130, "v.mp4\n")
     assert "Stopping after this block; Ctrl-C once more stops at once." in err
-    assert " of 6000 blocks. The whole video: " in err.splitlines()[-1]
+    assert " of 6000 blocks. To go on: packforcing resume 2" in err.splitlines()[-1]
     assert whole_blocks(tmp_path / "v.mp4") >= 1
     assert [p.name for p in tmp_path.iterdir()] == ["v.mp4"]
 
@@ -663,10 +710,11 @@ def test_ctrl_c_from_outside_leaves_a_finished_file(package: Path, tmp_path: Pat
 def test_after_kill_9_the_part_plays(package: Path, tmp_path: Path) -> None:
     process = start(package, tmp_path)
     part = tmp_path / "v.part.mp4"
-    size = part.stat().st_size
     deadline = time.monotonic() + 60
-    while part.stat().st_size == size and time.monotonic() < deadline:
-        time.sleep(0.01)
+    for _ in range(2):  # when the second block begins the first one is whole
+        size = part.stat().st_size
+        while part.stat().st_size == size and time.monotonic() < deadline:
+            time.sleep(0.01)
     process.kill()
     assert end(process)[:2] == (-signal.SIGKILL, "")
     assert whole_blocks(part) >= 1

@@ -6,6 +6,8 @@ import hashlib
 import json
 import shlex
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -158,3 +160,63 @@ def test_a_changed_model_is_said_and_no_metadata_leaves_nothing(
     assert not {"prompt", "seed", "model", "packforcing"} & set(tags)
     for arguments in (("show", "n.mp4"), ("generate", "--from", "n.mp4")):
         assert_one_message(run_command(*arguments), 2, "n.mp4 does not say how it was made", "--no-metadata")
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_can_be_another_kind_and_its_frames_pictures(
+    generate: Any, run_command: Any, tmp_path: Path
+) -> None:
+    arguments = ("a red circle", "--seconds", "2", "--codec", "hevc", "--crf", "30", "--preset", "ultrafast")
+    made = generate(*arguments, "-o", "a.mkv", "--frames", "pictures")
+    assert made.code == 0, made.err
+    assert made.out == "a.mkv\n"
+    assert (
+        len(list((tmp_path / "pictures").glob("frame-*.png")))
+        == len(list(VideoReader(tmp_path / "a.mkv")))
+        == 29
+    )
+    values = json.loads(run_command("show", "a.mkv", "--json").out)
+    assert (values["request"]["codec"], values["request"]["preset"], values["frames"]) == (
+        "hevc",
+        "ultrafast",
+        29,
+    )
+    again = generate(*arguments, "-o", "b.mkv", "--frames", "pictures")
+    assert_one_message(again, 2, "there are frames in pictures", "--overwrite")
+    plan = generate(*arguments, "-o", "b.mov", "--frames", "p", "--dry-run").out
+    assert all(said in plan for said in ("--preset ultrafast", "--codec hevc", "--frames p"))
+    assert not (tmp_path / "p").exists()
+
+
+def test_a_video_goes_to_standard_output(package: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "packforcing_cli", "generate", "a red circle", "--model", str(package)]
+    done = subprocess.run(
+        [*command, "--seconds", "2", "-o", "-"], capture_output=True, timeout=300, cwd=tmp_path, check=True
+    )
+    (tmp_path / "a.mp4").write_bytes(done.stdout)
+    reader = VideoReader(tmp_path / "a.mp4")
+    assert sum(1 for _ in reader) == 29 and reader.metadata["prompt"] == "a red circle"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said", "next_step"),
+    [
+        (("-o", "-", "--json"), "cannot both go to standard output", "--json"),
+        (("-o", "a.avi"), "cannot write a video to a.avi", ".mkv"),
+        (("--codec", "h265"), "--codec h265: must be one of h264, hevc", "--codec"),
+        (("--preset", "warp"), "preset 'warp'", "--preset"),
+    ],
+)
+def test_other_kinds_are_refused_before_the_model_is_loaded(
+    arguments: tuple[str, ...], said: str, next_step: str, generate: Any
+) -> None:
+    code = 1 if "warp" in arguments else 2
+    assert_one_message(generate("a red circle", "--seconds", "2", *arguments), code, said, next_step)
+
+
+def test_a_terminal_gets_no_video(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    made = generate("a red circle", "-o", "-")
+    assert made.code == 2 and "cannot go to a terminal" in made.err

@@ -1,0 +1,195 @@
+"""Which model a command takes, on which device, in which precision, and why; said in one line.
+
+    --model auto    no CUDA GPU              -> demo, a toy world
+                    an installed real model  -> the first whose plan fits the GPU; none fits -> demo
+                    none installed           -> what to install: a question on a terminal, exit 8 elsewhere
+
+Nothing of many GB is ever downloaded without a yes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from packforcing_cli.catalog import ModelFacts
+    from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.planner import Machine
+
+AUTO = "auto"
+DEMO = "demo"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs, in which precision, what there is to use, and why."""
+
+    device: str
+    dtype: str
+    machine: Machine
+    why: str
+    why_dtype: str
+
+
+def choose_device(request: GenerateRequest, output_folder: Path) -> Device:
+    """Take device and dtype; torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
+
+    Raises: EnvironmentProblem for a GPU that is not there, or lacks what is
+        asked for.
+    """
+    from packforcing_cli import catalog, machine, planner
+
+    host = planner.host_machine(output_folder)
+    why_dtype = "asked for" if request.dtype != "auto" else "as on every CPU"
+    why = "asked for"
+    if request.device == "auto":
+        why = "there is no NVIDIA driver" if not machine.has_nvidia_driver() else ""
+    if request.device == "cpu" or (request.device == "auto" and why):
+        catalog.check_cpu(request.quantize, request.offload)
+        return Device("cpu", "fp32" if request.dtype == "auto" else request.dtype, host, why, why_dtype)
+    from packforcing_cli import registry
+    from packforcing_cli.quantize import require_support
+
+    device = registry.resolve_device(request.device)
+    dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
+    require_support(request.quantize, device)
+    if device.type == "cpu":
+        catalog.check_cpu(request.quantize, request.offload)
+        return Device("cpu", dtype, host, "PyTorch sees no GPU", why_dtype)
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0]
+    name = f"{torch.cuda.get_device_name(device)} ({device})"
+    if request.dtype == "auto":
+        why_dtype = "as on every GPU that has it" if dtype == "bf16" else "this GPU has no bf16"
+    there = planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
+    return Device(str(device), dtype, there, why or "the GPU with most free memory", why_dtype)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A model for a request that asked for none.
+
+    model:   its name; empty when one should be installed first.
+    why:     one sentence.
+    install: the model to install, when none is and its plan fits.
+    """
+
+    model: str
+    why: str
+    install: ModelFacts | None = None
+
+
+def choose_model(
+    request: GenerateRequest,
+    machine: Machine,
+    installed: Iterable[tuple[str, ModelFacts]],
+    recommended: ModelFacts,
+) -> Choice:
+    """Take a model for --model auto.
+
+    Args:
+        machine:     where it will run; host_bytes is None when that is no GPU.
+        installed:   names and facts of the real models that are here, the first that fits is taken.
+        recommended: the model to install where none is.
+    Raises: UsageError if a model cannot make what is asked for.
+    """
+    from packforcing_cli import planner
+
+    if machine.host_bytes is None:
+        return Choice(DEMO, "no CUDA GPU is used, so the demo, a toy world")
+    best = ""
+    for name, facts in installed:
+        plan = planner.plan(request.changed(model=name), machine, facts=facts)
+        if plan.fits or (plan.change and request.auto_fit):
+            return Choice(name, "installed, and fits this GPU" + ("" if plan.fits else " after a change"))
+        best = best or _too_large(name, plan.suggestion)
+    if best:
+        return Choice(DEMO, best)
+    plan = planner.plan(request.changed(model=recommended.name), machine, facts=recommended)
+    if plan.fits or (plan.change and request.auto_fit):
+        return Choice("", "no real model is installed", install=recommended)
+    return Choice(DEMO, _too_large(recommended.name, plan.suggestion))
+
+
+def _too_large(name: str, suggestion: str) -> str:
+    needs = f"with {suggestion} it would" if suggestion else "nor would it with any option"
+    return f"{name} does not fit this GPU ({needs}), so the demo, a toy world"
+
+
+def installed_models() -> Iterator[tuple[str, ModelFacts]]:
+    """Names and facts of the complete real models on this machine: the catalog's first."""
+    from packforcing_cli import catalog, packages
+    from packforcing_cli.errors import PackforcingError
+
+    folders = {folder.name: folder for folder in packages.installed()}
+    known = [facts.name for facts in catalog.all_models() if facts.name in folders]
+    for folder_name in (*known, *(name for name in folders if name not in known)):
+        folder = folders[folder_name]
+        try:
+            manifest = packages.read_manifest(folder)
+            if not manifest.missing_parts and not packages.absent_files(manifest):
+                name = packages.name_of(folder)
+                yield name, packages.facts(name)
+        except PackforcingError:
+            continue  # a broken package is what `models list` and `doctor` tell of; it is not chosen here
+
+
+def resolve_model(request: GenerateRequest, on: Device) -> tuple[GenerateRequest, str]:
+    """The request with a model, and why it is that one. Asks, and downloads, where a person says yes.
+
+    Raises: OfflineError when a real model should be installed and nobody is there to ask, or says no.
+    """
+    if request.model != AUTO:
+        return request, "asked for"
+    from packforcing_cli import catalog
+
+    planned = request.changed(dtype=on.dtype)
+    choice = choose_model(planned, on.machine, installed_models(), catalog.get(catalog.RECOMMENDED))
+    if choice.install is not None:
+        offer(choice.install, on.machine)
+        return request.changed(model=choice.install.name), "the real model, just installed"
+    return request.changed(model=choice.model), choice.why
+
+
+def offer(facts: ModelFacts, machine: Machine) -> None:
+    """Say what a model is and takes; install it if a person says yes. Raises: OfflineError if not."""
+    from packforcing_cli import hub
+    from packforcing_cli import machine as this_machine
+    from packforcing_cli.cli import console
+    from packforcing_cli.errors import OfflineError
+
+    free = this_machine.free_disk(hub.cache_folder())
+    said = (
+        f"no real model is installed: {facts.name}, {console.gb(facts.download_bytes)} to download, licence"
+        f" {facts.license}, needs {console.gb(facts.download_bytes)} of disk"
+        + ("" if free is None else f" ({console.gb(free)} are free)")
+    )
+    refusal = OfflineError(
+        said, hint=f"packforcing models pull {facts.name}, or --model demo for the toy world."
+    )
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        raise refusal
+    import typer
+
+    console.say(said[0].upper() + said[1:] + ".")
+    if not typer.confirm(f"Download {facts.name} now?", default=False, err=True):
+        raise refusal
+    _download(facts.name)
+
+
+def _download(name: str) -> None:
+    from packforcing_cli import install
+    from packforcing_cli.cli import console
+    from packforcing_cli.cli.transfers import Transfers
+    from packforcing_cli.hub import Hub
+
+    hub = Hub(note=console.say)
+    plan = install.plan(name, hub)
+    sizes = {one.name: one.file.size for one in plan.wanted}
+    with Transfers(quiet=False, sizes=sizes) as shown:
+        install.pull(plan, hub, advance=lambda one, n: shown.advance(one.name, n))
