@@ -11,7 +11,7 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cache
 from pathlib import Path
@@ -24,6 +24,8 @@ from packforcing_cli.layout import Grid, Span
 TIME_EMBEDDING = 256  # channels of the sinusoidal timestep embedding (Wan 2.1)
 WEIGHT_BYTES = 2  # packages hold 16-bit weights
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as its own library allows
+RANDOM = "random:"  # before the name of a model: its shape with random weights
+MAX_RANDOM_LAYERS = 100
 DEMO_FOLDER = Path(__file__).parent / "demo"
 RECOMMENDED = "wan2.1-1.3b-self-forcing"  # what --model auto offers: safetensors, no conversion
 
@@ -114,6 +116,11 @@ class ModelFacts:
     pickled: tuple[PartSource, ...] = ()
     ema: bool | None = None
     license_note: str = ""
+
+    @property
+    def is_random(self) -> bool:
+        """Whether its weights are random, made on the device when it is loaded."""
+        return self.name.startswith(RANDOM)
 
     @property
     def download_bytes(self) -> int:
@@ -364,11 +371,52 @@ def get(name: str, *, also: Iterable[str] = ()) -> ModelFacts:
     raise UsageError(f"no model is named {name!r}; {said}", hint="packforcing models list shows all of them.")
 
 
+def of_random(model: str) -> ModelFacts | None:
+    """Facts of `random:NAME` or `random:NAME?layers=N`, a model of NAME's shape; None if it is no such name.
+
+    Raises: UsageError for an unknown name or option.
+    """
+    if not model.lower().startswith(RANDOM):
+        return None
+    name, asked, options = model.lower().removeprefix(RANDOM).partition("?")
+    facts = get(name)
+    if facts.kind == "vae":
+        raise UsageError(f"{facts.name} is a VAE, not a model", hint="Use --model random:wan2.1-1.3b.")
+    layers, option, number = facts.layers, *options.partition("=")[::2]
+    if asked:
+        if option != "layers" or not (number.isdecimal() and 1 <= int(number) <= MAX_RANDOM_LAYERS):
+            raise UsageError(
+                f"{model}: after the ? stands layers=N, N from 1 to {MAX_RANDOM_LAYERS}",
+                hint=f"For example --model {RANDOM}{facts.name}?layers=2",
+            )
+        layers = int(number)
+    return replace(
+        facts,
+        name=f"{RANDOM}{facts.name}" + (f"?layers={layers}" if asked else ""),
+        kind="package",
+        title=f"Random weights in the shape of {facts.name}, for bench and tests",
+        license="none",
+        layers=layers,
+        text_params=0,
+        text_embedding_params=0,
+        compressor_params=0,
+        branches="lr",
+        cache=MappingProxyType({"compressor": "lr"}),
+        install="made when it is used",
+        parts=MappingProxyType({}),
+        pickled=(),
+        license_note="",
+    )
+
+
 def of(model: str) -> ModelFacts:
     """Facts of a model by name, or of the package in a folder; of an installed model what its manifest says.
 
     Raises: UsageError for an unknown name, naming the nearest; WeightsError for a folder that is not a package.
     """
+    random = of_random(model)
+    if random is not None:
+        return random
     folder = Path(model).expanduser()
     if model.lower() not in _load() and folder.is_dir():
         return of_package(folder)

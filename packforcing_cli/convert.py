@@ -328,7 +328,7 @@ def _config_beside(source: Path) -> dict[str, Any]:
         return {}
     values = weights.read_config(folder)
     kind = values.get("_class_name", "WanModel")
-    if kind not in ("WanModel", "CausalWanModel", "WanTransformer3DModel"):
+    if kind not in ("WanModel", "CausalWanModel", "WanTransformer3DModel", "CausalWanTransformer3DModel"):
         raise WeightsError(f"{folder / weights.CONFIG} is that of a {kind}", hint=_HINT)
     if values.get("model_type", "t2v") != "t2v":
         raise WeightsError(

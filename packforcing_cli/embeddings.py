@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError, WeightsError
-from packforcing_cli.text import TextIdentity, clean
+from packforcing_cli.text import Encoder, TextIdentity, clean
 
 FORMAT = "packforcing-embeddings"  # the key of the metadata, which is one JSON text: its bytes have one order
 SCHEMA = 1
@@ -55,16 +55,6 @@ class Encoded:
     embeds: Tensor
     unknown: tuple[str, ...] = ()
     dropped: int = 0
-
-
-class Encoder(Protocol):
-    """What this file needs of `text.TextEncoder`."""
-
-    def encode(self, prompts: str) -> Tensor: ...
-
-    def unknown_words(self, prompt: str, vocabulary: tuple[str, ...]) -> tuple[str, ...]: ...
-
-    def num_dropped(self, prompt: str) -> int: ...
 
 
 def encode(

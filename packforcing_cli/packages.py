@@ -453,6 +453,9 @@ def facts(model: str) -> ModelFacts:
     Raises: UsageError for an unknown name, naming the nearest; WeightsError for a folder that is not a package;
         OfflineError for an hf: source that was not pulled.
     """
+    random = catalog.of_random(model)
+    if random is not None:
+        return random
     known = catalog.find(model)
     if known is not None and (
         known.name == "demo"

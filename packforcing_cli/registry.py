@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from packforcing_cli import catalog, durable, packages, weights
-from packforcing_cli.catalog import DEMO_FOLDER
+from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import DiskFullError, EnvironmentProblem, OfflineError, UsageError, WeightsError
 from packforcing_cli.packages import (
@@ -49,7 +49,15 @@ from packforcing_cli.packages import (
 from packforcing_cli.packages import record_of as _record
 from packforcing_cli.quantize import linear_weights, quantizer, require_support
 from packforcing_cli.quiet import known_import_noise_dropped
-from packforcing_cli.text import TIED, TextEncoder, TextIdentity, build_encoder, encoder_parts
+from packforcing_cli.text import (
+    TIED,
+    Encoder,
+    RandomTextEncoder,
+    TextEncoder,
+    TextIdentity,
+    build_encoder,
+    encoder_parts,
+)
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
 
@@ -111,7 +119,7 @@ class VideoModel:
     transformer: WanTransformer
     compressor: Compressor | None
     codec: Codec
-    load_text_encoder: Callable[[], TextEncoder]
+    load_text_encoder: Callable[[], Encoder]
     text: TextIdentity
     device: torch.device
     dtype: torch.dtype
@@ -131,7 +139,7 @@ class ModelSource:
     name: str
     manifest: Manifest
     folder: Path
-    load_text_encoder: Callable[[], TextEncoder]
+    load_text_encoder: Callable[[], Encoder]
     text: TextIdentity
     load: Callable[[], VideoModel]
     device: torch.device
@@ -183,24 +191,26 @@ def open_model(
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
     """
-    folder = find_package(name_or_folder)
+    facts = catalog.of_random(str(name_or_folder))
+    folder = Path() if facts is not None else find_package(name_or_folder)
     chosen_device = resolve_device(device)
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     if chosen_device.type == "cpu":
         catalog.check_cpu(quantize, offload)
     require_support(quantize, chosen_device)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
+    if facts is not None:
+        return _open_random(
+            facts, chosen_device, chosen_dtype, vae=vae, quantize=quantize, stream_layers=offload == "all"
+        )
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)
     verify_package(folder, manifest, trust=True)
-    transformer_config = TransformerConfig.from_dict(
-        _config_of(part_folder(folder, manifest, "transformer"), "WanTransformer3DModel")
-    )
     text = TextIdentity(
         encoder=_combined(manifest.part_hash("text_encoder"), manifest.part_hash("tokenizer")),
         length=manifest.text_length,
-        width=transformer_config.text_dim,
+        width=_transformer_config(part_folder(folder, manifest, "transformer")).text_dim,
         numerics=f"{dtype_name(chosen_dtype)} {text_device.type} {quantize_text}",
         vocabulary=manifest.vocabulary,
     )
@@ -264,6 +274,112 @@ def open_model(
     )
 
 
+def _open_random(
+    facts: ModelFacts,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    vae: str | Path | None,
+    quantize: str,
+    stream_layers: bool,
+) -> ModelSource:
+    """A model of true shape with random weights made on the device, and random embeddings: for bench and tests."""
+    if vae is not None:
+        catalog.check_vae(facts.name, facts.codec, str(vae))
+    kind = facts.codec if vae is None else str(vae)
+    manifest = Manifest(
+        name=facts.name,
+        version="0",
+        title=facts.title,
+        license=facts.license,
+        size=facts.default_size,
+        fps=facts.fps,
+        trained_frames=facts.trained_frames,
+        text_length=facts.text_length,
+        cache=CacheDefaults(
+            frames_per_block=facts.frames_per_block,
+            mid_span=str(facts.span_for(facts.frames_per_block)),
+            compressor="lr",
+        ),
+        schedule=Schedule(
+            kind=facts.schedule.kind,
+            steps=facts.schedule.num_steps,
+            timesteps=facts.schedule.steps if facts.schedule.kind == "renoise" else (),
+            shift=facts.schedule.shift,
+            guidance=facts.schedule.guidance,
+        ),
+        codec=CodecFactsRecord(
+            kind=facts.codec,
+            latent_channels=facts.latent_channels,
+            spatial_stride=facts.spatial_stride,
+            temporal_stride=facts.temporal_stride,
+            pixel_range=(-1.0, 1.0) if facts.codec == "wan" else (0.0, 1.0),
+        ),
+    )
+    config = TransformerConfig(
+        num_layers=facts.layers,
+        num_attention_heads=facts.heads,
+        attention_head_dim=facts.head_dim,
+        ffn_dim=facts.ffn_dim,
+        in_channels=facts.latent_channels,
+        out_channels=facts.latent_channels,
+        text_dim=facts.text_dim,
+        freq_dim=catalog.TIME_EMBEDDING,
+        patch_size=facts.patch,
+    )
+    encoder = RandomTextEncoder(length=facts.text_length, width=facts.text_dim, device=device, dtype=dtype)
+    text = TextIdentity(encoder="", length=facts.text_length, width=facts.text_dim, numerics="")
+
+    def load() -> VideoModel:
+        with torch.device("meta"):
+            transformer = WanTransformer(config)
+        change = _changes(transformer, device, dtype, quantize, stream_layers=stream_layers)
+        weights.randomise(transformer, device=device, dtype=dtype, change=change)
+        if stream_layers:
+            transformer.stream_layers(device)
+        codec: Codec
+        if kind not in ("tiny", "wan"):
+            codec = load_codec(Path(kind), device=device, dtype=dtype)
+        elif kind == "tiny":
+            shape = TinyAutoencoderConfig.demo() if facts.codec == "tiny" else TinyAutoencoderConfig()
+            with torch.device("meta"):
+                tiny = TinyAutoencoder(shape)
+            weights.randomise(tiny, device=device, dtype=dtype)
+            codec = TinyCodec(tiny)
+        else:
+            with known_import_noise_dropped():
+                from diffusers import AutoencoderKLWan
+            with torch.device("meta"):
+                wan = AutoencoderKLWan()
+            weights.randomise(wan, device=device, dtype=dtype)
+            codec = WanCodec(wan)
+        _check_codec(manifest, codec, facts.latent_channels, own=kind == facts.codec)
+        return VideoModel(
+            name=facts.name,
+            manifest=manifest,
+            folder=Path(),
+            transformer=transformer,
+            compressor=None,
+            codec=codec,
+            load_text_encoder=lambda: encoder,
+            text=text,
+            device=device,
+            dtype=dtype,
+            quantize=quantize,
+        )
+
+    return ModelSource(
+        name=facts.name,
+        manifest=manifest,
+        folder=Path(),
+        load_text_encoder=lambda: encoder,
+        text=text,
+        load=load,
+        device=device,
+        dtype=dtype,
+    )
+
+
 def _combined(*hashes: str) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
@@ -323,6 +439,17 @@ def load_transformer(
     Raises: WeightsError for another architecture or wrong tensors.
     """
     module = _empty_transformer(folder)
+    change = _changes(module, device, dtype, quantize, stream_layers=stream_layers)
+    module = _filled(module, folder, device, dtype, change)
+    if stream_layers:
+        module.stream_layers(device)
+    return module
+
+
+def _changes(
+    module: WanTransformer, device: torch.device, dtype: torch.dtype, quantize: str, *, stream_layers: bool
+) -> Callable[[str, Tensor], Tensor]:
+    """What is done with each tensor of a transformer while it is read: quantized, or left in host memory."""
     linears = linear_weights(module, LAYERS)
     shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
 
@@ -335,17 +462,18 @@ def load_transformer(
             tensor = tensor.pin_memory() if device.type == "cuda" else tensor
         return tensor
 
-    module = _filled(module, folder, device, dtype, change)
-    if stream_layers:
-        module.stream_layers(device)
-    return module
+    return change
 
 
 def _empty_transformer(folder: Path) -> WanTransformer:
+    with torch.device("meta"):
+        return WanTransformer(_transformer_config(folder))
+
+
+def _transformer_config(folder: Path) -> TransformerConfig:
     # The second name is FastVideo's for the same network run block by block.
     values = _config_of(folder, "WanTransformer3DModel", "CausalWanTransformer3DModel")
-    with torch.device("meta"):
-        return WanTransformer(TransformerConfig.from_dict(values))
+    return TransformerConfig.from_dict(values)
 
 
 def load_compressor(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Compressor:

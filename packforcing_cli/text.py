@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import html
 import re
+import zlib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -72,6 +73,43 @@ class TextIdentity:
     width: int
     numerics: str
     vocabulary: tuple[str, ...] = ()
+
+
+class Encoder(Protocol):
+    """What makes embeddings of prompts."""
+
+    def encode(self, prompts: str) -> Tensor:
+        """[1,T,C] of one prompt; zeros behind it."""
+        ...
+
+    def unknown_words(self, prompt: str, vocabulary: Collection[str] = ()) -> tuple[str, ...]:
+        """Words that cannot be understood."""
+        ...
+
+    def num_dropped(self, prompt: str) -> int:
+        """Tokens at the end that do not fit."""
+        ...
+
+
+class RandomTextEncoder:
+    """Embeddings that are random, the same for the same prompt: for models with random weights, in bench and tests."""
+
+    def __init__(self, *, length: int, width: int, device: torch.device, dtype: torch.dtype) -> None:
+        self._shape = (1, length, width)
+        self._device, self._dtype = device, dtype
+
+    def encode(self, prompts: str) -> Tensor:
+        used = min(len(clean(prompts).split()) + 1, self._shape[1])
+        generator = torch.Generator().manual_seed(zlib.crc32(clean(prompts).encode()))
+        embeds = torch.randn(self._shape, generator=generator)
+        embeds[:, used:] = 0
+        return embeds.to(self._device, self._dtype)
+
+    def unknown_words(self, prompt: str, vocabulary: Collection[str] = ()) -> tuple[str, ...]:
+        return ()
+
+    def num_dropped(self, prompt: str) -> int:
+        return max(0, len(clean(prompt).split()) + 1 - self._shape[1])
 
 
 class TextEncoder:

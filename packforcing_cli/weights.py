@@ -23,6 +23,7 @@ from packforcing_cli.errors import WeightsError
 
 CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
+RANDOM_STD = 0.02  # of random weights, as transformers are commonly initialised
 MAPPED_BYTES = 64 << 20  # of a file, read before it is mapped anew
 
 
@@ -167,6 +168,29 @@ def assign(module: nn.Module, tensors: Mapping[str, Tensor], *, source: str) -> 
     module.load_state_dict(dict(tensors), assign=True)
     module.eval()
     module.requires_grad_(False)
+
+
+def randomise(
+    module: nn.Module,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+    seed: int = 0,
+) -> None:
+    """Give a module built on the meta device random weights, made on `device`: N(0, 0.02), norms one more.
+
+    Args:
+        change: as for `read_tensors`.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        tensor = torch.empty(value.shape, device=device, dtype=dtype)
+        scales = "norm" in name and name.endswith(("weight", "gamma"))
+        tensor.normal_(1.0 if scales else 0.0, RANDOM_STD, generator=generator)
+        tensors[name] = tensor if change is None else change(name, tensor)
+    assign(module, tensors, source="random weights")
 
 
 def save(

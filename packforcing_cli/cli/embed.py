@@ -40,8 +40,11 @@ def embed(
         raise UsageError(f"{output} exists", hint="Choose another file, or use --overwrite.")
     if not all(prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is empty", hint="Leave it out; the empty prompt is always written.")
-    named = model.lower() in {facts.name for facts in catalog.all_models()}
-    source = registry.open_model(model.lower() if named else Path(model), device=device, dtype=dtype)
+    if catalog.of_random(model) is not None:
+        raise UsageError(
+            f"{model} has no text encoder", hint="Use --model demo, or a model that is installed."
+        )
+    source = registry.open_model(model, device=device, dtype=dtype)
     found = embeddings.encode(
         [*prompts, embeddings.UNCONDITIONAL],
         source.text,

@@ -398,12 +398,13 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
         on = choose.choose_device(request, (request.output or Path()).absolute().parent)
         request, why_model = choose.resolve_model(request, on)
     facts = packages.facts(request.model)
-    folder = packages.find_package(request.model)  # refused early when it is not here
-    packages.require_complete(folder, packages.read_manifest(folder))
+    if not facts.is_random:
+        folder = packages.find_package(request.model)  # refused early when it is not here
+        packages.require_complete(folder, packages.read_manifest(folder))
     _check_abilities(request, facts)
     new, path = path is None, path or _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
-    place = facts.name if is_named else request.model
+    place = facts.name if is_named or facts.is_random else request.model
     planner.plan(
         request, facts=facts
     )  # a size or memory that is not possible is refused before torch is loaded
@@ -614,6 +615,11 @@ def _introduce(job: Job, shown: Display, *, verbose: bool) -> None:
         shown.note(
             "demo is a toy world of coloured shapes that ships with packforcing. For other videos, on a GPU:"
             " packforcing models list."
+        )
+    if job.facts.is_random:
+        shown.note(
+            f"{job.facts.name} has random weights and random text embeddings, for bench and tests: nothing was"
+            " downloaded, and the video shows noise."
         )
     shown.note(
         f"{plan.model.name} on {job.device} ({_precision(job.request)}), {width}x{height}, seed {job.request.seed};"
@@ -892,7 +898,8 @@ def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown:
     steps = len(schedule.sigmas) - (schedule.kind == "euler")
     parameters = sum(p.numel() for p in model.transformer.parameters())
     shown.note(
-        f"{model.folder}: version {model.manifest.version}, {parameters:,} parameters in the transformer,"
+        f"{model.name if model.folder == Path() else model.folder}: version {model.manifest.version},"
+        f" {parameters:,} parameters in the transformer,"
         f" loaded in {load_seconds:.1f} s"
     )
     shown.note(
