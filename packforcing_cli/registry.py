@@ -20,7 +20,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -110,7 +110,7 @@ class VideoModel:
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
     text: what its embeddings depend on.
     quantize: of the transformer's linears, "none" or a mode of `quantize`.
-    files: path inside the package -> sha256 of every file it was loaded from; of another VAE, "vae/NAME".
+    hashes: part -> sha256 over the files it was loaded from.
     """
 
     name: str
@@ -124,7 +124,7 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
-    files: Mapping[str, str] = field(default_factory=dict)
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
-            files=_hashes(manifest, None if own else vae_folder),
+            hashes=_part_hashes(manifest, None if own else vae_folder),
         )
 
     return ModelSource(
@@ -384,13 +384,12 @@ def _combined(*hashes: str) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def _hashes(manifest: Manifest, other_vae: Path | None) -> dict[str, str]:
-    files = {name: record.sha256 for name, record in manifest.files.items()}
-    if other_vae is None:
-        return files
-    own = PurePosixPath(manifest.parts["vae"])
-    files = {name: sha256 for name, sha256 in files.items() if own not in PurePosixPath(name).parents}
-    return files | {f"vae/{p.name}": _record(p).sha256 for p in sorted(other_vae.iterdir()) if p.is_file()}
+def _part_hashes(manifest: Manifest, other_vae: Path | None) -> dict[str, str]:
+    hashes = {str(part): manifest.part_hash(part) for part in (*manifest.parts, *manifest.references)}
+    if other_vae is not None:
+        files = sorted(path for path in other_vae.iterdir() if path.is_file())
+        hashes["vae"] = _combined(*(_record(path).sha256 for path in files))
+    return hashes
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:

@@ -622,13 +622,16 @@ def generate(
 def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -> Provenance:
     """What the file of a request is to say of itself."""
     manifest = model.manifest
+    files = {name: record.sha256 for name, record in manifest.files.items()}
+    if "vae" in manifest.parts and model.hashes["vae"] != manifest.part_hash("vae"):
+        files["another VAE"] = model.hashes["vae"]
     return Provenance(
         version=__version__,
         request={k: v for k, v in request.to_values().items() if k not in provenance.NOT_REPEATED},
         model=ModelRecord(
             name=manifest.name,
             version=manifest.version,
-            files=dict(model.files),
+            files=files,
         ),
         layout=provenance.layout_values(layout),
         image_sha256=None
@@ -683,13 +686,14 @@ def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
         "packforcing": __version__,
         **{name: importlib.metadata.version(name) for name in versions},
         "model": model.name,
-        **{f"file {name}": sha256 for name, sha256 in model.files.items()},
+        **{f"weights of {part}": sha256 for part, sha256 in model.hashes.items()},
         **{f"layout {name}": value for name, value in layout.items()},
         **{name: getattr(memory, name) for name in ("select", "compressor", "compressed_context")},
         "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": "torch scaled_dot_product_attention",
         "quantization": model.quantize,
+        "quantization of text": request.quantize_text,
         "compile": "none",
     }
     values: dict[str, Any] = json.loads(json.dumps(facts, default=str))

@@ -22,6 +22,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -306,6 +307,23 @@ def _remove_contents(folder: Path) -> None:
         shutil.rmtree(folder / LATENTS)
     for path in [folder / TRACE, folder / SNAPSHOT, *folder.glob(".*.tmp")]:
         path.unlink(missing_ok=True)
+
+
+def remove_leftovers() -> int:
+    """Remove folders without run.json, which a kill left while it made a run, an hour ago or longer.
+
+    Returns: how many. Raises: RunFolderError.
+    """
+    root, count = default_root(), 0
+    for folder in root.iterdir() if root.is_dir() else ():
+        try:
+            old = folder.is_dir() and time.time() - folder.stat().st_mtime > 3600
+            if old and not (folder / HEADER).exists() and not _is_locked(folder):
+                shutil.rmtree(folder)
+                count += 1
+        except OSError as error:
+            raise RunFolderError(f"{folder} cannot be removed: {error.strerror or error}") from error
+    return count
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -453,6 +454,20 @@ def test_runs_are_found_by_id_beginning_and_folder_also_elsewhere(tmp_path: Path
     assert not (tmp_path / "b").exists()
 
 
+def test_what_a_kill_left_of_a_run_it_was_making_is_swept_up() -> None:
+    root = runfolder.default_root()
+    fresh, old, there = root / "fresh", root / "old", record()
+    for folder in (fresh, old):
+        (folder / "latents").mkdir(parents=True)
+    RunFolder.create(root / there.id, there).close()
+    hour = time.time() - 3700
+    for folder in (old, root / there.id):
+        os.utime(folder, (hour, hour))
+    assert [run.name for run in runfolder.all_runs()] == [there.id]
+    assert runfolder.remove_leftovers() == 1
+    assert sorted(p.name for p in root.iterdir()) == sorted(["fresh", there.id])
+
+
 @pytest.mark.parametrize("text", ["a red circle " * 400, "…/…", "", "球" * 300, "../../etc", "CON"])
 def test_an_id_is_short_and_safe_whatever_the_prompt(text: str) -> None:
     name = runfolder.new_id(text)
@@ -479,8 +494,8 @@ def test_what_changed_is_named(model: VideoModel) -> None:
     assert runfolder.differences(then, rollout.must_be_same(model, longer)) == [
         "layout top_k: 16 then, 3 now"
     ]
-    other = replace(model, files={"transformer/a": "ab"})
+    other = replace(model, hashes={"transformer": "ab"})
     assert runfolder.differences(then, rollout.must_be_same(other, request)) == [
-        "file transformer/a: null then, ab now"
+        "weights of transformer: null then, ab now"
     ]
     assert runfolder.differences(then, then) == []

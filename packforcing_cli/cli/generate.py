@@ -714,12 +714,18 @@ def recorded(job: Job) -> GenerateRequest:
 
 
 def run_job(
-    job: Job, shown: Display, *, verbose: bool, open_run: Callable[[VideoModel], RunFolder | None]
+    job: Job,
+    shown: Display,
+    *,
+    verbose: bool,
+    open_run: Callable[[VideoModel], RunFolder | None],
+    run: RunFolder | None = None,
 ) -> Outcome:
     """Load, encode, generate, finish the file.
 
     Args:
         open_run: called with the loaded model, gives the run folder to go on with; it is closed here.
+        run:      that folder, where it is open already.
     Raises: PackforcingError, saying what plays and how to go on.
     """
     from packforcing_cli import embeddings, registry, rollout
@@ -728,7 +734,6 @@ def run_job(
     from packforcing_cli.video import FrameFolder
 
     request = job.request
-    run: RunFolder | None = None
     blocks = 0
     folder: FrameFolder | None = None
 

@@ -88,6 +88,7 @@ def resume(
                 shown,
                 verbose=verbose,
                 open_run=lambda model: _go_on(opened, model, request, shown, force=force),
+                run=opened,
             )
     except PackforcingError as error:
         if shown.error(error):

@@ -61,7 +61,6 @@ def show(
     if as_json:
         console.result_json({**_entry(found), "record": record.model_dump(mode="json", by_alias=True)})
         return
-    files = sum(1 for name in record.must if name.startswith("file "))
     values = {
         "run": record.id,
         "status": found.status,
@@ -70,7 +69,7 @@ def show(
         "blocks": _blocks(found),
         "video": record.output,
         "made": f"{record.created:%Y-%m-%d %H:%M} UTC by packforcing {record.version}",
-        "model": f"{record.model} ({files} files)",
+        "model": record.model,
         "parent": record.parent or "none",
         "numerics": ", ".join(
             f"{name} {value}" for name, value in record.numerics.items() if value is not None
@@ -112,6 +111,7 @@ def prune(
     if older_than is None and not finished:
         raise UsageError("say what to remove", hint="For example packforcing runs prune --older-than 30d")
     limit = _age_seconds(older_than) if older_than is not None else 0.0
+    runfolder.remove_leftovers()
     now = datetime.now(UTC)
     _remove(
         [
