@@ -18,15 +18,16 @@ _packforcing() {
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--embeddings|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--out|--output|--pin|--recent-blocks|--seconds|--seed|--set|--sink-blocks|--size|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--embeddings|--endpoint|--frames-per-block|--from|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--older-than|--out|--output|--pin|--prompt|--recent-blocks|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="generate inspect-cache models show train --version --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --help -h" ;;
+        "packforcing") words="extend generate inspect-cache models resume runs show train --version --help -h" ;;
+        "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --force --json --progress -q --quiet -v --verbose --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --fit --at --timeline --pin --crf --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
@@ -38,6 +39,12 @@ _packforcing() {
         "packforcing models remove") words="--hub-files -y --yes -q --quiet --help -h" ;;
         "packforcing models show") words="--json --help -h" ;;
         "packforcing models verify") words="--deep --json -q --quiet --help -h" ;;
+        "packforcing resume") words="--last -o --output --device --force --json --progress -q --quiet -v --verbose --help -h" ;;
+        "packforcing runs") words="list prune remove show --help -h" ;;
+        "packforcing runs list") words="--json --help -h" ;;
+        "packforcing runs prune") words="--older-than --finished -y --yes --help -h" ;;
+        "packforcing runs remove") words="-y --yes --help -h" ;;
+        "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
         "packforcing train") words="--out --set --vae -q --quiet -v --verbose --help -h" ;;
     esac

@@ -312,6 +312,8 @@ class GenerateRequest(PlanRequest):
     crf:       H.264 quality, 0 (lossless) to 51.
     metadata:  write into the file how it was made.
     overwrite: replace an existing output.
+    keep_run:  keep a run folder, from which the video can be resumed and extended.
+    snapshot_every: blocks between two exact snapshots in it, which make resuming instant; None = none.
     """
 
     prompt: str
@@ -328,6 +330,8 @@ class GenerateRequest(PlanRequest):
     crf: int = Field(18, ge=0, le=51)
     metadata: bool = True
     overwrite: bool = False
+    keep_run: bool = True
+    snapshot_every: int | None = Field(None, ge=1, le=MAX_BLOCKS)
 
     @field_validator("prompt")
     @classmethod

@@ -11,6 +11,7 @@
     ├── OfflineError                8   needed from the network, and the network is off
     ├── LockedError                 9   another process holds the run folder
     ├── GenerationError             1   the model produced something that is not a video (NaN)
+    ├── RunFolderError              1   a run folder is damaged or cannot be written
     └── VideoError                  1   a video file cannot be read or written
 
 A message says what happened, with the value. A hint is the next step, a full sentence, empty when there is none.
@@ -96,6 +97,10 @@ class LockedError(PackforcingError):
 
 class GenerationError(PackforcingError):
     """The model produced something that is not a video, for example NaN."""
+
+
+class RunFolderError(PackforcingError):
+    """A run folder is damaged or cannot be written."""
 
 
 class VideoError(PackforcingError):

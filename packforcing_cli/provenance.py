@@ -19,11 +19,8 @@ from packforcing_cli.layout import Layout
 
 SCHEMA = 1
 TAG = "packforcing"
-NOT_REPEATED = (
-    "output",
-    "overwrite",
-    "metadata",
-)  # of a request: where the file went says nothing about the video
+# of a request: where the file and its run folder went says nothing about the video
+NOT_REPEATED = ("output", "overwrite", "metadata", "keep_run", "snapshot_every")
 
 
 class ModelRecord(BaseModel):

@@ -15,20 +15,18 @@ Source: DESIGN 7.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import secrets
 import shutil
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, packages, weights
+from packforcing_cli import catalog, durable, packages, weights
 from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import DiskFullError, EnvironmentProblem, OfflineError, UsageError, WeightsError
@@ -104,6 +102,7 @@ class VideoModel:
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
     text: what its embeddings depend on.
     quantize: of the transformer's linears, "none" or a mode of `quantize`.
+    hashes: part -> sha256 over the files it was loaded from.
     """
 
     name: str
@@ -117,6 +116,7 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
+    hashes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -249,6 +249,7 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            hashes=_part_hashes(manifest, None if own else vae_folder),
         )
 
     return ModelSource(
@@ -265,6 +266,14 @@ def open_model(
 
 def _combined(*hashes: str) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
+
+
+def _part_hashes(manifest: Manifest, other_vae: Path | None) -> dict[str, str]:
+    hashes = {part: manifest.part_hash(part) for part in (*manifest.parts, *manifest.references)}
+    if other_vae is not None:
+        files = sorted(path for path in other_vae.iterdir() if path.is_file())
+        hashes["vae"] = _combined(*(_record(path).sha256 for path in files))
+    return {str(part): text for part, text in hashes.items()}
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
@@ -581,10 +590,11 @@ def write_package(
         )
         (unfinished / MANIFEST).write_text(written.to_json(), "utf-8")
         for path in unfinished.rglob("*"):
-            _sync(path)
+            (durable.sync_folder if path.is_dir() else durable.sync_file)(path)
         _move_into_place(unfinished, folder)
+        durable.sync_folder(folder.parent)
     except OSError as e:
-        if e.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        if e.errno in durable.FULL_DISK:
             raise DiskFullError(
                 f"no space left to write {folder}", hint="Free some space and try again."
             ) from e
@@ -606,12 +616,6 @@ def _vae_config(vae: nn.Module) -> dict[str, Any]:
         return {"_class_name": "TinyAutoencoder", **vae.config.to_dict()}
     config: Any = vae.config
     return {"_class_name": type(vae).__name__, **_public(dict(config))}
-
-
-def _sync(path: Path) -> None:
-    if path.is_file():
-        with path.open("rb+") as file:
-            os.fsync(file.fileno())
 
 
 def _move_into_place(new: Path, folder: Path) -> None:

@@ -4,8 +4,12 @@
 decoder, pooled pixels) lives in local variables here; the model holds weights only.
 
     context -> denoise -> clean pass -> decode -> compress -> commit -> yield
-       ^                                                        |
+       ^          |                                             |
+       |       or a block that is there already                 |
        +------------------- the next block ---------------------+
+
+A block that is there already, from a run folder or a video, goes through all of it but the denoising, so what is
+remembered of it and every frame comes out as it did the first time. Resuming and extending are nothing else.
 
 Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
 """
@@ -13,33 +17,38 @@ Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
+import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog, config, provenance
+from packforcing_cli import __version__, catalog, config, provenance, runfolder
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
-from packforcing_cli.errors import GenerationError
-from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.errors import GenerationError, VideoError
+from packforcing_cli.layout import TEMPORAL_STRIDE, Grid, Layout
 from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
+from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
-from packforcing_cli.vae import encode_lr, lr_pixels
-from packforcing_cli.video import VideoWriter
+from packforcing_cli.vae import StreamingDecoder, WanCodec, encode_lr, lr_pixels
+from packforcing_cli.video import VideoReader, VideoWriter, part_path
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Block:
     selected: [L,K] the compressed blocks each layer recalled, ascending.
     recalled: those of any layer, ascending.
     seconds:  of each stage: denoise, clean, decode, compress, commit.
+    replayed: whether it was there already.
+    state:    gives all that is needed to go on after it, flat, on the CPU; good until the next block is asked for.
     """
 
     index: int
@@ -60,6 +71,22 @@ class Block:
     recalled: tuple[int, ...]
     cache: CacheStats
     seconds: dict[str, float]
+    replayed: bool
+    state: Callable[[], dict[str, Tensor]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class PastBlock:
+    """A block that is there already: it is committed to the memory, not made.
+
+    latents:  [1,C,F,h,w] as the commit pass reads them.
+    selected: [L,K] the compressed blocks each layer recalled for it; None = chosen as for a new block.
+    pixels:   [1,3,T,H,W] in [0, 1], its frames; None = what the latents decode to.
+    """
+
+    latents: Tensor
+    selected: Tensor | None = None
+    pixels: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +116,15 @@ class Story:
 class Result:
     """What `generate` made.
 
+    blocks, frames: of the whole file; `replayed` blocks of them were there before.
     stopped: whether it was asked to stop before the whole length was there.
-    stall_seconds: waiting for the encoder.  block_seconds: of every block, in order.
+    stall_seconds: waiting for the encoder.  block_seconds: of every block made now, in order.
     """
 
     path: Path
     frames: int
     blocks: int
+    replayed: int
     fps: int
     seed: int
     stopped: bool
@@ -255,6 +284,8 @@ def stream_generate(
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
     first_latent: Tensor | None = None,
+    past: Iterable[PastBlock] = (),
+    state: Mapping[str, Tensor] | None = None,
 ) -> Iterator[Block]:
     """Generate a video block by block; every block is yielded as soon as its frames and its memory are there.
 
@@ -263,16 +294,14 @@ def stream_generate(
         seed:       noise is a function of (seed, block, step).
         size:       (width, height) in pixels; None = the package's.
         first_latent: [1,C,1,h,w] what the video begins with, from `encode_image`: held while block 0 is denoised.
+        past:       blocks that are there already, from the first one, or from the one after `state`.
+        state:      `Block.state()` of an earlier block, of the same video settings.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
     """
     schedule = schedule or schedule_for(model)
     memory = (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump())
-    layout = memory.layout(
-        grid_for(model, size or model.manifest.size),
-        num_blocks=num_blocks,
-        trained_frames=model.manifest.trained_frames,
-        default_span="fit",
-    )
+    grid = grid_for(model, size or model.manifest.size)
+    layout = layout_for(model, memory, grid, num_blocks=num_blocks)
     story = as_story(model, prompt, guided=schedule.guidance != 1.0)
     layout = replace(layout, cuts=story.script.cuts, pins=story.script.pins)
     cache = KVCache(
@@ -286,34 +315,35 @@ def stream_generate(
     )
     compress = BlockCompressor(model, memory.compressor) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
-    texts = StoryText(transformer, story)
-    shape = (
-        1,
-        transformer.config.in_channels,
-        layout.grid.frames_per_block,
-        layout.grid.latent_rows,
-        layout.grid.latent_cols,
-    )
-    for i in range(num_blocks):
-        watch = Stopwatch(model.device)
+    texts, history = StoryText(transformer, story), iter(past)
+    if state is not None:
+        load_state(state, cache, decoder, compress)
+    for i in range(cache.blocks, num_blocks):
+        old, watch = next(history, None), Stopwatch(model.device)
         with watch.stage("denoise"):
-            context, (text, guided) = cache.context(i), texts.at(i)
-            held = first_latent if i == 0 else None
-            x0 = denoise_block(
-                partial(velocity, model, guided, context, held=held is not None),
-                schedule,
-                held=held,
-                seed=seed,
-                block=i,
-                shape=shape,
-                dtype=model.dtype,
-                device=model.device,
-            )
+            context = cache.context(i, selected=None if old is None else old.selected)
+            text, guided = texts.at(i)
+            if old is not None:
+                x0 = old.latents.to(model.device, model.dtype)
+            else:
+                held = first_latent if i == 0 else None
+                x0 = denoise_block(
+                    partial(velocity, model, guided, context, held=held is not None),
+                    schedule,
+                    held=held,
+                    seed=seed,
+                    block=i,
+                    shape=latent_shape(model, layout),
+                    dtype=model.dtype,
+                    device=model.device,
+                )
             require_finite(x0, i)
         with watch.stage("clean"):
             kv = transformer.commit(x0, text, context)
         with watch.stage("decode"):
             pixels = decoder.decode(x0)
+            if old is not None and old.pixels is not None:
+                pixels = old.pixels.to(pixels)
         with watch.stage("compress"):
             backup = None if compress is None else compress(cache, i, x0, pixels, kv, text)
         with watch.stage("commit"):
@@ -329,7 +359,50 @@ def stream_generate(
             recalled=tuple(sorted(set(selected.flatten().tolist()))),
             cache=cache.stats(),
             seconds=watch.seconds,
+            replayed=old is not None,
+            state=partial(state_of, cache, decoder, compress),
         )
+
+
+def layout_for(model: VideoModel, memory: MemoryOptions, grid: Grid, *, num_blocks: int) -> Layout:
+    """The layout of a video without cuts and pins. Raises: LayoutError for a memory that is not possible."""
+    trained = model.manifest.trained_frames
+    return memory.layout(grid, num_blocks=num_blocks, trained_frames=trained, default_span="fit")
+
+
+def latent_shape(model: VideoModel, layout: Layout) -> tuple[int, ...]:
+    """[1,C,F,h,w] of a block."""
+    grid = layout.grid
+    channels = model.transformer.config.in_channels
+    return (1, channels, grid.frames_per_block, grid.latent_rows, grid.latent_cols)
+
+
+def state_of(
+    cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None
+) -> dict[str, Tensor]:
+    """All that a video carries from block to block, as safetensors takes it."""
+    parts = {"cache": cache.state_dict(), "decoder": decoder.state_dict()}
+    if compress is not None:
+        parts["compressor"] = compress.state_dict()
+    return {
+        f"{part}.{name}": value.to("cpu", copy=True).contiguous()
+        for part, values in parts.items()
+        for name, value in values.items()
+    }
+
+
+def load_state(
+    state: Mapping[str, Tensor], cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None
+) -> None:
+    """The inverse of `state_of`. Raises: LayoutError or ValueError if it is the state of another kind of video."""
+    parts: dict[str, dict[str, Tensor]] = {"cache": {}, "decoder": {}, "compressor": {}}
+    for name, value in state.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = value
+    cache.load_state_dict(parts["cache"])
+    decoder.load_state_dict(parts["decoder"])
+    if compress is not None:
+        compress.load_state_dict(parts["compressor"])
 
 
 def velocity(
@@ -380,6 +453,14 @@ class BlockCompressor:
         return self._model.transformer.commit_tokens(
             self._network(x0, tokens), text, cache.compressed_context(i)
         )
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it remembers of the block before."""
+        return {} if self._pooled is None else {"pooled": self._pooled}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state_dict`."""
+        self._pooled = state["pooled"].to(self._model.device) if "pooled" in state else None
 
 
 def branches(model: VideoModel, kind: str) -> Compressor:
@@ -442,18 +523,24 @@ def generate(
     crf: int = 18,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
+    run: RunFolder | None = None,
+    snapshot_every: int | None = None,
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
     """Generate a video into an MP4 file; encoding runs beside generation.
 
     Args:
-        seconds:     wanted length; the video has whole blocks (DESIGN 5).
-        seed:        None = random.
-        metadata:    tags of the file; None = prompt, seed, model and version.
-        on_block:    called after every block with it and its wall-clock seconds.
-        should_stop: asked after every block; True ends the video there, finished and playable.
-    Returns: what was made. Raises: as `stream_generate` and `video.VideoWriter`; what was written still plays.
+        seconds:      wanted length; the video has whole blocks (DESIGN 5).
+        seed:         None = random.
+        metadata:     tags of the file; None = prompt, seed, model and version. A run folder's own are preferred.
+        run:          where every block is kept before it is written; the blocks it has already are not made again,
+                      and what its video has of them is not encoded again.
+        snapshot_every: blocks between two exact snapshots in the run folder; None = none.
+        on_block:     called after every block with it and its wall-clock seconds.
+        should_stop:  asked after every block; True ends the video there, finished and playable.
+    Returns: what was made. Raises: as `stream_generate`, `video.VideoWriter` and `RunFolder`; what was written
+        still plays.
     """
     width, height = size or model.manifest.size
     grid = grid_for(model, (width, height))
@@ -461,52 +548,72 @@ def generate(
     seed = config.random_seed() if seed is None else seed
     schedule = schedule or schedule_for(model)
     story = as_story(model, prompt, guided=schedule.guidance != 1.0)
+    if run is not None:
+        metadata = run.record.tags
     if metadata is None:
         said = story.prompts[0].text
         metadata = {"prompt": said, "seed": str(seed), "model": model.name, "version": __version__}
     started = clock = time.perf_counter()
-    first, stalled, spent, blocks, last = 0.0, 0.0, [], 0, None
-    stream = stream_generate(
-        model,
-        story,
-        num_blocks=num_blocks,
-        seed=seed,
-        size=(width, height),
-        schedule=schedule,
-        memory=memory,
-        first_latent=first_latent,
-    )
-    with VideoWriter(
+    first, stalled, spent, replayed = 0.0, 0.0, list[float](), 0
+    last: Block | None = None
+    with open_writer(
         Path(output),
+        run,
         fps=fps,
-        width=width,
-        height=height,
+        size=(width, height),
         crf=crf,
         metadata=metadata,
         chapters=story.script.chapters(grid),
         overwrite=overwrite,
     ) as writer:
+        written, start = writer.blocks_written, 0
+        past: Iterable[PastBlock] = ()
+        if run is not None:
+            snapshot = run.snapshot_blocks()
+            start = snapshot if snapshot <= min(written, num_blocks - 1) else 0
+            past = (PastBlock(entry.latents, entry.selected) for entry in run.entries(start))
+        stream = stream_generate(
+            model,
+            story,
+            num_blocks=num_blocks,
+            seed=seed,
+            size=(width, height),
+            schedule=schedule,
+            memory=memory,
+            first_latent=first_latent,
+            past=past,
+            state=run.load_snapshot() if run is not None and start else None,
+        )
         for block in stream:
+            if run is not None and block.index >= run.blocks:
+                figures = {"seconds": block.seconds, "cache": asdict(block.cache), "recalled": block.recalled}
+                run.append(block.latents, block.selected, trace=figures)
             first = first or time.perf_counter() - started
             waiting = time.perf_counter()
-            writer.write(block.frames)
+            if block.index >= written:
+                writer.write(block.frames)
             stalled += time.perf_counter() - waiting
-            blocks, last = blocks + 1, block
-            now = time.perf_counter()
-            spent.append(now - clock)
-            clock = now
+            if run is not None and snapshot_every and not block.replayed and run.blocks % snapshot_every == 0:
+                writer.flush()
+                run.save_snapshot(block.state())
+            replayed, last, now = replayed + block.replayed, block, time.perf_counter()
+            spent += [] if block.replayed else [now - clock]
             if on_block is not None:
-                on_block(block, spent[-1])
+                on_block(block, now - clock)
+            clock = now
             if should_stop is not None and should_stop():
                 break
     assert last is not None
+    if run is not None:
+        close_run(run, writer)
     return Result(
         path=writer.path,
-        frames=grid.frames_for(blocks),
-        blocks=blocks,
+        frames=writer.frames_written,
+        blocks=writer.blocks_written,
+        replayed=start + replayed,
         fps=fps,
         seed=seed,
-        stopped=blocks < num_blocks,
+        stopped=writer.blocks_written < num_blocks,
         first_frame_seconds=first,
         total_seconds=time.perf_counter() - started,
         stall_seconds=stalled,
@@ -532,6 +639,198 @@ def provenance_of(model: VideoModel | ModelSource, request: GenerateRequest, lay
         if request.image is None
         else hashlib.sha256(request.image.read_bytes()).hexdigest(),
     )
+
+
+# -- the run folder ---------------------------------------------------------------------------------------------
+
+
+def new_record(
+    model: VideoModel, request: GenerateRequest, *, tags: Mapping[str, str], parent: str | None = None
+) -> Record:
+    """run.json of a new run.
+
+    Args:
+        request: with seed and output decided.
+        tags:    of the video file; if there are any the run's id joins them.
+        parent:  id of the run it takes blocks over from.
+    """
+    assert request.output is not None
+    size = request.size or model.manifest.size
+    name = runfolder.new_id(request.prompt)
+    return Record(
+        schema=runfolder.SCHEMA,
+        id=name,
+        version=__version__,
+        created=datetime.now(UTC),
+        prompt=request.prompt,
+        output=str(request.output.absolute()),
+        blocks=grid_for(model, size).blocks_for(request.seconds, model.manifest.fps),
+        fps=model.manifest.fps,
+        size=size,
+        frames_per_block=model.manifest.cache.frames_per_block,
+        request=request.to_values(),
+        tags={**tags, "run": name} if tags else {},
+        must=must_be_same(model, request),
+        numerics=numerics(model),
+        parent=parent,
+    )
+
+
+def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
+    """What a block of this video depends on beside the numerics, as JSON values."""
+    grid = grid_for(model, request.size or model.manifest.size)
+    memory = request.memory.with_defaults(model.manifest.cache.model_dump())
+    blocks = grid.blocks_for(request.seconds, model.manifest.fps)
+    layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
+    versions = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
+    facts = {
+        "packforcing": __version__,
+        **{name: importlib.metadata.version(name) for name in versions},
+        "model": model.name,
+        **{f"weights of {part}": sha256 for part, sha256 in model.hashes.items()},
+        **{f"layout {name}": value for name, value in layout.items()},
+        **{name: getattr(memory, name) for name in ("select", "compressor", "compressed_context")},
+        "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": "torch scaled_dot_product_attention",
+        "quantization": model.quantize,
+        "quantization of text": request.quantize_text,
+        "compile": "none",
+    }
+    values: dict[str, Any] = json.loads(json.dumps(facts, default=str))
+    return values
+
+
+def numerics(model: VideoModel) -> dict[str, Any]:
+    """What equal bits depend on besides (DESIGN 3.6): the machine."""
+    is_cuda = model.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if is_cuda else None,
+        "matmul precision": torch.get_float32_matmul_precision(),
+    }
+
+
+def open_writer(
+    output: Path,
+    run: RunFolder | None,
+    *,
+    fps: int,
+    size: tuple[int, int],
+    crf: int,
+    metadata: Mapping[str, str],
+    chapters: Sequence[tuple[int, str]],
+    overwrite: bool,
+) -> VideoWriter:
+    """A writer of `output` that has all whole blocks an earlier one left of this run's video, unchanged.
+
+    They are in NAME.part.mp4; after Ctrl-C in NAME.mp4, whose packets are copied and which is replaced at the end.
+    """
+    had = 0 if run is None else finished_blocks(run, output)
+    writer = VideoWriter(
+        output,
+        fps=fps,
+        width=size[0],
+        height=size[1],
+        crf=crf,
+        metadata=metadata,
+        chapters=chapters,
+        overwrite=overwrite or bool(had),
+        owner="" if run is None else f"packforcing run {run.record.id}",
+        resume=None if run is None else run.blocks,
+    )
+    if run is not None and had > writer.blocks_written == 0:
+        lengths = (block_frames(run.record, n) for n in range(min(had, run.blocks)))
+        try:
+            writer.copy(output, lengths)
+        except VideoError:
+            writer.abort()
+            raise
+    return writer
+
+
+def finished_blocks(run: RunFolder, output: Path) -> int:
+    """How many blocks of this run the finished file `output` has; 0 if there is none or it is another's."""
+    if not output.is_file():
+        return 0
+    try:
+        video = VideoReader(output)
+        frames, owner = video.num_frames, video.metadata.get("run")
+    except VideoError:
+        return 0
+    record = run.record
+    is_known = record.output == str(output.absolute()) and record.frames == frames
+    blocks = 0
+    while frames > 0:
+        frames -= block_frames(record, blocks)
+        blocks += 1
+    return blocks if frames == 0 and (owner == record.id or (owner is None and is_known)) else 0
+
+
+def block_frames(record: Record, block: int) -> int:
+    """Frames of a block of a run."""
+    return TEMPORAL_STRIDE * record.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
+
+
+@dataclass(frozen=True)
+class Remaining:
+    """What resuming a run takes: blocks to replay, and estimates from its trace; None where it has none."""
+
+    blocks: int
+    seconds: float | None
+    rest_seconds: float | None
+
+
+def replay_cost(run: RunFolder) -> Remaining:
+    """What is ahead when a run is resumed."""
+    blocks = run.blocks - run.snapshot_blocks()
+    stages = [record["seconds"] for record in run.trace() if isinstance(record.get("seconds"), dict)][-20:]
+    if not stages:
+        return Remaining(blocks, None, None)
+    whole = sum(sum(stage.values()) for stage in stages) / len(stages)
+    denoise = sum(stage.get("denoise", 0.0) for stage in stages) / len(stages)
+    return Remaining(blocks, blocks * (whole - denoise), (run.record.blocks - run.blocks) * whole)
+
+
+def finish(run: RunFolder) -> bool:
+    """Finish the file of a run whose blocks are all made and encoded; needs no model.
+
+    Returns: whether the file is finished now. Raises: as `video.VideoWriter`.
+    """
+    record, output = run.record, Path(run.record.output)
+    if run.blocks < record.blocks:
+        return False
+    if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
+        if record.status != "finished":
+            run.update(status="finished", frames=sum(block_frames(record, n) for n in range(record.blocks)))
+        return True
+    request = GenerateRequest.from_values(record.request)
+    grid = Grid(record.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
+    script = request.timeline.script(request.prompt, grid, fps=record.fps, num_blocks=record.blocks)
+    writer = open_writer(
+        output,
+        run,
+        fps=record.fps,
+        size=record.size,
+        crf=request.crf,
+        metadata=record.tags,
+        chapters=script.chapters(grid),
+        overwrite=request.overwrite,
+    )
+    if writer.blocks_written < record.blocks:
+        writer.abort()
+        return False
+    writer.close()
+    close_run(run, writer)
+    return True
+
+
+def close_run(run: RunFolder, writer: VideoWriter) -> None:
+    """Note in run.json how far the finished file goes."""
+    status = "finished" if writer.blocks_written == run.record.blocks else "stopped"
+    run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

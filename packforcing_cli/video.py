@@ -8,6 +8,7 @@ What a file goes through; after every single write the bytes on disk play up to 
     write   NAME.part.mp4   [ftyp moov][free......block 0]                 one box, which players skip,
                             [ftyp moov][free][moof mdat]                   opened by changing one byte
     write   NAME.part.mp4   [ftyp moov][free][moof mdat][free][moof mdat]  block 1
+    resume  NAME.part.mp4   what is whole stays as it is, a torn end is cut off
     close   a hidden file   [ftyp moov mdat]                               stream copy, index in front, fsync
             NAME.mp4                                                       rename, folder fsync, part removed
 
@@ -26,11 +27,10 @@ Colour: RGB is converted to BT.709 limited range, chroma in the centre of its 2x
 from __future__ import annotations
 
 import contextlib
-import errno
 import io
+import itertools
 import os
 import queue
-import secrets
 import shlex
 import struct
 import threading
@@ -50,6 +50,7 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
+from packforcing_cli import durable
 from packforcing_cli.config import FITS
 from packforcing_cli.errors import (
     DiskFullError,
@@ -74,12 +75,12 @@ MAX_NAME_BYTES = 255  # of one file name on every common file system
 MAX_SAFE_NAME_BYTES = 200  # what safe_name uses of it: ".part" and a copy's number still fit behind
 
 _IO_ERRORS = (OSError, av.FFmpegError)
-_FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 # Flags of libswscale/swscale.h: ACCURATE_RND, BITEXACT, FULL_CHR_H_INT and FULL_CHR_H_INP give the same pixels
 # on every processor; AREA averages the 2x2 pixels of a chroma sample, BILINEAR interpolates between samples.
 _EXACT = 0x40000 | 0x80000 | 0x2000 | 0x4000
 _TO_YUV = 0x20 | _EXACT
 _TO_RGB = 0x2 | _EXACT
+_FRAGMENTED = "empty_moov+default_base_moof+frag_custom+skip_trailer+use_metadata_tags"  # movflags of a block
 _BT709 = 1  # in AVColorPrimaries, AVColorTransferCharacteristic and AVColorSpace alike (libavutil/pixfmt.h)
 _BT601 = 5  # the number of libswscale (SWS_CS_ITU601); _BT709 has the same number there
 _MATRICES = {_BT709: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9, 10: 9}  # AVColorSpace -> SWS_CS_*
@@ -170,6 +171,13 @@ def _leftover(path: Path) -> UsageError:
     )
 
 
+def _other_encoder(path: Path) -> VideoError:
+    return VideoError(
+        f"{path} was made by another version of the encoder, or with other settings: it cannot be continued",
+        hint="Write the whole video to another file with -o.",
+    )
+
+
 # ----------------------------------------------------------------------------------------------------- writer
 
 
@@ -190,6 +198,10 @@ class VideoWriter:
         chapters:     (first frame, title) of each, rising; in the finished file.
         queue_blocks: how many blocks may wait for the encoder before `write` blocks.
         overwrite:    replace NAME.mp4 at the end and an abandoned NAME.part.mp4 at the start.
+        owner:        a name for this video, kept in the part (where players skip it) and not in NAME.mp4.
+        resume:       how many blocks of an earlier writer's NAME.part.mp4 are wanted back: whole ones among
+                      them stay, `blocks_written` says how many; what follows is cut off. A part of another
+                      `owner` or encoder is refused. None = start anew.
     Raises: UsageError as `check_output`; LockedError if another process is writing this very file;
         DiskFullError; EnvironmentProblem if PyAV has no libx264; VideoError if libx264 refuses the settings.
     """
@@ -207,9 +219,12 @@ class VideoWriter:
         chapters: Sequence[tuple[int, str]] = (),
         queue_blocks: int = 4,
         overwrite: bool = False,
+        owner: str = "",
+        resume: int | None = None,
     ) -> None:
         self.path = Path(path)
-        check_output(self.path, overwrite=overwrite)
+        has_part = resume is not None and part_path(self.path).exists()
+        check_output(self.path, overwrite=overwrite or (has_part and not self.path.exists()))
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise UsageError(f"a video of {width}x{height} is not possible: both must be even")
         if fps <= 0:
@@ -231,11 +246,14 @@ class VideoWriter:
         self._size_bytes = 0
         self._error: PackforcingError | None = None
         self._finished = False  # the thread has ended and the file is where it stays
-        self._fd = _open_part(self.path, overwrite=overwrite)
+        self._fd = _open_part(self.path, exists=overwrite or has_part)
+        header = self._encoder.header + _owner_box(owner)
         try:
-            self._append(self._encoder.header)
+            if not (has_part and self._continue(header, _owner_box(owner), blocks=resume or 0)):
+                os.ftruncate(self._fd, 0)
+                self._append(header)
         except PackforcingError:
-            self._release(remove=True)
+            self._release(remove=not has_part)
             raise
         self._queue: queue.Queue[NDArray[np.uint8] | None] = queue.Queue(maxsize=max(1, queue_blocks))
         self._thread = threading.Thread(target=self._work, name=f"video {self.path.name}", daemon=True)
@@ -274,6 +292,18 @@ class VideoWriter:
                 f"not {array.dtype} {list(array.shape)}"
             )
         self._queue.put(array)
+
+    def copy(self, source: Path, lengths: Iterable[int]) -> None:
+        """Append the first blocks of a finished file of equal settings, packet by packet, without re-encoding.
+
+        Args:
+            source:  a file this class finished.
+            lengths: frames of each block.
+        Raises: VideoError if the source has fewer frames, cannot be read or is another encoder's; DiskFullError.
+        """
+        self.flush()
+        for fragment, count in self._encoder.copied(source, lengths):
+            self._append_block(fragment, count)
 
     def flush(self) -> None:
         """Wait until every queued block is on disk. Raises: as `write`."""
@@ -343,25 +373,43 @@ class VideoWriter:
                 self._queue.task_done()
 
     def _write_block(self, frames: NDArray[np.uint8]) -> None:
-        fragment = self._encoder.encode(frames)
+        self._append_block(self._encoder.encode(frames), len(frames))
+
+    def _append_block(self, fragment: bytearray, num_frames: int) -> None:
         _place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
         # A free box with a 64-bit size (1 in the 32-bit field says so) hides the fragment from players.
         # With 16 in that field it is an empty box before the fragment.
         hidden = struct.pack(">I4sQ", 1, b"free", 16 + len(fragment))
         self._append(hidden + fragment, opened_by=(3, b"\x10"))
-        self._frames += len(frames)
+        self._frames += num_frames
         self._blocks += 1
 
+    def _continue(self, header: bytes, owner: bytes, *, blocks: int) -> bool:
+        """Take over the whole blocks of the open part, at most so many; False if it has not even a header.
+
+        Raises: UsageError if the part is another video's; VideoError if another encoder made it.
+        """
+        os.lseek(self._fd, 0, os.SEEK_SET)
+        found = os.read(self._fd, 2 * len(header))
+        if header.startswith(found) and found != header:
+            return False
+        if not found.startswith(header):
+            raise _other_encoder(self.part_path) if owner and owner in found else _leftover(self.path)
+        self._size_bytes = len(header)
+        for end, frames in _whole_blocks(self._fd, len(header), frame_ticks=self._encoder.frame_ticks):
+            if self._blocks == blocks:
+                break
+            self._size_bytes, self._blocks, self._frames = end, self._blocks + 1, self._frames + frames
+        os.ftruncate(self._fd, self._size_bytes)
+        return True
+
     def _append(self, data: bytes, *, opened_by: tuple[int, bytes] | None = None) -> None:
-        """Append all of `data` or nothing, then change the byte at an offset in it."""
-        rest = memoryview(data)
+        """Append all of `data` or nothing, then, once it is safe on disk, change the byte at an offset in it."""
         try:
-            while rest:
-                rest = rest[os.write(self._fd, rest) :]
+            durable.append(self._fd, data, size_bytes=self._size_bytes, sync=opened_by is not None)
             if opened_by is not None:
                 os.lseek(self._fd, self._size_bytes + opened_by[0], os.SEEK_SET)
-                os.write(self._fd, opened_by[1])
-                os.lseek(self._fd, 0, os.SEEK_END)
+                durable.write_all(self._fd, opened_by[1])
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size_bytes)
@@ -393,11 +441,12 @@ class VideoWriter:
         self._release(remove=self._error is None)
 
     def _release(self, *, remove: bool) -> None:
-        os.close(self._fd)
+        with contextlib.suppress(OSError):  # what matters was synced before
+            os.close(self._fd)
         if remove:
             with contextlib.suppress(OSError):
                 self.part_path.unlink()
-                _sync_folder(self.path.parent)
+                durable.sync_folder(self.path.parent)
 
     def _raise_error(self) -> None:
         if self._error is not None:
@@ -440,10 +489,40 @@ class _BlockEncoder:
             raise VideoError("the encoder changed its parameter sets between blocks")
         return bytearray(fragment)
 
+    def copied(self, source: Path, lengths: Iterable[int]) -> Iterator[tuple[bytearray, int]]:
+        """Fragments made of the packets of a finished file, as `encode` gives them, and their frames."""
+        try:
+            with av.open(str(source)) as reader:
+                stream = reader.streams.video[0]
+                packets = (p for p in reader.demux(stream) if p.dts is not None and not p.is_corrupt)
+                for length in lengths:
+                    block = list(itertools.islice(packets, length))
+                    if len(block) < length:
+                        raise VideoError(f"{source} has fewer frames than it should")
+                    yield self._copy(stream, block), length
+        except (*_IO_ERRORS, IndexError) as error:
+            raise VideoError(f"{source} cannot be continued: {error}") from error
+
+    def _copy(self, stream: VideoStream, packets: list[Packet[VideoStream]]) -> bytearray:
+        file, start = io.BytesIO(), packets[0].pts or 0
+        with av.open(file, "w", format="mp4", container_options={"movflags": _FRAGMENTED}) as container:
+            copy = container.add_stream_from_template(stream)
+            container.start_encoding()
+            assert copy.time_base is not None
+            if self.frame_ticks * copy.time_base != 1 / self.fps:
+                raise VideoError(f"the time base {copy.time_base} is not that of this video")
+            for packet in packets:
+                packet.stream = copy
+                packet.pts = packet.dts = (packet.pts or 0) - start
+                container.mux(packet)
+        header, fragment = _split(file.getvalue())
+        if _parameter_sets(header) != _parameter_sets(self.header):
+            raise _other_encoder(Path(stream.container.name))
+        return bytearray(fragment)
+
     def _mux(self, frames: Iterable[NDArray[np.uint8]]) -> tuple[bytes, bytes]:
         file = io.BytesIO()
-        movflags = "empty_moov+default_base_moof+frag_custom+skip_trailer+use_metadata_tags"
-        with av.open(file, "w", format="mp4", container_options={"movflags": movflags}) as container:
+        with av.open(file, "w", format="mp4", container_options={"movflags": _FRAGMENTED}) as container:
             container.metadata.update(self.metadata)
             stream = container.add_stream(
                 "libx264", rate=self.fps, options=self._options, width=self.width, height=self.height
@@ -467,12 +546,7 @@ class _BlockEncoder:
             for packet in self._packets(stream, frames, time_base):
                 packet.duration = 1  # of time_base; x264 leaves it open, and the last frame has no successor
                 container.mux(packet)
-        header: list[bytes] = []
-        fragment: list[bytes] = []
-        data = file.getvalue()
-        for kind, start, end in _boxes(data):
-            (fragment if kind in (b"moof", b"mdat") else header).append(data[start:end])
-        return b"".join(header), b"".join(fragment)
+        return _split(file.getvalue())
 
     def _packets(
         self, stream: VideoStream, frames: Iterable[NDArray[np.uint8]], time_base: Fraction
@@ -518,42 +592,43 @@ def remux(
     Returns: the number of frames copied.
     Raises: DiskFullError; VideoError if `source` cannot be read or lacks frames, or `target` has appeared.
     """
-    temporary = target.with_name(f".{secrets.token_hex(8)}.mp4")  # never a name that somebody else's file has
     count = 0
     try:
-        with (
-            av.open(str(source)) as reader,
-            av.open(
-                str(temporary),
-                "w",
-                format="mp4",
-                container_options={"movflags": "faststart+use_metadata_tags"},
-            ) as writer,
-        ):
-            writer.metadata.update(metadata)
-            stream = reader.streams.video[0]
-            copy = writer.add_stream_from_template(stream)
-            _set_chapters(writer, chapters, stream, num_frames)
-            for packet in reader.demux(stream):
-                if packet.dts is None or packet.is_corrupt:  # the flush packet; the torn end of a killed run
-                    continue
-                packet.stream = copy
-                writer.mux_one(packet)
-                count += 1
-        if num_frames is not None and count != num_frames:
-            raise VideoError(
-                f"only {count} of {num_frames} frames could be copied", hint=f"What is there plays: {source}"
-            )
-        _sync_file(temporary)
-        _rename(temporary, target, overwrite=overwrite)
-        _sync_folder(target.parent)
+        with durable.replacing(target, overwrite=overwrite) as temporary:
+            with (
+                av.open(str(source)) as reader,
+                av.open(
+                    str(temporary),
+                    "w",
+                    format="mp4",
+                    container_options={"movflags": "faststart+use_metadata_tags"},
+                ) as writer,
+            ):
+                writer.metadata.update(metadata)
+                stream = reader.streams.video[0]
+                copy = writer.add_stream_from_template(stream)
+                _set_chapters(writer, chapters, stream, num_frames)
+                for packet in reader.demux(stream):
+                    if (
+                        packet.dts is None or packet.is_corrupt
+                    ):  # the flush packet; the torn end of a killed run
+                        continue
+                    packet.stream = copy
+                    writer.mux_one(packet)
+                    count += 1
+            if num_frames is not None and count != num_frames:
+                raise VideoError(
+                    f"only {count} of {num_frames} frames could be copied",
+                    hint=f"What is there plays: {source}",
+                )
+    except FileExistsError as error:
+        raise VideoError(
+            f"{target} appeared while the video was being made", hint=f"The new one plays: {source}"
+        ) from error
     except _IO_ERRORS as error:
         raise _write_error(error, target, plays=source) from error
     except IndexError as error:
         raise VideoError(f"there is no video in {source}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return count
 
 
@@ -582,16 +657,59 @@ def _set_chapters(
     )
 
 
-def _open_part(path: Path, *, overwrite: bool) -> int:
-    """Create and lock NAME.part.mp4; the lock goes with the process, however it ends."""
+def _owner_box(owner: str) -> bytes:
+    """A box that players skip, saying whose part this is; nothing without an owner."""
+    text = owner.encode()
+    return struct.pack(">I4s", 8 + len(text), b"free") + text if text else b""
+
+
+def _parameter_sets(header: bytes) -> bytes:
+    """What a decoder is set up with: the avcC box (ISO 14496-15)."""
+    at = header.index(b"avcC") - 4
+    return header[at : at + int.from_bytes(header[at : at + 4])]
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    """What a fragmented MP4 begins with, and its fragments."""
+    header: list[bytes] = []
+    fragment: list[bytes] = []
+    for kind, start, end in _boxes(data):
+        (fragment if kind in (b"moof", b"mdat") else header).append(data[start:end])
+    return b"".join(header), b"".join(fragment)
+
+
+def _whole_blocks(fd: int, start: int, *, frame_ticks: int) -> Iterator[tuple[int, int]]:
+    """Yield (where it ends, frames) of the whole, opened blocks of a part file, which begin at `start`."""
+    size, number, frames = os.fstat(fd).st_size, 1, 0
+    while True:
+        os.lseek(fd, start, os.SEEK_SET)
+        head = os.read(fd, 24)
+        if len(head) < 24 or head[:8] != b"\0\0\0\x10free" or head[20:] != b"moof":
+            return
+        end = start + int.from_bytes(head[8:16])
+        os.lseek(fd, start + 16, os.SEEK_SET)
+        moof = os.read(fd, int.from_bytes(head[16:20]))
+        found = _fragment_facts(moof)
+        if end > size or not found or found[:2] != (number, frames * frame_ticks):
+            return
+        os.lseek(fd, start + 16 + len(moof), os.SEEK_SET)
+        mdat = os.read(fd, 8)
+        if mdat[4:] != b"mdat" or start + 16 + len(moof) + int.from_bytes(mdat[:4]) != end:
+            return
+        yield end, found[2]
+        start, number, frames = end, number + 1, frames + found[2]
+
+
+def _open_part(path: Path, *, exists: bool) -> int:
+    """Open and lock NAME.part.mp4, whether it `exists` or must be new; the lock goes with the process."""
     part = part_path(path)
     flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
     try:
-        fd = os.open(part, flags if overwrite else flags | os.O_EXCL, 0o666)
+        fd = os.open(part, flags if exists else flags | os.O_EXCL, 0o666)
     except FileExistsError as error:
         raise _leftover(path) from error
     except OSError as error:
-        if error.errno in _FULL_DISK:
+        if error.errno in durable.FULL_DISK:
             raise _write_error(error, part, plays=None) from error
         raise UsageError(
             f"cannot write {part}: {error.strerror}", hint="Choose another output with -o."
@@ -606,58 +724,15 @@ def _open_part(path: Path, *, overwrite: bool) -> int:
             ) from error
         except OSError:  # a file system without locks
             pass
-    os.ftruncate(fd, 0)
     return fd
 
 
 def _write_error(error: OSError | av.FFmpegError, path: Path, *, plays: Path | None) -> PackforcingError:
     kept = f"What was made so far plays: {plays}" if plays is not None else ""
-    if error.errno in _FULL_DISK:
+    if error.errno in durable.FULL_DISK:
         hint = f"Free some space. {kept}".strip()
         return DiskFullError(f"the disk is full: {path} could not be written", hint=hint)
     return VideoError(f"{path} could not be written: {error.strerror or error}", hint=kept)
-
-
-def _rename(temporary: Path, target: Path, *, overwrite: bool) -> None:
-    """Give the file its final name; without `overwrite` never over a file that appeared meanwhile."""
-    if overwrite:
-        temporary.replace(target)
-        return
-    appeared = VideoError(
-        f"{target} appeared while the video was being made", hint=f"The new one plays: {part_path(target)}"
-    )
-    try:
-        os.link(temporary, target)  # unlike rename, fails if the target exists
-    except FileExistsError as error:
-        raise appeared from error
-    except OSError:  # a file system without hard links
-        if target.exists():
-            raise appeared from None
-        temporary.replace(target)
-    else:
-        temporary.unlink()
-
-
-def _sync_file(path: Path) -> None:
-    fd = os.open(path, os.O_RDWR | getattr(os, "O_BINARY", 0))
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make renames in a folder last. Windows cannot and needs not."""
-    if os.name == "nt":
-        return
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
-            raise
-    finally:
-        os.close(fd)
 
 
 def _clean(text: str) -> str:
@@ -703,6 +778,24 @@ def _place_fragment(fragment: bytearray, *, number: int, start: int) -> None:
                     struct.pack_into(">Q", fragment, position + 12, start)
                     placed.add(leaf)
     assert placed == {b"mfhd", b"tfdt"}, placed
+
+
+def _fragment_facts(moof: bytes) -> tuple[int, int, int] | None:
+    """(sequence number, start time in ticks, frames) of a moof box; None if it is not whole."""
+    number, start, frames = 0, -1, 0
+    for kind, first, last in _boxes(moof):
+        if kind != b"moof":
+            return None
+        for child, at, end in _boxes(moof, first + 8, last):
+            if child == b"mfhd":
+                (number,) = struct.unpack_from(">I", moof, at + 12)
+            for leaf, position, _ in _boxes(moof, at + 8, end) if child == b"traf" else ():
+                if leaf == b"tfdt":
+                    (start,) = struct.unpack_from(">Q", moof, position + 12)
+                if leaf == b"trun":
+                    (count,) = struct.unpack_from(">I", moof, position + 12)
+                    frames += count
+    return (number, start, frames) if start >= 0 and frames else None
 
 
 # ----------------------------------------------------------------------------------------------------- reader
@@ -987,13 +1080,9 @@ def contact_sheet(
         label = f"{int(minutes)}:{seconds:04.1f}" if tenths else f"{int(minutes)}:{int(seconds):02d}"
         draw.text((left + cell_width // 2, top + cell_height), label, fill="black", font=font, anchor="ma")
     path = Path(output)
-    temporary = path.with_name(f"{path.stem}.tmp.png")
     try:
-        sheet.save(temporary, format="PNG", optimize=True)
-        temporary.replace(path)
+        with durable.replacing(path) as temporary:
+            sheet.save(temporary, format="PNG", optimize=True)
     except OSError as error:
         raise _write_error(error, path, plays=None) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
     return path

@@ -45,12 +45,15 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _own_settings(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No PACKFORCING_* variables, no settings file of the user."""
+    """No PACKFORCING_* variables, no settings file and no runs of the user."""
     for name in [name for name in os.environ if name.startswith("PACKFORCING_")]:
         monkeypatch.delenv(name)
     home = str(tmp_path_factory.getbasetemp() / "home")
     for variable in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "APPDATA", "LOCALAPPDATA"):
         monkeypatch.setenv(variable, home)
+    monkeypatch.setenv(
+        "XDG_STATE_HOME", str(tmp_path_factory.mktemp("state"))
+    )  # run folders: every test its own
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ EXIT_CODES = {
     "OfflineError": 8,
     "LockedError": 9,
     "GenerationError": 1,
+    "RunFolderError": 1,
     "VideoError": 1,
 }
 

@@ -16,7 +16,18 @@ PACKAGE = "packforcing_cli"
 ROOT = Path(importlib.util.find_spec(PACKAGE).origin).parent  # type: ignore[union-attr, arg-type]
 
 LEVELS: tuple[tuple[str, ...], ...] = (
-    ("errors", "layout", "timeline", "catalog", "config", "machine", "planner", "provenance", "quiet"),
+    (
+        "errors",
+        "durable",
+        "layout",
+        "timeline",
+        "catalog",
+        "config",
+        "machine",
+        "planner",
+        "provenance",
+        "quiet",
+    ),
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings"),
@@ -173,6 +184,8 @@ CHEAP = (
     ["inspect-cache"],
     ["models", "list"],
     ["models", "list", "--json"],
+    ["resume", "--help"],
+    ["runs", "list", "--json"],
     ["train", "--help"],
 )
 

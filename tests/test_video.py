@@ -24,7 +24,7 @@ from av.video.reformatter import VideoReformatter
 from numpy.typing import NDArray
 from PIL import Image
 
-from packforcing_cli import video
+from packforcing_cli import durable, video
 from packforcing_cli.errors import DiskFullError, LockedError, UsageError, VideoError
 from packforcing_cli.video import (
     VideoReader,
@@ -386,7 +386,7 @@ def test_disk_full_while_finishing_keeps_the_part(tmp_path: Path, monkeypatch: p
     def fail(_: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(video, "_sync_file", fail)
+    monkeypatch.setattr(durable, "sync_file", fail)
     with pytest.raises(DiskFullError):
         writer.close()
     assert names(tmp_path) == ["a.part.mp4"]

@@ -28,6 +28,9 @@ DEBUG_VARIABLE = "PACKFORCING_DEBUG"
 COMMANDS = (
     # (name, module in this package, what it holds: a function = a command, a typer.Typer = a group of commands)
     ("generate", "generate", "generate"),
+    ("extend", "extend", "extend"),
+    ("resume", "resume", "resume"),
+    ("runs", "runs", "app"),
     ("train", "train", "train"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),

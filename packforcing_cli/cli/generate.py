@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
@@ -30,9 +30,11 @@ if TYPE_CHECKING:
     from packforcing_cli.provenance import Provenance
     from packforcing_cli.registry import VideoModel
     from packforcing_cli.rollout import Block, Prompt, Result
+    from packforcing_cli.runfolder import RunFolder
     from packforcing_cli.sampler import Schedule
 
 SCHEMA = 1
+RUN_PANEL = "Run folder"
 
 
 def generate(
@@ -148,6 +150,30 @@ def generate(
         bool | None,
         typer.Option("--metadata/--no-metadata", help="Write into the file how it was made. Default: yes."),
     ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option(
+            "--run",
+            metavar="DIR",
+            rich_help_panel=RUN_PANEL,
+            help="Where to keep what resume and extend need. Default: a new folder; see `runs list`.",
+        ),
+    ] = None,
+    no_run: Annotated[
+        bool,
+        typer.Option(
+            "--no-run", rich_help_panel=RUN_PANEL, help="Keep nothing: the video cannot be resumed."
+        ),
+    ] = False,
+    snapshot_every: Annotated[
+        int | None,
+        typer.Option(
+            "--snapshot-every",
+            metavar="BLOCKS",
+            rich_help_panel=RUN_PANEL,
+            help="Save the exact state now and then, so that resuming is instant; it is as large as the memory.",
+        ),
+    ] = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
 
@@ -179,6 +205,8 @@ def generate(
         "fit": fit,
         "metadata": metadata,
         "overwrite": overwrite or None,
+        "keep_run": False if no_run else None,
+        "snapshot_every": snapshot_every,
         "policy": policy,
         "sink_blocks": sink_blocks,
         "recent_blocks": recent_blocks,
@@ -209,19 +237,20 @@ def generate(
             )
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
-        job = _prepare(request, made_with)
+        folder = _check_run_options(request, run)
+        job = prepare(request, made_with)
         if dry_run:
             _show_plan(job, shown, as_json=as_json)
             return
         job.plan.require_fit()
         _introduce(job, shown, verbose=verbose)
-        outcome = _run(job, shown, verbose=verbose)
+        outcome = run_job(job, shown, verbose=verbose, open_run=lambda model: new_run(job, model, folder))
     except PackforcingError as error:
         if shown.error(error):
             raise typer.Exit(error.exit_code) from error
         raise
     if outcome.result is not None:
-        _report(job, outcome, outcome.result, shown, as_json=as_json)
+        report(job, outcome, outcome.result, shown, as_json=as_json)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 
@@ -230,7 +259,7 @@ def generate(
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """A request with everything decided.
 
     place:   what `registry.open_model` is given, a name or a folder.
@@ -302,10 +331,27 @@ def _compare(before: Provenance, now: Provenance, shown: Display) -> None:
         shown.warn(f"not as it was when the file was made: {', '.join(changed)}; the video may differ")
 
 
-def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
-    """Decide all that is open. Raises: PackforcingError of any kind; no weights are read for it.
+def _check_run_options(request: GenerateRequest, folder: Path | None) -> Path | None:
+    """The given place of the run folder, checked. Raises: UsageError."""
+    from packforcing_cli import runfolder
+    from packforcing_cli.errors import UsageError
+
+    if not request.keep_run:
+        given = "--run" if folder else "--snapshot-every" if request.snapshot_every else ""
+        if given:
+            raise UsageError(f"{given} needs a run folder, and --no-run forbids it", hint="Leave one away.")
+        return None
+    runfolder.check_new(folder or runfolder.default_root() / "new")
+    return folder
+
+
+def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: Path | None = None) -> Job:
+    """Decide all that is open.
 
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
+    Args:
+        path: the output where that is decided and checked already.
+    Raises: PackforcingError of any kind; no weights are read for it.
     """
     from packforcing_cli import catalog, config, packages, planner
     from packforcing_cli.cli import choose, console
@@ -319,7 +365,7 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
     folder = packages.find_package(request.model)  # refused early when it is not here
     packages.require_complete(folder, packages.read_manifest(folder))
     _check_abilities(request, facts)
-    path = _output_path(request)
+    path = path or _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
     place = facts.name if is_named else request.model
     planner.plan(
@@ -353,7 +399,7 @@ def _prepare(request: GenerateRequest, again: Provenance | None = None) -> _Job:
         image = read_image(request.image, plan.size, request.fit)
     command = _command(request)
     why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
-    return _Job(request, facts, place, path, on.device, why, on.machine, plan, image, again, command)
+    return Job(request, facts, place, path, on.device, why, on.machine, plan, image, again, command)
 
 
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
@@ -380,9 +426,7 @@ def _output_path(request: GenerateRequest) -> Path:
     if given is not None and str(given) == "-":
         raise UsageError("a video cannot go to standard output", hint="Give a file: -o video.mp4")
     if given is not None and not given.is_dir():
-        path = given if given.suffix else given.with_name(given.name + ".mp4")
-        video.check_output(path, overwrite=request.overwrite)
-        return path
+        return checked_output(given, overwrite=request.overwrite)
     folder = given or Path()
     number = 1
     while True:
@@ -395,6 +439,15 @@ def _output_path(request: GenerateRequest) -> Path:
 
 def _precision(request: GenerateRequest) -> str:
     return request.dtype + ("" if request.quantize == "none" else f" with {request.quantize} linears")
+
+
+def checked_output(given: Path, *, overwrite: bool = False) -> Path:
+    """A given output, its ending added where it has none. Raises: UsageError as video.check_output."""
+    from packforcing_cli import video
+
+    path = given if given.suffix else given.with_name(given.name + ".mp4")
+    video.check_output(path, overwrite=overwrite)
+    return path
 
 
 def _command(request: GenerateRequest) -> str:
@@ -428,16 +481,17 @@ def _command(request: GenerateRequest) -> str:
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)
             options += ["--" + name.replace("_", "-"), shown]
-    if not request.metadata:
-        options.append("--no-metadata")
-    if request.overwrite:
-        options.append("--overwrite")
+    if request.snapshot_every is not None:
+        options += ["--snapshot-every", str(request.snapshot_every)]
+    options += [] if request.keep_run else ["--no-run"]
+    options += [] if request.metadata else ["--no-metadata"]
+    options += ["--overwrite"] if request.overwrite else []
     prompt = ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
     words = [*options, *prompt] if len(prompt) == 2 else [*prompt, *options]
     return shlex.join(["packforcing", "generate", *words])
 
 
-def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
+def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
     """What --dry-run prints, on stdout."""
     from packforcing_cli.cli import console
 
@@ -477,7 +531,7 @@ def _show_plan(job: _Job, shown: Display, *, as_json: bool) -> None:
         shown.warn(warning)
 
 
-def _memory_text(job: _Job) -> str:
+def _memory_text(job: Job) -> str:
     options, layout = job.plan.options, job.plan.layout
     bank = "unlimited" if layout.bank is None else layout.bank
     mids = f"top-k {layout.top_k} of a bank of {bank}, {options.select}, mid-span {layout.mid_span}"
@@ -497,7 +551,7 @@ def _stages_text(plan: Plan) -> str:
     return listed("device_bytes") + (f"; in host memory {listed('host_bytes')}" if beside else "")
 
 
-def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
+def _introduce(job: Job, shown: Display, *, verbose: bool) -> None:
     """What will be made, said before it is begun."""
     plan = job.plan
     width, height = plan.size
@@ -521,10 +575,11 @@ def _introduce(job: _Job, shown: Display, *, verbose: bool) -> None:
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class Outcome:
     """How a run ended.
 
     result:       what was made; None if it was stopped before it could be finished.
+    run_id:       of its run folder; None without one.
     load_seconds: from the start of loading to the first block's start.
     exit_code:    130 or 143 for a run that was stopped, else 0.
     """
@@ -532,6 +587,7 @@ class _Outcome:
     result: Result | None
     load_seconds: float
     exit_code: int
+    run_id: str | None = None
 
 
 class _Stop:
@@ -560,18 +616,66 @@ class _Stop:
         self._shown.stopping("Stopping after this block; Ctrl-C once more stops at once.")
 
 
-def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
-    """Load, encode, generate, finish the file. Raises: PackforcingError, saying what plays."""
-    from packforcing_cli import embeddings, registry, rollout
-    from packforcing_cli.errors import PackforcingError
+def new_run(job: Job, model: VideoModel, folder: Path | None) -> RunFolder | None:
+    """The run folder of a new video, in the given place or among the others; None with --no-run."""
+    from packforcing_cli import rollout, runfolder
 
+    if not job.request.keep_run:
+        return None
+    record = rollout.new_record(model, recorded(job), tags=tags_of(job, model))
+    return runfolder.RunFolder.create(folder or runfolder.default_root() / record.id, record)
+
+
+def tags_of(job: Job, model: VideoModel) -> dict[str, str]:
+    """What the file is to say of itself; nothing with --no-metadata."""
+    from packforcing_cli import rollout
+
+    if not job.request.metadata:
+        return {}
+    return rollout.provenance_of(model, job.request, job.plan.layout).tags()
+
+
+def recorded(job: Job) -> GenerateRequest:
+    """The request as a run folder keeps it: valid wherever it is read again."""
     request = job.request
-    blocks = 0
+    changes: dict[str, Any] = {"output": job.path.absolute()}
+    if job.place != job.facts.name:
+        changes["model"] = str(Path(job.place).expanduser().absolute())
+    if request.vae is not None and Path(request.vae).is_dir():
+        changes["vae"] = str(Path(request.vae).absolute())
+    for name in ("image", "embeddings"):
+        path = getattr(request, name)
+        changes |= {} if path is None else {name: path.absolute()}
+    return request.model_copy(update=changes)
+
+
+def run_job(
+    job: Job,
+    shown: Display,
+    *,
+    verbose: bool,
+    open_run: Callable[[VideoModel], RunFolder | None],
+    run: RunFolder | None = None,
+) -> Outcome:
+    """Load, encode, generate, finish the file.
+
+    Args:
+        open_run: called with the loaded model, gives the run folder to go on with; it is closed here.
+        run:      that folder, where it is open already.
+    Raises: PackforcingError, saying what plays and how to go on.
+    """
+    from packforcing_cli import embeddings, registry, rollout
+    from packforcing_cli.errors import GenerationError, PackforcingError
+
+    request, blocks = job.request, 0
 
     def on_block(block: Block, seconds: float) -> None:
         nonlocal blocks
         blocks += 1
         shown.block(block, seconds)
+
+    def kept() -> str:
+        return _kept(job) if blocks or (run is not None and run.blocks) else ""
 
     started = time.perf_counter()
     load_seconds = 0.0
@@ -603,9 +707,12 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
                 _warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
+            run = open_run(model)
             load_seconds = time.perf_counter() - started
             if verbose:
                 _describe(model, schedule, load_seconds, shown)
+                if run is not None:
+                    shown.note(f"run folder: {run.folder}")
             shown.start(job.plan, _memory_reader(job.device))
             stop.making_blocks = True
             result = rollout.generate(
@@ -619,45 +726,63 @@ def _run(job: _Job, shown: Display, *, verbose: bool) -> _Outcome:
                 memory=request.memory,
                 first_latent=None if job.image is None else rollout.encode_image(model, job.image),
                 crf=request.crf,
-                metadata=made.tags() if request.metadata else {},
+                metadata=tags_of(job, model),
                 overwrite=request.overwrite,
+                run=run,
+                snapshot_every=request.snapshot_every,
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,
             )
             shown.done(result)
         except KeyboardInterrupt:
             shown.stop()
-            kept = _kept(job) if blocks else ""
-            shown.note(f"Stopped at once. {kept or 'Nothing was written.'}")
-            shown.note(f"The whole video: {_again(job)}")
-            return _Outcome(None, load_seconds, stop.code or 130)
+            shown.note(f"Stopped at once. {kept() or 'Nothing was written.'}")
+            shown.note(_how_to_go_on(job, run))
+            return Outcome(None, load_seconds, stop.code or 130)
         except PackforcingError as error:
             shown.stop()
-            if blocks and "plays" not in error.hint:
-                error.hint = f"{error.hint} {_kept(job)}".strip()
+            more = [error.hint, "" if "plays" in error.hint else kept()]
+            if run is not None and run.blocks and not isinstance(error, GenerationError):
+                more.append(_how_to_go_on(job, run))
+            error.hint = " ".join(part for part in more if part)
             raise
         except Exception as error:
             shown.stop()
-            kept = _kept(job) if blocks else ""
+            rest = f"{kept()} {_how_to_go_on(job, run) if run is not None and run.blocks else ''}".strip()
             if _is_out_of_memory(error):
-                raise _memory_ran_out(job, kept) from error
-            if kept:
-                shown.note(kept)
+                raise _memory_ran_out(job, rest) from error
+            if rest:
+                shown.note(rest)
             raise
         finally:
             shown.stop()
-    return _Outcome(result, load_seconds, stop.code if result.stopped else 0)
+            if run is not None:
+                run.discard() if run.is_new and not run.blocks else run.close()
+    run_id = run.record.id if run is not None else None
+    return Outcome(result, load_seconds, stop.code if result.stopped else 0, run_id)
 
 
-def _kept(job: _Job) -> str:
+def _how_to_go_on(job: Job, run: RunFolder | None) -> str:
+    """One sentence: the command that makes the rest, or all of it again where nothing was kept."""
+    if run is not None and run.blocks:
+        return f"To go on: {resume_command(run)}"
+    return f"The whole video: {_again(job)}"
+
+
+def resume_command(run: RunFolder) -> str:
+    """packforcing resume with the run's id."""
+    return f"packforcing resume {run.record.id}"
+
+
+def _kept(job: Job) -> str:
     """One sentence about the part file of a run that ended early; empty if there is none."""
     from packforcing_cli import video
 
     part = video.part_path(job.path)
-    return f"What was made so far plays: {part}" if part.exists() else ""
+    return f"What was made so far plays: {part}" if part.exists() and part.stat().st_size else ""
 
 
-def _again(job: _Job) -> str:
+def _again(job: Job) -> str:
     return _command(job.request.model_copy(update={"overwrite": True}))
 
 
@@ -671,7 +796,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _memory_ran_out(job: _Job, kept: str) -> MemoryFitError:
+def _memory_ran_out(job: Job, kept: str) -> MemoryFitError:
     from packforcing_cli import planner
     from packforcing_cli.errors import MemoryFitError
 
@@ -736,21 +861,25 @@ def _resident_bytes() -> int:
 # -- afterwards -------------------------------------------------------------------------------------------------
 
 
-def _report(job: _Job, outcome: _Outcome, result: Result, shown: Display, *, as_json: bool) -> None:
+def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_json: bool) -> None:
     """The figures on stderr, the path or the JSON on stdout."""
     from packforcing_cli.cli import console
 
     plan = job.plan
-    made, spent = result.frames / result.fps, result.total_seconds
+    before = plan.layout.frames_for(result.replayed) if result.replayed else 0
+    now = max(0, result.frames - before)
+    made, spent = now / result.fps, result.total_seconds
     full_bytes = result.blocks * plan.layout.grid.block_tokens * plan.layout.grid.bytes_per_token
     shown.note(
-        f"{_count(result.blocks, 'block')}, {result.frames} frames ({made:.2f} s) in {spent:.1f} s:"
-        f" {result.frames / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
+        f"{_count(result.blocks - result.replayed, 'block')}, {now} frames ({made:.2f} s) in {spent:.1f} s:"
+        f" {now / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
         f" peak memory {console.gb(result.peak_memory_bytes)}"
     )
     if outcome.exit_code:
-        shown.note(f"Stopped after {result.blocks} of {plan.blocks} blocks. The whole video: {_again(job)}")
+        rest = f"To go on: packforcing resume {outcome.run_id}" if outcome.run_id else ""
+        rest = rest or f"The whole video: {_again(job)}"
+        shown.note(f"Stopped after {result.blocks} of {plan.blocks} blocks. {rest}")
     if not as_json:
         console.result(str(result.path))
         return
@@ -768,7 +897,8 @@ def _report(job: _Job, outcome: _Outcome, result: Result, shown: Display, *, as_
             "fps": result.fps,
             "frames": result.frames,
             "blocks": result.blocks,
-            "seconds": made,
+            "seconds": result.frames / result.fps,
+            "run": outcome.run_id,
             "interrupted": bool(outcome.exit_code),
             "warnings": list(plan.warnings),
             "command": job.command,
@@ -779,7 +909,7 @@ def _report(job: _Job, outcome: _Outcome, result: Result, shown: Display, *, as_
                 "block_seconds_p50": round(_percentile(result.block_seconds, 50), 4),
                 "block_seconds_p95": round(_percentile(result.block_seconds, 95), 4),
                 "stall_seconds": round(result.stall_seconds, 3),
-                "fps": round(result.frames / spent, 3),
+                "fps": round(now / spent, 3),
                 "realtime_factor": round(made / spent, 3),
                 "kv_bytes": {
                     "stored": kv.stored,
@@ -801,6 +931,6 @@ def _count(number: int, noun: str) -> str:
 
 
 def _percentile(values: Iterable[float], percent: int) -> float:
-    """The smallest value that at least `percent` of the values do not exceed."""
+    """The smallest value that at least `percent` of the values do not exceed; 0 of none."""
     ordered = sorted(values)
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)]
+    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)] if ordered else 0.0

@@ -110,10 +110,14 @@ class _Meter:
         self.blocks = 0
         self.seconds = 0.0
         self._newest: list[float] = []
+        self._replaying = False
 
-    def add(self, seconds: float) -> None:
-        self.blocks += 1
+    def add(self, block: Block, seconds: float) -> None:
+        self.blocks = block.index + 1
         self.seconds += seconds
+        if self._replaying and not block.replayed:
+            self._newest.clear()  # other work than before
+        self._replaying = block.replayed
         self._newest = [*self._newest, seconds][-20:]
 
     @property
@@ -187,9 +191,9 @@ class _Plain(Display):
         from packforcing_cli.cli import console
 
         meter = self._meter
-        meter.add(seconds)
+        meter.add(block, seconds)
         pause = max(PLAIN_EVERY_SECONDS, PLAIN_EVERY_SHARE * meter.seconds)
-        if 1 < meter.blocks < meter.plan.blocks and meter.seconds - self._shown < pause:
+        if self._shown and meter.blocks < meter.plan.blocks and meter.seconds - self._shown < pause:
             return
         self._shown = meter.seconds
         console.say(
@@ -224,11 +228,12 @@ class _JsonLines(Display):
 
     def block(self, block: Block, seconds: float) -> None:
         meter = self._meter
-        meter.add(seconds)
+        meter.add(block, seconds)
         device, host = meter.memory()
         self._event(
             "block",
             index=block.index,
+            replayed=block.replayed,
             seconds=round(seconds, 4),
             stages={name: round(value, 4) for name, value in block.seconds.items()},
             eta_seconds=round(meter.eta, 2),
@@ -272,7 +277,7 @@ class _Live(Display):
 
     def block(self, block: Block, seconds: float) -> None:
         assert self._meter is not None
-        self._meter.add(seconds)
+        self._meter.add(block, seconds)
         self._last = block
 
     def stopping(self, text: str) -> None:

@@ -26,7 +26,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from packforcing_cli import rope, weights
+from packforcing_cli import durable, rope, weights
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import BlockView, Grid, Layout
@@ -173,9 +173,8 @@ def build_pool(path: Path, codec: TinyCodec, *, scenes: int, blocks: int, seed: 
         caption += [captions[scene.caption] for scene in drawn]
     pool = Pool(torch.cat(latents), torch.cat(lr), torch.tensor(caption))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file({"latents": pool.latents, "lr": pool.lr, "caption": pool.caption}, part, wanted)
-    part.replace(path)
+    with durable.replacing(path) as part:
+        save_file({"latents": pool.latents, "lr": pool.lr, "caption": pool.caption}, part, wanted)
     return pool
 
 

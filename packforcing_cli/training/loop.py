@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from packforcing_cli import durable
 from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.training.recipes import Train
 
@@ -144,18 +145,15 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
             for key, value in values.items():
                 tensors[f"optimizer/{i}/{index}/{key}"] = torch.as_tensor(value)
     path = folder / f"step-{state.step:07d}.safetensors"
-    part = path.with_suffix(".part")
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {
-            k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()
-        },  # copies: tied weights are kept twice
-        part,
-        {"step": str(state.step), "facts": json.dumps(dict(facts))},
-    )
-    with part.open("rb") as handle:
-        os.fsync(handle.fileno())
-    part.replace(path)
+    with durable.replacing(path) as part:
+        save_file(
+            {
+                k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()
+            },  # copies: tied weights are kept twice
+            part,
+            {"step": str(state.step), "facts": json.dumps(dict(facts))},
+        )
     for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
         old.unlink()
     return path

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from packforcing_cli import durable
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import UsageError
 from packforcing_cli.registry import MANIFEST, VideoModel, load_model, read_manifest
@@ -107,9 +108,7 @@ def record_in_package(folder: Path, scores: dict[str, Any]) -> None:
     """Put a summary into the manifest of a package, as `provenance.scores`; nothing else in it changes."""
     manifest = read_manifest(folder)
     changed = manifest.model_copy(update={"provenance": {**manifest.provenance, "scores": scores}})
-    part = folder / f"{MANIFEST}.part"
-    part.write_text(changed.to_json(), encoding="utf-8")
-    part.replace(folder / MANIFEST)
+    durable.write(folder / MANIFEST, changed.to_json().encode())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

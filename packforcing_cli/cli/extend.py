@@ -1,0 +1,188 @@
+"""packforcing extend SOURCE: make a finished or interrupted video longer, or branch off it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from packforcing_cli.cli import generate as runner
+from packforcing_cli.cli import resume as resuming
+from packforcing_cli.cli import story_options as story
+
+if TYPE_CHECKING:
+    from packforcing_cli.cli.generate import Job
+    from packforcing_cli.registry import VideoModel
+    from packforcing_cli.runfolder import Record, RunFolder
+    from packforcing_cli.timeline import Timeline
+
+
+def extend(
+    source: Annotated[
+        str, typer.Argument(help="A run's id or folder, or a video made here whose run is still kept.")
+    ],
+    seconds: Annotated[float, typer.Option("--seconds", help="Length of the new part, in whole blocks.")],
+    start: Annotated[
+        str | None,
+        typer.Option("--from", metavar="TIME", help="Branch off there, 12.5 or 0:40. Default: the end."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="What the new part shows. Default: as before.")
+    ] = None,
+    at: story.At = None,
+    pin: story.Pin = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the new part. Default: as before.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE.mp4", help="Default: a name made from the prompt."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: as before."),
+    ] = None,
+    run: Annotated[
+        Path | None,
+        typer.Option("--run", metavar="DIR", help="Where to keep the new run. Default: a new folder."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although model, layout or libraries are not as they were.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of the path.")
+    ] = False,
+    progress: Annotated[str, typer.Option("--progress", help="auto, rich, plain, json or none.")] = "auto",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
+) -> None:
+    """Make a video longer, from its latents and its memory: no join can be seen. Prints the path of the new file.
+
+    The new file has the old part and the new one; the source and its run stay as they are. With the same prompt
+    and seed the result is what one longer run would have made.
+
+    Example: packforcing extend a-red-circle.mp4 --seconds 30 --from 0:40 --prompt "a blue square" -o branch.mp4
+
+    Exit codes: as resume.
+    """
+    from packforcing_cli import rollout
+    from packforcing_cli.cli import progress as display
+    from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.errors import PackforcingError
+    from packforcing_cli.runfolder import RunFolder, check_new
+
+    shown = display.choose(progress, quiet=quiet)
+    try:
+        if run is not None:
+            check_new(run)
+        with RunFolder.open(resuming.find_run(source)) as old:
+            blocks, total = _lengths(old, seconds, start)
+            before = GenerateRequest.from_values(old.record.request)
+            changes: dict[str, Any] = {"seed": seed, "device": device}
+            timeline = _timeline(old.record, blocks, total, prompt, at, pin)
+            request = GenerateRequest.from_values(
+                {
+                    **old.record.request,
+                    "image": None,  # it is in the first block
+                    **{name: value for name, value in changes.items() if value is not None},
+                    "seconds": total,
+                    "timeline": timeline,
+                    "output": output,
+                    "overwrite": overwrite,
+                    "keep_run": True,
+                }
+            )
+            job = runner.prepare(request)
+            job.plan.require_fit()
+            shown.note(
+                f"{old.record.id}: {job.plan.blocks - blocks} new blocks after"
+                f" {display.clock(job.plan.layout.frames_for(blocks) / job.plan.fps)} (block {blocks} of {old.blocks})"
+            )
+
+            def branch(model: VideoModel) -> RunFolder:
+                resuming.check_same(old, rollout.must_be_same(model, before), shown, force=force)
+                return _branch(old, blocks, job, model, run)
+
+            outcome = runner.run_job(job, shown, verbose=verbose, open_run=branch)
+    except PackforcingError as error:
+        if shown.error(error):
+            raise typer.Exit(error.exit_code) from error
+        raise
+    if outcome.result is not None:
+        runner.report(job, outcome, outcome.result, shown, as_json=as_json)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, float]:
+    """(blocks that are kept, seconds of the whole new video). Raises: UsageError."""
+    from packforcing_cli.cli.progress import clock
+    from packforcing_cli.config import PlanRequest
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.layout import TEMPORAL_STRIDE
+    from packforcing_cli.timeline import parse_time
+
+    record = old.record
+    frames = TEMPORAL_STRIDE * record.frames_per_block
+    blocks = old.blocks
+    if start is not None:
+        try:
+            wanted = parse_time(start.strip())
+        except ValueError as error:
+            raise UsageError(f"--from: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
+        blocks = max(1, round((wanted * record.fps + TEMPORAL_STRIDE - 1) / frames))
+    if not 0 < blocks <= old.blocks:
+        length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
+        raise UsageError(
+            f"{record.id} has {length}" + (f", so there is nothing at {start}" if start else ""),
+            hint=f"To finish it first: packforcing resume {record.id}",
+        )
+    new = max(1, round(PlanRequest(seconds=seconds).seconds * record.fps / frames))
+    return blocks, (frames * (blocks + new) - TEMPORAL_STRIDE + 1) / record.fps
+
+
+def _timeline(
+    record: Record, blocks: int, total: float, prompt: str | None, at: list[str] | None, pin: list[str] | None
+) -> Timeline:
+    """What the old part had, and what is asked for from there on.
+
+    Scenes of the source behind the branch stay as far as they fit, unless new prompts are given.
+    Raises: UsageError for mistakes in `at` and `pin`, also a pin in the old part, whose memory is made already.
+    """
+    from fractions import Fraction
+
+    from packforcing_cli import timeline as timelines
+    from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.layout import TEMPORAL_STRIDE
+
+    before = GenerateRequest.from_values(record.request).timeline
+    begins = Fraction(TEMPORAL_STRIDE * (record.frames_per_block * blocks - 1) + 1, record.fps)
+    half_a_block = Fraction(TEMPORAL_STRIDE * record.frames_per_block, 2 * record.fps)
+    ends = Fraction(total) if prompt is None and not at else begins
+    new = timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ())
+    if prompt is not None:
+        new = (timelines.Scene(begins, prompt), *new)
+    pins = timelines.parse_pins(pin or ())
+    early = [span.text for span in pins if span.start < begins]
+    if early:
+        raise UsageError(
+            f"--pin {early[0]}: the memory of the old part is made already",
+            hint=f"Pin from {timelines.clock(begins)} on.",
+        )
+    return timelines.Timeline(
+        (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
+        (*(span for span in before.pins if span.end <= ends), *pins),
+    )
+
+
+def _branch(old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None) -> RunFolder:
+    """The new run folder, with the first blocks of the old one in it; the old one is let go."""
+    from packforcing_cli import rollout, runfolder
+
+    tags = runner.tags_of(job, model)
+    record = rollout.new_record(model, runner.recorded(job), tags=tags, parent=old.record.id)
+    where = folder or runfolder.default_root() / record.id
+    new = runfolder.RunFolder.create(where, record, source=old, blocks=blocks)
+    old.close()
+    return new

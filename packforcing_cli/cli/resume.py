@@ -1,0 +1,190 @@
+"""packforcing resume RUN: finish a video that was stopped, killed or ran out of something."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from packforcing_cli.cli import generate as runner
+
+if TYPE_CHECKING:
+    from packforcing_cli.cli.progress import Display
+    from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.registry import VideoModel
+    from packforcing_cli.runfolder import RunFolder
+
+
+def resume(
+    run: Annotated[
+        str | None,
+        typer.Argument(help="A run's id or the beginning of it, its folder, or its unfinished video."),
+    ] = None,
+    last: Annotated[bool, typer.Option("--last", help="The newest run that is not finished.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", metavar="FILE.mp4", help="Write the whole video there instead."),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: as before."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although model, layout or libraries are not as they were.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON instead of the path.")
+    ] = False,
+    progress: Annotated[str, typer.Option("--progress", help="auto, rich, plain, json or none.")] = "auto",
+    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
+    verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
+) -> None:
+    """Go on with a video where it ended: after Ctrl-C, a kill, a power cut, a full disk.
+
+    Nothing that was made is made again: the blocks are read from the run folder and go through the memory once
+    more. With equal numerics the result is the same, bit for bit, as if it had never ended. Resuming a finished
+    video does nothing.
+
+    Example: packforcing resume --last
+
+    Exit codes: as generate; 2 also if model, layout or libraries changed.
+    """
+    from packforcing_cli import rollout
+    from packforcing_cli.cli import console
+    from packforcing_cli.cli import progress as display
+    from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.errors import PackforcingError
+    from packforcing_cli.runfolder import RunFolder
+
+    shown = display.choose(progress, quiet=quiet)
+    try:
+        with RunFolder.open(_folder(run, last=last)) as opened:
+            if opened.dropped:
+                shown.warn(f"{opened.dropped} was torn when the run ended; that block is made again")
+            if output is not None:
+                opened.update(output=str(runner.checked_output(output).absolute()), frames=0)
+            request = GenerateRequest.from_values(opened.record.request)
+            request = request.model_copy(update={"output": Path(opened.record.output)})
+            if device is not None:
+                request = request.model_copy(update={"device": device})
+            if opened.blocks:  # the start image is in the first of them
+                request = request.model_copy(update={"image": None})
+            was_finished = opened.record.status == "finished"
+            if rollout.finish(opened):
+                done = (
+                    "was already finished" if was_finished else "is finished now: only the file was missing"
+                )
+                shown.note(f"{opened.record.id} {done}, {opened.record.frames} frames.")
+                if as_json:
+                    console.result_json(_finished(opened))
+                else:
+                    console.result(str(request.output))
+                return
+            job = runner.prepare(request, path=request.output)
+            job.plan.require_fit()
+            outcome = runner.run_job(
+                job,
+                shown,
+                verbose=verbose,
+                open_run=lambda model: _go_on(opened, model, request, shown, force=force),
+                run=opened,
+            )
+    except PackforcingError as error:
+        if shown.error(error):
+            raise typer.Exit(error.exit_code) from error
+        raise
+    if outcome.result is not None:
+        runner.report(job, outcome, outcome.result, shown, as_json=as_json)
+    if outcome.exit_code:
+        raise typer.Exit(outcome.exit_code)
+
+
+def _folder(run: str | None, *, last: bool) -> Path:
+    """The run folder that is meant. Raises: UsageError."""
+    from packforcing_cli import runfolder
+    from packforcing_cli.errors import UsageError
+
+    if (run is None) is not last:
+        raise UsageError("give a run, or --last", hint="See `packforcing runs list`.")
+    if run is not None:
+        return find_run(run)
+    open_ends = [known for known in runfolder.all_runs() if known.status in ("interrupted", "stopped")]
+    if not open_ends:
+        raise UsageError("there is no run that is not finished", hint="See `packforcing runs list`.")
+    return open_ends[-1].folder
+
+
+def find_run(name: str) -> Path:
+    """The run folder of a folder, an id, or a video file that names its run. Raises: UsageError, VideoError."""
+    from packforcing_cli import runfolder
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.video import VideoReader
+
+    if not Path(name).is_file():
+        return runfolder.find(name)
+    run_id = VideoReader(name).metadata.get("run", "")
+    known = {run.name: run.folder for run in runfolder.all_runs()}
+    if run_id not in known:
+        what = f"its run {run_id} is not here any more" if run_id else "it names no run"
+        raise UsageError(f"{name} cannot be continued: {what}", hint="See `packforcing runs list`.")
+    return known[run_id]
+
+
+def _go_on(
+    run: RunFolder, model: VideoModel, request: GenerateRequest, shown: Display, *, force: bool
+) -> RunFolder:
+    """Compare with what it was, and say what is ahead. Raises: UsageError if results would differ."""
+    from packforcing_cli import rollout, runfolder
+
+    check_same(run, rollout.must_be_same(model, request), shown, force=force)
+    changed = runfolder.differences(run.record.numerics, rollout.numerics(model))
+    if changed:
+        shown.warn(
+            f"this is not the machine it was ({'; '.join(changed)}): the result is not guaranteed to be the same,"
+            " bit for bit"
+        )
+    cost = rollout.replay_cost(run)
+    rest = run.record.blocks - run.blocks
+    shown.note(
+        f"{run.record.id}: {run.blocks} of {run.record.blocks} blocks are there;"
+        f" {cost.blocks} to go through again ({_about(cost.seconds)}), {rest} to make ({_about(cost.rest_seconds)})"
+    )
+    return run
+
+
+def check_same(run: RunFolder, now: dict[str, object], shown: Display, *, force: bool) -> None:
+    """Raises: UsageError naming what differs from when the run was made; with `force` it is a warning."""
+    from packforcing_cli import runfolder
+    from packforcing_cli.errors import UsageError
+
+    changed = runfolder.differences(run.record.must, now)
+    if changed and not force:
+        shown_first = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
+        raise UsageError(
+            f"{run.record.id} was made with something else: {shown_first}",
+            hint="Bring back what it was made with, or go on all the same with --force.",
+        )
+    if changed:
+        shown.warn(f"not as it was: {'; '.join(changed)}. The video may change where it goes on.")
+
+
+def _about(seconds: float | None) -> str:
+    from packforcing_cli.cli import console
+
+    if seconds is None:
+        return "unknown time"
+    return f"about {console.duration(round(seconds, 1) if seconds < 10 else round(seconds))}"
+
+
+def _finished(run: RunFolder) -> dict[str, object]:
+    record = run.record
+    return {
+        "schema": runner.SCHEMA,
+        "path": record.output,
+        "run": record.id,
+        "frames": record.frames,
+        "blocks": record.blocks,
+        "seconds": record.frames / record.fps,
+        "interrupted": False,
+    }

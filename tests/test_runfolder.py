@@ -1,0 +1,501 @@
+"""The run folder: nothing that was reported done is lost, and going on equals never having stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tiny import embeds, video_model
+from torch import Tensor
+
+from packforcing_cli import __version__, durable, rollout, runfolder
+from packforcing_cli.config import GenerateRequest, MemoryOptions
+from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
+from packforcing_cli.registry import VideoModel
+from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
+from packforcing_cli.runfolder import Record, RunFolder
+from packforcing_cli.timeline import Script
+from packforcing_cli.video import VideoReader, part_path
+
+torch.set_num_threads(1)
+
+BLOCKS = 7
+MEMORY = MemoryOptions(top_k=2, bank=3, mid_span="1")
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoModel:
+    return video_model()
+
+
+def record(**changes: Any) -> Record:
+    changes = {"id": runfolder.new_id("a red circle"), **changes}
+    values: dict[str, Any] = {
+        "schema": 1,
+        "version": __version__,
+        "created": datetime.now(UTC),
+        "prompt": "made up",
+        "output": "/nowhere/a.mp4",
+        "blocks": BLOCKS,
+        "fps": 16,
+        "size": (64, 64),
+        "frames_per_block": 4,
+        "request": GenerateRequest(prompt="made up", seed=3).to_values(),
+        "tags": {"run": changes["id"], "prompt": "made up"},
+        "must": {"model": "tiny", "torch": "2"},
+        "numerics": {"device": "cpu"},
+    }
+    return Record(**(values | changes))
+
+
+def prompt(seed: int = 0) -> Prompt:
+    return Prompt("made up", embeds(seed))
+
+
+def folder_of(path: Path, output: Path, **changes: Any) -> RunFolder:
+    return RunFolder.create(path, record(output=str(output), **changes))
+
+
+def make(
+    model: VideoModel,
+    output: Path,
+    run: RunFolder | None,
+    *,
+    stop_after: int | None = None,
+    fail_at: int | None = None,
+    memory: MemoryOptions = MEMORY,
+    blocks: int = BLOCKS,
+    seed: int = 3,
+    **options: Any,
+) -> tuple[list[Tensor], rollout.Result | None]:
+    """Frames of every block that went by, by block, and the result; None if it was broken off."""
+    frames: list[Tensor] = []
+
+    def on_block(block: rollout.Block, _: float) -> None:
+        frames.append(block.frames)
+        if block.index == fail_at:
+            raise KeyboardInterrupt
+
+    try:
+        result = rollout.generate(
+            model,
+            options.pop("prompt", prompt()),
+            output,
+            seconds=(16 * blocks - 3) / 16,
+            seed=seed,
+            memory=memory,
+            run=run,
+            on_block=on_block,
+            should_stop=lambda: stop_after is not None and len(frames) >= stop_after,
+            **options,
+        )
+    except KeyboardInterrupt:
+        return frames, None
+    return frames, result
+
+
+def packets(path: Path) -> list[tuple[bytes, int | None]]:
+    with av.open(str(path)) as container:
+        return [(bytes(p), p.pts) for p in container.demux(video=0) if p.size]
+
+
+def latents(run: Path) -> Tensor:
+    with RunFolder.open(run) as opened:
+        return torch.cat([entry.latents for entry in opened.entries()])
+
+
+@pytest.fixture(scope="module")
+def unbroken(model: VideoModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the run and the video of a generation nothing happened to."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    with folder_of(folder / "run", folder / "a.mp4") as run:
+        make(model, folder / "a.mp4", run)
+        assert run.record.status == "finished"
+    return folder
+
+
+# -- going on ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["affinity-recent", "affinity", "random", "fifo"])
+def test_replayed_blocks_leave_the_same_memory_bit_for_bit(model: VideoModel, select: str) -> None:
+    options: dict[str, Any] = {
+        "num_blocks": BLOCKS,
+        "seed": 3,
+        "memory": MEMORY.model_copy(update={"select": select}),
+    }
+    whole, states = [], []
+    for block in stream_generate(model, prompt(), **options):
+        whole.append(block)
+        states.append(block.state())
+    past = [PastBlock(block.latents, block.selected) for block in whole[:4]]
+    again = list(stream_generate(model, prompt(), past=past, **options))
+    from_state = list(stream_generate(model, prompt(), past=past[3:], state=states[2], **options))
+    assert [block.replayed for block in again] == [True] * 4 + [False] * 3
+    assert [block.index for block in from_state] == [3, 4, 5, 6]
+    for made in (again, from_state):
+        for block in made:
+            first = whole[block.index]
+            assert torch.equal(block.latents, first.latents)
+            assert torch.equal(block.frames, first.frames)
+            assert torch.equal(block.selected, first.selected)
+    last = again[-1].state()
+    assert last.keys() == states[-1].keys() == from_state[-1].state().keys()
+    assert all(torch.equal(last[name], states[-1][name]) for name in last)
+    assert all(torch.equal(last[name], value) for name, value in from_state[-1].state().items())
+
+
+def test_past_blocks_may_bring_their_own_pixels(model: VideoModel) -> None:
+    options: dict[str, Any] = {"num_blocks": 4, "seed": 3, "memory": MEMORY}
+    first = next(stream_generate(model, prompt(), **options))
+    pixels = torch.zeros(1, 3, 13, 64, 64)
+    past = [PastBlock(first.latents, pixels=pixels)]
+    black = next(stream_generate(model, prompt(), past=past, **options))
+    assert black.frames.shape == (13, 64, 64, 3) and not black.frames.any()
+    assert torch.equal(black.latents, first.latents)
+
+
+@pytest.mark.parametrize("snapshot_every", [None, 2])
+@pytest.mark.parametrize("end", ["stopped", "broken off", "without its video"])
+def test_a_resumed_run_equals_an_unbroken_one(
+    end: str, snapshot_every: int | None, model: VideoModel, unbroken: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output) as run:
+        how = {"stop_after": 5} if end == "stopped" else {"fail_at": 4}
+        make(model, output, run, snapshot_every=snapshot_every, **how)
+        assert run.blocks == 5
+        assert run.record.status == ("stopped" if end == "stopped" else "running")
+    if end == "without its video":
+        part_path(output).unlink()
+    with RunFolder.open(tmp_path / "run") as run:
+        assert not rollout.finish(run)
+        frames, result = make(model, output, run)
+        assert result is not None
+        assert (result.blocks, result.frames, result.replayed, result.stopped) == (7, 109, 5, False)
+        instant = snapshot_every and end != "without its video"
+        assert len(frames) == (3 if instant else 7)  # blocks 4, 5, 6 after a snapshot of 4
+        assert run.record.status == "finished"
+        assert rollout.finish(run)
+    assert torch.equal(latents(tmp_path / "run"), latents(unbroken / "run"))
+    assert packets(output) == packets(unbroken / "a.mp4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "run"]
+
+
+def test_stopping_again_and_again_makes_every_frame_once(
+    model: VideoModel, unbroken: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.mp4"
+    folder_of(tmp_path / "run", output).close()
+    for stop_after in (2, 3, 4, 6, None):
+        with RunFolder.open(tmp_path / "run") as run:
+            make(model, output, run, stop_after=stop_after)
+        assert VideoReader(output).num_frames == 16 * (stop_after or BLOCKS) - 3
+    assert packets(output) == packets(unbroken / "a.mp4")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "run"]
+
+
+def test_stopping_while_it_replays_keeps_what_the_video_has(model: VideoModel, tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output) as run:
+        make(model, output, run, fail_at=4)
+    with RunFolder.open(tmp_path / "run") as run:
+        _, result = make(model, output, run, stop_after=2)
+        assert result is not None
+        assert (result.blocks, result.frames, result.stopped) == (5, 77, True)
+    assert VideoReader(output).num_frames == 77
+
+
+def test_a_video_of_somebody_else_is_never_replaced(model: VideoModel, tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output) as run:
+        make(model, output, run, stop_after=3)
+    with folder_of(tmp_path / "other", tmp_path / "b.mp4") as run:
+        make(model, tmp_path / "b.mp4", run, fail_at=2)
+    (tmp_path / "b.mp4").write_bytes(b"mine")
+    with RunFolder.open(tmp_path / "other") as run, pytest.raises(UsageError, match="exists"):
+        make(model, tmp_path / "b.mp4", run)
+    assert (tmp_path / "b.mp4").read_bytes() == b"mine"
+    (tmp_path / "b.mp4").unlink()
+    part_path(tmp_path / "b.mp4").rename(part_path(output))
+    with RunFolder.open(tmp_path / "run") as run, pytest.raises(UsageError, match="interrupted run left it"):
+        make(model, output, run)
+    assert VideoReader(output).num_frames == 45
+    assert VideoReader(part_path(output)).num_frames == 45
+
+
+def test_a_part_of_another_encoder_is_refused_and_kept(model: VideoModel, tmp_path: Path) -> None:
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output) as run:
+        make(model, output, run, fail_at=3)
+        before = part_path(output).read_bytes()
+        with pytest.raises(VideoError, match="another version of the encoder") as caught:
+            make(model, output, run, crf=30)
+        assert "-o" in caught.value.hint
+        assert part_path(output).read_bytes() == before
+        make(model, output, run, stop_after=4)
+        before = output.read_bytes()
+        with pytest.raises(VideoError, match="another version of the encoder"):
+            make(model, output, run, crf=30)
+    assert output.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "run"]
+
+
+def test_a_finished_run_whose_file_was_not_yet_noted_needs_no_model(
+    model: VideoModel, unbroken: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output) as run:
+        make(model, output, run, fail_at=BLOCKS - 1)  # all blocks are there, the file is not finished
+        assert run.record.status == "running"
+    with RunFolder.open(tmp_path / "run") as run:
+        assert rollout.finish(run)
+        run.update(status="running", frames=0)
+    with RunFolder.open(tmp_path / "run") as run:
+        assert rollout.finish(run)
+        assert (run.record.status, run.record.frames) == ("finished", 109)
+    assert packets(output) == packets(unbroken / "a.mp4")
+
+
+# -- extending ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["packforcing", "full", "window"])
+def test_continuing_a_run_equals_the_same_seconds_of_a_longer_one(
+    policy: str, model: VideoModel, tmp_path: Path
+) -> None:
+    memory = MEMORY.model_copy(update={"policy": policy})
+    with folder_of(tmp_path / "long", tmp_path / "long.mp4", blocks=10) as run:
+        make(model, tmp_path / "long.mp4", run, blocks=10, memory=memory)
+    with folder_of(tmp_path / "short", tmp_path / "short.mp4", blocks=5) as run:
+        make(model, tmp_path / "short.mp4", run, blocks=5, memory=memory)
+        before = {p.name: p.read_bytes() for p in (tmp_path / "short" / "latents").iterdir()}
+        new = RunFolder.create(tmp_path / "new", record(blocks=10), source=run, blocks=5)
+    with new:
+        make(model, tmp_path / "new.mp4", new, blocks=10, memory=memory)
+    assert torch.equal(latents(tmp_path / "new"), latents(tmp_path / "long"))
+    assert packets(tmp_path / "new.mp4") == packets(tmp_path / "long.mp4")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "short" / "latents").iterdir()} == before
+    one = "latents/000002.safetensors"
+    assert (tmp_path / "new" / one).samefile(tmp_path / "short" / one)  # not copied
+
+
+def test_a_branch_keeps_the_past_for_the_past(model: VideoModel, tmp_path: Path) -> None:
+    with folder_of(tmp_path / "run", tmp_path / "a.mp4") as run:
+        make(model, tmp_path / "a.mp4", run, blocks=5)
+        new = RunFolder.create(tmp_path / "new", record(blocks=6), source=run, blocks=3)
+    script = Script(("made up", "other"), (0, 3), (0, 0))
+    options: dict[str, Any] = {"blocks": 6, "prompt": Story(script, (prompt(), prompt(9))), "seed": 8}
+    with new:
+        make(model, tmp_path / "b.mp4", new, fail_at=4, **options)
+    with RunFolder.open(tmp_path / "new") as new:
+        make(model, tmp_path / "b.mp4", new, **options)
+    joined, source = latents(tmp_path / "new"), latents(tmp_path / "run")
+    assert torch.equal(joined[:3], source[:3]) and not torch.equal(joined[3:5], source[3:5])
+    assert packets(tmp_path / "b.mp4")[:45] == packets(tmp_path / "a.mp4")[:45]
+
+
+# -- damage ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def five(tmp_path: Path) -> Path:
+    """A run folder with five blocks of numbers."""
+    with RunFolder.create(tmp_path / "run", record()) as run:
+        for n in range(5):
+            run.append(
+                torch.full((1, 4, 4, 8, 8), float(n)), torch.zeros(2, n, dtype=torch.int64), trace={"n": n}
+            )
+    return tmp_path / "run"
+
+
+def test_blocks_come_back_as_they_were(five: Path) -> None:
+    with RunFolder.open(five) as run:
+        assert [int(entry.latents[0, 0, 0, 0, 0]) for entry in run.entries()] == [0, 1, 2, 3, 4]
+        assert run.entry(3).selected.shape == (2, 3)
+        assert [line["block"] for line in run.trace()] == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
+def test_a_torn_last_block_is_dropped_and_an_inner_one_refused_by_name(five: Path, damage: str) -> None:
+    def hurt(index: int) -> None:
+        path = five / "latents" / f"{index:06d}.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-9] ^= 1
+        path.write_bytes({"cut": bytes(data[:-100]), "flip": bytes(data), "empty": b""}[damage])
+
+    hurt(4)
+    with RunFolder.open(five) as run:
+        assert (run.blocks, run.dropped) == (4, "000004.safetensors")
+        hurt(1)
+        with pytest.raises(RunFolderError, match=r"000001.safetensors is damaged") as caught:
+            list(run.entries())
+        assert "--from" in caught.value.hint
+    (five / "latents" / "000002.safetensors").unlink()
+    with pytest.raises(RunFolderError, match=r"000002.safetensors is missing"):
+        RunFolder.open(five)
+    assert not runfolder.look(five).is_live
+
+
+def test_a_torn_line_of_the_trace_and_temporary_files_are_removed(five: Path) -> None:
+    with (five / "trace.jsonl").open("a") as file:
+        file.write('{"block": 5, "sec')
+    durable.temporary_path(five / "run.json").write_bytes(b"{")
+    durable.temporary_path(five / "latents" / "000005.safetensors").write_bytes(b"x")
+    with RunFolder.open(five) as run:
+        run.append(torch.zeros(1, 4, 4, 8, 8), torch.zeros(2, 2, dtype=torch.int64), trace={})
+        assert [line["block"] for line in run.trace()] == [0, 1, 2, 3, 4, 5]
+    assert not list(five.rglob(".*"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        (None, UsageError, "is not a run folder"),
+        (b"", RunFolderError, "is damaged"),
+        (b"[]", RunFolderError, "no schema number"),
+        (b'{"schema": 2, "version": "9.9"}', UsageError, "has schema 2; this version of packforcing reads 1"),
+        (b'{"schema": 1}', RunFolderError, "is damaged: id: Field required"),
+    ],
+)
+def test_a_folder_of_another_kind_or_version_is_refused(
+    text: bytes | None, kind: type[PackforcingError], said: str, five: Path
+) -> None:
+    (five / "run.json").unlink()
+    if text is not None:
+        (five / "run.json").write_bytes(text)
+    with pytest.raises(kind, match=said) as caught:
+        RunFolder.open(five)
+    assert type(caught.value) is kind and caught.value.hint
+    assert runfolder.look(five).status == "damaged"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=3,
+)
+FIELDS = st.sampled_from(sorted(json.loads(record().to_json())))
+
+
+@settings(max_examples=2000, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.one_of(st.binary(max_size=40), st.dictionaries(FIELDS, JSON, max_size=2), JSON), st.booleans())
+def test_any_header_is_read_or_refused_with_our_error(found: Any, repaired: bool) -> None:
+    text = found if isinstance(found, bytes) else json.dumps(found).encode()
+    if isinstance(found, dict) and repaired:  # everything else as it should be
+        text = json.dumps({**json.loads(record().to_json()), **found}).encode()
+    try:
+        read = runfolder.parse(text)
+    except PackforcingError:  # and no other
+        return
+    assert runfolder.parse(read.to_json().encode()) == read
+
+
+# -- the lock ----------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_never_work_on_one_folder(five: Path) -> None:
+    with RunFolder.open(five) as run:
+        assert runfolder.look(five).is_live
+        with pytest.raises(LockedError, match=f"process {os.getpid()} on .* is working on") as caught:
+            RunFolder.open(five)
+        assert caught.value.exit_code == 9
+        with pytest.raises(LockedError):
+            runfolder.remove(runfolder.look(five))
+        assert run.blocks == 5
+    RunFolder.open(five).close()
+
+
+def test_a_stale_lock_is_taken_over_here_and_named_when_it_is_of_another_machine(five: Path) -> None:
+    lock = five / "lock"
+    for text in (json.dumps({"pid": 1, "host": socket.gethostname()}), '{"pi', ""):
+        lock.write_text(text)
+        assert not runfolder.look(five).is_live
+        RunFolder.open(five).close()
+    lock.write_text(json.dumps({"pid": 7, "host": "elsewhere"}))
+    with pytest.raises(LockedError, match="locked by process 7 on elsewhere") as caught:
+        RunFolder.open(five)
+    assert caught.value.hint.endswith(f"rm {lock}")
+    lock.unlink()
+    RunFolder.open(five).close()
+
+
+# -- where they are ----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_found_by_id_beginning_and_folder_also_elsewhere(tmp_path: Path) -> None:
+    root = runfolder.default_root()
+    assert runfolder.all_runs() == []
+    a, b = record(id="20260101-000000-a"), record(id="20260102-000000-b")
+    RunFolder.create(root / a.id, a).close()
+    RunFolder.create(tmp_path / "b", b).close()
+    assert [run.name for run in runfolder.all_runs()] == [a.id, b.id]
+    assert runfolder.find(b.id) == runfolder.find("20260102") == runfolder.find(str(tmp_path / "b"))
+    with pytest.raises(UsageError, match="several runs begin with '2026'"):
+        runfolder.find("2026")
+    for name in ("x", str(tmp_path)):
+        with pytest.raises(UsageError) as caught:
+            runfolder.find(name)
+        assert "runs list" in caught.value.hint
+    for run in runfolder.all_runs():
+        runfolder.remove(run)
+    assert list(root.iterdir()) == []
+    assert not (tmp_path / "b").exists()
+
+
+def test_what_a_kill_left_of_a_run_it_was_making_is_swept_up() -> None:
+    root = runfolder.default_root()
+    fresh, old, there = root / "fresh", root / "old", record()
+    for folder in (fresh, old):
+        (folder / "latents").mkdir(parents=True)
+    RunFolder.create(root / there.id, there).close()
+    hour = time.time() - 3700
+    for folder in (old, root / there.id):
+        os.utime(folder, (hour, hour))
+    assert [run.name for run in runfolder.all_runs()] == [there.id]
+    assert runfolder.remove_leftovers() == 1
+    assert sorted(p.name for p in root.iterdir()) == sorted(["fresh", there.id])
+
+
+@pytest.mark.parametrize("text", ["a red circle " * 400, "…/…", "", "球" * 300, "../../etc", "CON"])
+def test_an_id_is_short_and_safe_whatever_the_prompt(text: str) -> None:
+    name = runfolder.new_id(text)
+    assert record(id=name).id == name
+    assert len(name) <= 60
+
+
+def test_a_run_folder_needs_an_empty_place(five: Path, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").touch()
+    with pytest.raises(UsageError, match="another run") as caught:
+        RunFolder.create(five, record())
+    assert "packforcing resume" in caught.value.hint
+    for name in ("full", "full/mine"):
+        with pytest.raises(UsageError, match="not an empty folder"):
+            RunFolder.create(tmp_path / name, record())
+
+
+def test_what_changed_is_named(model: VideoModel) -> None:
+    request = GenerateRequest(prompt="x", output=Path("a.mp4"), seed=1, seconds=5.0)
+    then = rollout.must_be_same(model, request)
+    assert json.loads(json.dumps(then)) == then
+    longer = request.model_copy(update={"memory": MemoryOptions(top_k=3)})
+    assert runfolder.differences(then, rollout.must_be_same(model, longer)) == [
+        "layout top_k: 16 then, 3 now"
+    ]
+    other = replace(model, hashes={"transformer": "ab"})
+    assert runfolder.differences(then, rollout.must_be_same(other, request)) == [
+        "weights of transformer: null then, ab now"
+    ]
+    assert runfolder.differences(then, then) == []
