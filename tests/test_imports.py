@@ -184,6 +184,8 @@ CHEAP = (
     ["inspect-cache"],
     ["models", "list"],
     ["models", "list", "--json"],
+    ["resume", "--help"],
+    ["runs", "list", "--json"],
     ["train", "--help"],
 )
 
