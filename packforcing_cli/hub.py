@@ -4,7 +4,7 @@
                                                                            Hub program shares, never a copy
 
 What the Hub is asked, where its cache is and how a file is entered there is huggingface_hub's business, and with it
-HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. The bytes are read here: huggingface_hub 2.x throws
+HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. The bytes are read here: huggingface_hub 2.4 throws
 an unfinished file away (each download has a temporary file of its own), and a shard of 5 GB has to go on where it
 stopped, also in a later process. An unfinished file is `blobs/<etag>.packforcing.incomplete`; it is taken up by a
 range request with If-Range, hashed while it is read, and enters the cache only with the hash the Hub tells.
@@ -28,6 +28,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, TypeVar
@@ -539,6 +540,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         return following
 
 
+@cache
 def _opener() -> urllib.request.OpenerDirector:
     context = ssl.create_default_context()
     with contextlib.suppress(ImportError):  # some Pythons know no certificates of their own

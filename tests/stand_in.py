@@ -45,13 +45,18 @@ def transformer(folder: Path, seed: int = 0) -> dict[str, bytes]:
     return files_of(folder / "transformer", "transformer")
 
 
-def checkpoint(seed: int = 4) -> bytes:
-    """A .pt as Self-Forcing's code family writes it: a tiny network with original Wan names, last and averaged."""
+def network(seed: int = 4) -> WanTransformer:
+    """One layer, one head of Wan's width."""
     torch.manual_seed(seed)
     config = TransformerConfig(
         num_layers=1, num_attention_heads=1, attention_head_dim=128, ffn_dim=16, text_dim=64, freq_dim=16
     )
-    last = {f"model.{original_name(k)}": v for k, v in WanTransformer(config).state_dict().items()}
+    return WanTransformer(config)
+
+
+def checkpoint(seed: int = 4) -> bytes:
+    """A .pt as Self-Forcing's code family writes it: a tiny network with original Wan names, last and averaged."""
+    last = {f"model.{original_name(k)}": v for k, v in network(seed).state_dict().items()}
     averaged = {name: tensor * 0.5 for name, tensor in last.items()}
     buffer = io.BytesIO()
     torch.save({"generator": last, "generator_ema": averaged, "critic": {}}, buffer)
