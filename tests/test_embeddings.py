@@ -291,7 +291,7 @@ def test_a_second_run_of_a_prompt_loads_no_encoder_and_makes_the_same_video(
 ) -> None:
     for variable in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.setenv(variable, str(tmp_path / "home"))
-    words = ("generate", "a red circle moving sideways", "--seconds", "0.5", "--seed", "3")
+    words = ("generate", "a red circle moving sideways", "--no-metadata", "--seconds", "0.5", "--seed", "3")
     first = run_command(*words, "-o", "1.mp4")
     again = run_command(*words, "-o", "2.mp4")
     assert (first.code, again.code, len(encoders)) == (0, 0, 1)
