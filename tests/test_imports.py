@@ -185,6 +185,7 @@ CHEAP = (
     ["models", "list"],
     ["models", "list", "--json"],
     ["train", "--help"],
+    ["doctor", "--config"],
 )
 
 
