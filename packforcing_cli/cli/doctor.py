@@ -439,11 +439,16 @@ def _show_config(*, as_json: bool) -> None:
         return
     table = Table("setting", "value", "comes from", box=None, pad_edge=False, header_style="bold")
     for row in rows:
-        nothing = "random" if row["name"] == "seed" else "the model's own"
+        nothing = _WHEN_NOT_SET.get(row["name"], "none")
         table.add_row(row["name"], nothing if row["value"] is None else str(row["value"]), row["origin"])
     console.result_table(table)
     files = f"./{settings.FILE_NAME}, then {settings.user_file()}"
     console.say(f"Flags come first, then PACKFORCING_* variables, then {files}.")
+
+
+_WHEN_NOT_SET = dict.fromkeys(
+    ("size", "frames_per_block", "vae", "steps", "guidance", "mid_span"), "the model's own"
+) | {"seed": "random"}
 
 
 def _settings_rows() -> list[dict[str, Any]]:
