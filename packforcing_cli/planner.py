@@ -264,7 +264,8 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         facts:   of the model, when it is a folder; default: the catalog's.
     Raises: UsageError or LayoutError if the request describes no possible video.
     """
-    facts = facts or catalog.of(request.model)
+    # "auto", when nobody has looked at the machine, is what it is without a GPU.
+    facts = facts or catalog.of("demo" if request.model == "auto" else request.model)
     own_memory = request.memory.with_defaults(facts.cache)
     parts = _Parts(request.model_copy(update={"memory": own_memory}), facts)
     fits = machine is None or (parts.fit_memory(machine) and _disk_fits(parts.disk_bytes, machine))
@@ -381,6 +382,8 @@ class _Parts:
         facts, request, per = self.facts, self.request, self.request.dtype_bytes
         grid, weights = self.layout.grid, self.weights
         text = weights.text_encoder + facts.text_length * facts.text_dim * TEXT_WIDTHS * per
+        if facts.is_random or getattr(request, "embeddings", None) is not None:
+            text = 0  # no prompt is encoded
         width, height = self.size
         state = width * height * DECODER_STATE[self.vae] * per
         text_kv = facts.layers * 2 * facts.text_length * facts.dim * per

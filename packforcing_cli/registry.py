@@ -439,7 +439,8 @@ def load_transformer(
     """
     module = _empty_transformer(folder)
     change = _changes(module, device, dtype, quantize, stream_layers=stream_layers)
-    module = _filled(module, folder, device, dtype, change)
+    source = torch.device("cpu") if stream_layers else device
+    module = _filled(module, folder, source, dtype, change)
     if stream_layers:
         module.stream_layers(device)
     return module
@@ -453,9 +454,12 @@ def _changes(
     shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
 
     def change(name: str, tensor: Tensor) -> Tensor:
+        stays = stream_layers and name.startswith(LAYERS)
+        if not stays:
+            tensor = tensor.to(device)
         if shrink is not None and name in linears:
-            tensor = shrink(tensor)
-        if stream_layers and name.startswith(LAYERS):
+            tensor = shrink(tensor.to(device))
+        if stays:
             tensor = tensor.to("cpu")
             # Pinned memory is copied to the GPU by itself, without a stop at the driver's own buffer.
             tensor = tensor.pin_memory() if device.type == "cuda" else tensor

@@ -187,6 +187,7 @@ CHEAP = (
     ["resume", "--help"],
     ["runs", "list", "--json"],
     ["train", "--help"],
+    ["doctor", "--config"],
 )
 
 

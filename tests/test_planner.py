@@ -177,6 +177,12 @@ def test_stages_tell_where_weights_are() -> None:
     assert plan(paper(vae="tiny")).stages[2].device_bytes < decode.device_bytes - 3 * GB
 
 
+def test_given_embeddings_need_no_text_encoder() -> None:
+    values = {"prompt": "a fox", "model": "wan2.1-1.3b", "size": "416x240"}
+    assert plan(GenerateRequest(**values, embeddings=Path("p.safetensors"))).stages[0].device_bytes == 0
+    assert plan(GenerateRequest(**values)).stages[0].device_bytes > 11 * GB
+
+
 @pytest.mark.parametrize("mode", ["int8", "fp8-weight"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_planned_weights_are_the_bytes_of_the_loaded_ones(mode: str, dtype: str) -> None:

@@ -11,10 +11,12 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import quantize, registry, weights
+from packforcing_cli import quantize, registry, rollout, weights
+from packforcing_cli.embeddings import EmbeddingCache
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.quantize import linear_weights, quantizer
+from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import AloneContext, TransformerConfig, WanTransformer
 
 CPU = torch.device("cpu")
@@ -174,6 +176,31 @@ def test_a_matrix_that_fp8_cannot_take_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("mode", ["none", "int8", "fp8-weight"])
 def test_streamed_layers_give_the_same_output(mode: str, folder: Path) -> None:
     assert torch.equal(output(load(folder, mode, stream_layers=True)), output(load(folder, mode)))
+
+
+@pytest.mark.parametrize("offload", ["text", "all"])
+def test_offloading_leaves_weights_in_host_memory_and_brings_the_prompt(
+    offload: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The meta device stands in for a GPU: no CPU tensor mixes with what is there."""
+    gpu, stream = torch.device("meta"), weights._stream
+    monkeypatch.setattr(registry, "resolve_device", lambda _: gpu)
+    monkeypatch.setattr(
+        weights, "_stream", lambda path, device: ((n, t.to(device)) for n, t in stream(path, CPU))
+    )
+    source = registry.open_model("demo", dtype="fp32", offload=offload)
+    assert source.load_text_encoder().device == CPU
+    cache = EmbeddingCache(tmp_path)
+    prompt = rollout.encode_script(source, Script(("a red circle",)), guided=True, cache=cache).prompts[0]
+    assert prompt.conditional.device == gpu
+    assert prompt.unconditional is not None
+    assert prompt.unconditional.device == gpu
+    model = source.load()
+    places = {name: p.device for name, p in model.transformer.named_parameters()}
+    in_host = {name for name, device in places.items() if device == CPU}
+    layers = {name for name in places if name.startswith("blocks.")}
+    assert in_host == (layers if offload == "all" else set())
+    assert set(places.values()) <= {CPU, gpu}
 
 
 @torch.no_grad()

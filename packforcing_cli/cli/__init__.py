@@ -34,6 +34,7 @@ COMMANDS = (
     ("train", "train", "train"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),
+    ("doctor", "doctor", "doctor"),
     ("show", "show", "show"),
 )
 
@@ -91,6 +92,8 @@ def _run(arguments: Sequence[str]) -> int:
     from packforcing_cli.cli import console
     from packforcing_cli.errors import PackforcingError
 
+    # Read by huggingface_hub when it is imported, also by the libraries that import it by themselves.
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     debug = wants_traceback(arguments)
     try:
         code = build_app()(args=_join_at(arguments), prog_name=PROGRAM, standalone_mode=True)

@@ -45,6 +45,8 @@ def embed(
             f"{model} has no text encoder", hint="Use --model demo, or a model that is installed."
         )
     source = registry.open_model(model, device=device, dtype=dtype)
+    if not quiet:
+        console.say(f"text encoder of {source.name} on {source.device} ({source.text.numerics.split()[0]})")
     found = embeddings.encode(
         [*prompts, embeddings.UNCONDITIONAL],
         source.text,

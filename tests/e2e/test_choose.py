@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 import stand_in
 from hub_server import HubServer
 
-from packforcing_cli import catalog
+from packforcing_cli import catalog, hub
 from packforcing_cli.cli import choose
 from packforcing_cli.cli.choose import Choice, Device, choose_model
 from packforcing_cli.config import GenerateRequest
@@ -94,7 +95,7 @@ def released(
     hub_server.add(
         REAL.parts["transformer"].repo, files["student"], commit=REAL.parts["transformer"].revision
     )
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub_server.endpoint)
+    monkeypatch.setattr(hub, "Hub", functools.partial(hub.Hub, endpoint=hub_server.endpoint))
     return hub_server
 
 
