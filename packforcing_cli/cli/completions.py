@@ -17,8 +17,8 @@ from typing import Any
 
 _HIDDEN = ("--install-completion", "--show-completion")
 _FILE_OPTIONS = (
-    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from", "--frames"),
-    *("--embeddings", "--lora", "--base"),
+    *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from"),
+    *("--embeddings", "--lora", "--base", "--frames", "--pin-image"),
 )
 
 
