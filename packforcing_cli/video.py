@@ -27,6 +27,7 @@ Colour: RGB is converted to BT.709 limited range, chroma in the centre of its 2x
 from __future__ import annotations
 
 import contextlib
+import heapq
 import io
 import itertools
 import os
@@ -40,7 +41,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 import av
 import numpy as np
@@ -67,6 +68,7 @@ except ImportError:  # pragma: no cover
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.packet import Packet
     from PIL import Image
     from torch import Tensor
@@ -84,6 +86,7 @@ CODECS = {
     "hevc_nvenc": ("hevc_nvenc", "p4", "hvc1"),
 }
 
+_COPIED_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")  # what all of CONTAINERS can hold
 _IO_ERRORS = (OSError, av.FFmpegError)
 # Flags of libswscale/swscale.h: ACCURATE_RND, BITEXACT, FULL_CHR_H_INT and FULL_CHR_H_INP give the same pixels
 # on every processor; AREA averages the 2x2 pixels of a chroma sample, BILINEAR interpolates between samples.
@@ -210,6 +213,7 @@ class VideoWriter:
         preset:       the encoder's preset; None = the one of CODECS.
         metadata:     written into both files under these very keys.
         chapters:     (first frame, title) of each, rising; in the finished file.
+        sound:        of another file, for the finished one.
         queue_blocks: how many blocks may wait for the encoder before `write` blocks.
         overwrite:    replace NAME.mp4 at the end and an abandoned NAME.part.mp4 at the start.
         owner:        a name for this video, kept in the part (where players skip it) and not in NAME.mp4.
@@ -232,6 +236,7 @@ class VideoWriter:
         preset: str | None = None,
         metadata: Mapping[str, str] | None = None,
         chapters: Sequence[tuple[int, str]] = (),
+        sound: Sound | None = None,
         queue_blocks: int = 4,
         overwrite: bool = False,
         owner: str = "",
@@ -240,7 +245,7 @@ class VideoWriter:
         self.path = Path(path)
         has_part = resume is not None and part_path(self.path).exists()
         check_output(self.path, overwrite=overwrite or (has_part and not self.path.exists()))
-        self._overwrite = overwrite
+        self._overwrite, self._sound = overwrite, sound
         self._chapters = [(frame, _clean(title)) for frame, title in chapters]
         self._encoder = _BlockEncoder(
             codec, fps=fps, width=width, height=height, crf=crf, preset=preset, metadata=metadata
@@ -430,6 +435,7 @@ class VideoWriter:
                     self.path,
                     metadata=self._encoder.metadata,
                     chapters=self._chapters,
+                    sound=self._sound,
                     num_frames=self._frames,
                     overwrite=self._overwrite,
                 )
@@ -729,6 +735,7 @@ def remux(
     *,
     metadata: Mapping[str, str],
     chapters: Sequence[tuple[int, str]] = (),
+    sound: Sound | None = None,
     num_frames: int | None = None,
     overwrite: bool = False,
 ) -> int:
@@ -739,6 +746,7 @@ def remux(
     Args:
         metadata:   keys and values of the new file.
         chapters:   (first frame, title) of each, rising; those behind the last frame are left out.
+        sound:      of another file, copied as it is where the container can hold it, else encoded as AAC.
         num_frames: how many frames must arrive.
         overwrite:  replace an existing `target`.
     Returns: the number of frames copied.
@@ -748,6 +756,7 @@ def remux(
     try:
         with durable.replacing(target, overwrite=overwrite) as temporary:
             with (
+                contextlib.ExitStack() as opened,
                 av.open(str(source)) as reader,
                 av.open(
                     str(temporary),
@@ -760,14 +769,10 @@ def remux(
                 stream = reader.streams.video[0]
                 copy = writer.add_stream_from_template(stream)
                 _set_chapters(writer, chapters, stream, num_frames)
-                for packet in reader.demux(stream):
-                    if (
-                        packet.dts is None or packet.is_corrupt
-                    ):  # the flush packet; the torn end of a killed run
-                        continue
-                    packet.stream = copy
-                    writer.mux_one(packet)
-                    count += 1
+                heard = () if sound is None else opened.enter_context(_sound_packets(sound, writer))
+                for packet in _by_time(_picture_packets(reader, stream, copy), heard):
+                    count += packet.stream is copy
+                    writer.mux(packet)
             if num_frames is not None and count != num_frames:
                 raise VideoError(
                     f"only {count} of {num_frames} frames could be copied",
@@ -974,6 +979,83 @@ def _fragment_facts(moof: bytes) -> tuple[int, int, int] | None:
 # ----------------------------------------------------------------------------------------------------- reader
 
 
+# ------------------------------------------------------------------------------------------------------ sound
+
+
+@dataclass(frozen=True)
+class Sound:
+    """The sound of a file between two times, in seconds of its own clock; it begins with the picture."""
+
+    path: Path
+    start: Fraction
+    end: Fraction
+
+
+def _picture_packets(
+    reader: InputContainer, stream: VideoStream, copy: VideoStream
+) -> Iterator[Packet[VideoStream]]:
+    for packet in reader.demux(stream):
+        if packet.dts is None or packet.is_corrupt:  # the flush packet; the torn end of a killed run
+            continue
+        packet.stream = copy
+        yield packet
+
+
+@contextlib.contextmanager
+def _sound_packets(sound: Sound, writer: OutputContainer) -> Iterator[Iterator[Packet[AudioStream]]]:
+    """Packets of the sound for a file that is not begun yet, their times counted from its start."""
+    with av.open(str(sound.path)) as reader:
+        stream = reader.streams.audio[0]
+        if stream.codec_context.name in _COPIED_SOUND:
+            yield _copied_sound(sound, reader, stream, writer.add_stream_from_template(stream))
+        else:
+            rate = stream.codec_context.sample_rate
+            rate = rate if rate in (32000, 44100, 48000) else 48000
+            layout = "mono" if stream.codec_context.channels == 1 else "stereo"
+            encoder = writer.add_stream("aac", rate=rate, layout=layout)
+            yield _encoded_sound(sound, reader, stream, encoder, av.AudioResampler("fltp", layout, rate))
+
+
+def _copied_sound(
+    sound: Sound, reader: InputContainer, stream: AudioStream, copy: AudioStream
+) -> Iterator[Packet[AudioStream]]:
+    with contextlib.suppress(av.FFmpegError):  # a damaged file: the sound ends there, as the picture does
+        for packet in reader.demux(stream):
+            if packet.pts is None or packet.time_base is None:
+                continue
+            time = packet.pts * packet.time_base
+            if time >= sound.end:
+                return
+            if time >= sound.start:
+                packet.pts = packet.dts = round((time - sound.start) / packet.time_base)
+                packet.stream = copy
+                yield packet
+
+
+def _encoded_sound(
+    sound: Sound,
+    reader: InputContainer,
+    stream: AudioStream,
+    encoder: AudioStream,
+    resampler: av.AudioResampler,
+) -> Iterator[Packet[AudioStream]]:
+    samples = 0
+    with contextlib.suppress(av.FFmpegError):
+        for frame in reader.decode(stream):
+            if frame.time is None or not sound.start <= frame.time < sound.end:
+                continue
+            for piece in resampler.resample(frame):
+                piece.pts, piece.time_base = samples, Fraction(1, piece.sample_rate)
+                samples += piece.samples
+                yield from encoder.encode(piece)
+    yield from encoder.encode(None)
+
+
+def _by_time(*streams: Iterable[Packet[Any]]) -> Iterator[Packet[Any]]:
+    """Packets of several streams in the order in which they are needed."""
+    return heapq.merge(*streams, key=lambda packet: (packet.dts or 0) * (packet.time_base or 0))
+
+
 @dataclass(frozen=True)
 class Timing:
     """Seconds at which the first frame of a stream begins and its last one ends.
@@ -1104,6 +1186,8 @@ class VideoReader:
                 if count == 0:
                     raise VideoError(f"{self.path} cannot be decoded: {error}") from error
                 self.damaged_after = time
+        if not count:
+            raise VideoError(f"{self.path} has no frame that can be decoded")
 
     def _upright(self, pixels: NDArray[np.uint8], frame: VideoFrame) -> NDArray[np.uint8]:
         aspect = self._pixel_aspect

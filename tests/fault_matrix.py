@@ -90,7 +90,7 @@ def made_up_blocks(
 def work(folder: Path, tell: Callable[[dict[str, Any]], None]) -> int:
     """Make the video of a folder, or go on with it. Returns: an exit code, as the command's."""
     output, model = folder / "v.mp4", video_model(torch.float32)
-    with generate_command._Stop(Display(quiet=True)) as stop:
+    with generate_command.Stop(Display(quiet=True)) as stop:
         stop.making_blocks = True
         try:
             if (folder / "run" / "run.json").exists():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from packforcing_cli.cli import extend_file as foreign
 from packforcing_cli.cli import generate as runner
 from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli import story_options as story
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def extend(
     source: Annotated[
-        str, typer.Argument(help="A run's id or folder, or a video made here whose run is still kept.")
+        str, typer.Argument(help="A run's id or folder, a video made here, or any other video file.")
     ],
     seconds: Annotated[float, typer.Option("--seconds", help="Length of the new part, in whole blocks.")],
     start: Annotated[
@@ -46,6 +47,12 @@ def extend(
         Path | None,
         typer.Option("--run", metavar="DIR", help="Where to keep the new run. Default: a new folder."),
     ] = None,
+    model: foreign.Model = None,
+    size: foreign.Size = None,
+    fit: foreign.Fit = None,
+    from_time: foreign.FromTime = None,
+    to_time: foreign.ToTime = None,
+    only_new: foreign.OnlyNew = False,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although model, layout or libraries are not as they were.")
     ] = False,
@@ -59,7 +66,8 @@ def extend(
     """Make a video longer, from its latents and its memory: no join can be seen. Prints the path of the new file.
 
     The new file has the old part and the new one; the source and its run stay as they are. With the same prompt
-    and seed the result is what one longer run would have made.
+    and seed the result is what one longer run would have made. A video that was made elsewhere is read, brought to
+    the model's size and rate, and remembered in the same bounded memory; how visible the join is will be printed.
 
     Example: packforcing extend a-red-circle.mp4 --seconds 30 --from 0:40 --prompt "a blue square" -o branch.mp4
 
@@ -68,11 +76,27 @@ def extend(
     from packforcing_cli import rollout
     from packforcing_cli.cli import progress as display
     from packforcing_cli.config import GenerateRequest
-    from packforcing_cli.errors import PackforcingError
+    from packforcing_cli.errors import PackforcingError, UsageError
     from packforcing_cli.runfolder import RunFolder, check_new
 
     shown = display.choose(progress, quiet=quiet)
+    options = foreign.Options(model, size, fit, from_time, to_time, only_new)
     try:
+        if foreign.is_foreign(source, shown):
+            for name, given in (("--from", start), ("--run", run), ("--force", force)):
+                if given:
+                    raise UsageError(
+                        f"{name} is for videos whose run is here; {source} is read as pictures",
+                        hint="To use a part of it: --from-time and --to-time.",
+                    )
+            code = foreign.extend_file(
+                Path(source), options, seconds, prompt, at, pin, seed, device, output,
+                overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+            )  # fmt: skip
+            if code:
+                raise typer.Exit(code)
+            return
+        options.refuse(source)
         if run is not None:
             check_new(run)
         with RunFolder.open(resuming.find_run(source)) as old:

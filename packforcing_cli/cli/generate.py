@@ -651,7 +651,7 @@ class Outcome:
     run_id: str | None = None
 
 
-class _Stop:
+class Stop:
     """Ctrl-C and SIGTERM: while blocks are made the first one asks to stop after the block, the next one at once.
 
     code: 128 + the first signal's number, 0 without one.
@@ -662,7 +662,7 @@ class _Stop:
         self.making_blocks = False
         self._shown = shown
 
-    def __enter__(self) -> _Stop:
+    def __enter__(self) -> Stop:
         self._before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -745,11 +745,11 @@ def run_job(
         shown.block(block, seconds)
 
     def kept() -> str:
-        return _kept(job) if blocks or (run is not None and run.blocks) else ""
+        return kept_part(job) if blocks or (run is not None and run.blocks) else ""
 
     started = time.perf_counter()
     load_seconds = 0.0
-    with _Stop(shown) as stop:
+    with Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
             given = None if request.embeddings is None else embeddings.read(request.embeddings)
@@ -784,7 +784,7 @@ def run_job(
                 _describe(model, schedule, load_seconds, shown)
                 if run is not None:
                     shown.note(f"run folder: {run.folder}")
-            shown.start(job.plan, _memory_reader(job.device))
+            shown.start(job.plan, memory_reader(job.device))
             stop.making_blocks = True
             result = rollout.generate(
                 model,
@@ -822,8 +822,8 @@ def run_job(
         except Exception as error:
             shown.stop()
             rest = f"{kept()} {_how_to_go_on(job, run) if run is not None and run.blocks else ''}".strip()
-            if _is_out_of_memory(error):
-                raise _memory_ran_out(job, rest) from error
+            if is_out_of_memory(error):
+                raise memory_ran_out(job, rest) from error
             if rest:
                 shown.note(rest)
             raise
@@ -847,7 +847,7 @@ def resume_command(run: RunFolder) -> str:
     return f"packforcing resume {run.record.id}"
 
 
-def _kept(job: Job) -> str:
+def kept_part(job: Job) -> str:
     """One sentence about the part file of a run that ended early; empty if there is none."""
     from packforcing_cli import video
 
@@ -859,7 +859,7 @@ def _again(job: Job) -> str:
     return _command(job.request.model_copy(update={"overwrite": True}))
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     import torch
 
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
@@ -869,7 +869,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     )
 
 
-def _memory_ran_out(job: Job, kept: str) -> MemoryFitError:
+def memory_ran_out(job: Job, kept: str) -> MemoryFitError:
     from packforcing_cli import planner
     from packforcing_cli.errors import MemoryFitError
 
@@ -913,7 +913,7 @@ def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown:
     )
 
 
-def _memory_reader(device: str) -> MemoryReader:
+def memory_reader(device: str) -> MemoryReader:
     import torch
 
     def read() -> tuple[int, int]:

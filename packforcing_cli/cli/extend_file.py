@@ -1,0 +1,285 @@
+"""The part of `packforcing extend` that goes on with any video file."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from packforcing_cli.cli import generate as runner
+from packforcing_cli.cli import story_options as story
+
+if TYPE_CHECKING:
+    from packforcing_cli.cli.generate import Job
+    from packforcing_cli.cli.progress import Display
+    from packforcing_cli.extension import Extension
+    from packforcing_cli.rollout import Block
+    from packforcing_cli.source import History
+    from packforcing_cli.timeline import Script
+
+SCHEMA = 1
+PANEL = "Videos made elsewhere"
+
+Model = Annotated[
+    str | None,
+    typer.Option("--model", rich_help_panel=PANEL, help="A model's name or a package folder. Default demo."),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        "--size", metavar="WxH", rich_help_panel=PANEL, help="Pixels. Default: the model's own size."
+    ),
+]
+Fit = Annotated[
+    str | None,
+    typer.Option(
+        "--fit",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="How the pictures come to that size: crop (default), pad or stretch.",
+    ),
+]
+FromTime = Annotated[
+    str | None,
+    typer.Option(
+        "--from-time", metavar="TIME", rich_help_panel=PANEL, help="Use the source from there. Default: 0:00."
+    ),
+]
+ToTime = Annotated[
+    str | None,
+    typer.Option(
+        "--to-time",
+        metavar="TIME",
+        rich_help_panel=PANEL,
+        help="Use the source up to there. Default: its end.",
+    ),
+]
+OnlyNew = Annotated[
+    bool, typer.Option("--only-new", rich_help_panel=PANEL, help="Write the new part without the source.")
+]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What only a video made elsewhere takes."""
+
+    model: str | None
+    size: str | None
+    fit: str | None
+    from_time: str | None
+    to_time: str | None
+    only_new: bool
+
+    def refuse(self, source: str) -> None:
+        """Raises: UsageError if one was given for a video that goes on from its run."""
+        from packforcing_cli.errors import UsageError
+
+        given = [name for name, value in vars(self).items() if value]
+        if given:
+            name = "--" + given[0].replace("_", "-")
+            raise UsageError(
+                f"{name} is for videos made elsewhere; {source} goes on from its run, as it was made",
+                hint=f"Leave {name} away.",
+            )
+
+
+def is_foreign(source: str, shown: Display) -> bool:
+    """Whether a source is a video file of which there is no run here. Raises: VideoError if it cannot be read."""
+    from packforcing_cli import runfolder
+    from packforcing_cli.video import VideoReader
+
+    if not Path(source).is_file():
+        return False
+    run_id = VideoReader(source).metadata.get("run")
+    if run_id in {run.name for run in runfolder.all_runs()}:
+        return False
+    if run_id:
+        shown.note(f"The run of {source} ({run_id}) is not here: going on from its pictures.")
+    return True
+
+
+def extend_file(
+    source: Path,
+    options: Options,
+    seconds: float,
+    prompt: str | None,
+    at: list[str] | None,
+    pin: list[str] | None,
+    seed: int | None,
+    device: str | None,
+    output: Path | None,
+    *,
+    overwrite: bool,
+    as_json: bool,
+    shown: Display,
+    verbose: bool,
+) -> int:
+    """Go on with a video file; prints the path of the new one. Returns: the exit code.
+
+    Raises: PackforcingError, saying what plays.
+    """
+    from packforcing_cli import extension, packages, timeline
+    from packforcing_cli.cli import settings
+    from packforcing_cli.source import Source
+    from packforcing_cli.video import VideoReader
+
+    said = prompt if prompt is not None else VideoReader(source).metadata.get("prompt", "")
+    if not said.strip():
+        shown.warn("there is no --prompt, and the source does not name one: going on with an empty prompt")
+    flags: dict[str, Any] = {
+        "model": options.model,
+        "size": options.size,
+        "fit": options.fit,
+        "seconds": seconds,
+        "seed": seed,
+        "device": device,
+        "overwrite": overwrite or None,
+    }
+    _, wanted = story.gather(said, at, None, pin)
+    request = settings.gather(flags).generate_request(said.strip() or f"more of {source.stem}", output)
+    facts = packages.facts(request.model)
+    size = request.size or facts.default_size
+    grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)
+    start, end = _time(options.from_time, "--from-time"), _time(options.to_time, "--to-time")
+    history = Source(
+        source, fps=facts.fps, size=size, fit=request.fit, start=start or Fraction(0), end=end
+    ).history(grid)
+    blocks = history.blocks + extension.new_blocks_for(grid, request.seconds, facts.fps)
+    scenes = extension.on_blocks(wanted, history, fps=facts.fps)
+    script = scenes.script(said, grid, fps=facts.fps, num_blocks=blocks, start=history.blocks)
+    changes = {"seconds": grid.frames_for(blocks) / facts.fps, "timeline": scenes, "keep_run": False}
+    job = runner.prepare(request.model_copy(update=changes))
+    job.plan.require_fit()
+    shown.note(
+        f"{source}: {timeline.clock(Fraction(history.source.num_frames, facts.fps))} at {size[0]}x{size[1]},"
+        f" {facts.fps} fps; {history.blocks} blocks of it are remembered, {blocks - history.blocks} follow,"
+        f" seed {job.request.seed}"
+    )
+    for warning in (*history.source.warnings, *job.plan.warnings):
+        shown.warn(warning)
+    return _run(job, history, script, blocks, options, as_json=as_json, shown=shown, verbose=verbose)
+
+
+def _time(text: str | None, option: str) -> Fraction | None:
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.timeline import parse_time
+
+    try:
+        return None if text is None else parse_time(text.strip())
+    except ValueError as error:
+        raise UsageError(f"{option}: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
+
+
+def _run(
+    job: Job,
+    history: History,
+    script: Script,
+    blocks: int,
+    options: Options,
+    *,
+    as_json: bool,
+    shown: Display,
+    verbose: bool,
+) -> int:
+    from packforcing_cli import __version__, extension, registry, rollout
+    from packforcing_cli.errors import PackforcingError
+
+    request = job.request
+    known = len(history.source.warnings)
+    clock = time.perf_counter()
+
+    def on_block(block: Block) -> None:
+        nonlocal clock
+        now = time.perf_counter()
+        shown.block(block, now - clock)
+        clock = now
+
+    with runner.Stop(shown) as stop:
+        try:
+            shown.stage(f"loading {job.facts.name} …")
+            model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
+            schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
+            prompts = rollout.encode_script(model, script, guided=schedule.guidance != 1.0)
+            shown.start(job.plan, runner.memory_reader(job.device))
+            stop.making_blocks = True
+            tags = {
+                "prompt": script.prompts[-1],
+                "seed": str(request.seed),
+                "model": model.name,
+                "version": __version__,
+                "extends": history.source.path.name,
+            }
+            made = extension.extend_video(
+                model,
+                history,
+                prompts,
+                job.path,
+                new_blocks=blocks - history.blocks,
+                seed=request.seed or 0,
+                schedule=schedule,
+                memory=request.memory,
+                only_new=options.only_new,
+                codec=request.codec,
+                crf=request.crf,
+                preset=request.preset,
+                metadata=tags if request.metadata else {},
+                overwrite=request.overwrite,
+                on_block=on_block,
+                should_stop=lambda: stop.code != 0,
+            )
+        except KeyboardInterrupt:
+            shown.stop()
+            shown.note(f"Stopped at once. {runner.kept_part(job) or 'Nothing was written.'}")
+            return stop.code or 130
+        except PackforcingError as error:
+            shown.stop()
+            if "plays" not in error.hint:
+                error.hint = f"{error.hint} {runner.kept_part(job)}".strip()
+            raise
+        except Exception as error:
+            shown.stop()
+            if runner.is_out_of_memory(error):
+                raise runner.memory_ran_out(job, runner.kept_part(job)) from error
+            raise
+        finally:
+            shown.stop()
+    for warning in history.source.warnings[known:]:
+        shown.warn(warning)
+    _report(job, history, made, shown, as_json=as_json)
+    return stop.code if made.stopped else 0
+
+
+def _report(job: Job, history: History, made: Extension, shown: Display, *, as_json: bool) -> None:
+    from packforcing_cli.cli import console
+
+    shown.note(f"{made.new_blocks} new blocks behind {made.source_frames} frames of the source.")
+    if made.seam is not None:
+        shown.note(f"The seam: {made.seam}.")
+    if not as_json:
+        console.result(str(made.path))
+        return
+    seam = made.seam
+    console.result_json(
+        {
+            "schema": SCHEMA,
+            "path": str(made.path),
+            "source": str(history.source.path),
+            "seed": job.request.seed,
+            "model": job.plan.model.name,
+            "size": list(history.source.size),
+            "fps": history.source.fps,
+            "frames": made.frames,
+            "source_frames": made.source_frames,
+            "history_blocks": history.blocks,
+            "new_blocks": made.new_blocks,
+            "interrupted": made.stopped,
+            "warnings": [*history.source.warnings, *job.plan.warnings],
+            "seam": None
+            if seam is None
+            else {"delta_e": seam.delta_e, "jump": seam.jump, "own_motion": seam.own_motion},
+        }
+    )
