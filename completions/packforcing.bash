@@ -12,23 +12,27 @@ _packforcing() {
         --fit) COMPREPLY=($(compgen -W "crop pad stretch" -- "$current")); return ;;
         --mid-span) COMPREPLY=($(compgen -W "fit block 1 2" -- "$current")); return ;;
         --model) COMPREPLY=($(compgen -W "demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b" -- "$current")); return ;;
+        --offload) COMPREPLY=($(compgen -W "none text all" -- "$current")); return ;;
         --parity) COMPREPLY=($(compgen -W "paper" -- "$current")); return ;;
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
+        --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
+        --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--endpoint|--frames|--frames-per-block|--from|--from-time|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--offload|--older-than|--out|--output|--pin|--preset|--prompt|--quantize|--quantize-text|--recent-blocks|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--embeddings|--endpoint|--frames|--frames-per-block|--from|--from-time|--guidance|--image|--kind|--license|--lora|--lora-alpha|--name|--older-than|--out|--output|--pin|--preset|--prompt|--recent-blocks|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
         "packforcing") words="extend generate inspect-cache models resume runs show train --version --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --model --size --fit --from-time --to-time --only-new --force --json --progress -q --quiet -v --verbose --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
-        "packforcing models") words="convert list pack path pull remove show verify --help -h" ;;
+        "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
+        "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;
         "packforcing models pack") words="-o --output --with-parts --overwrite -q --quiet --help -h" ;;
         "packforcing models path") words="--help -h" ;;

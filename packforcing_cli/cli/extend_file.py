@@ -201,9 +201,19 @@ def _run(
     with runner.Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            model = registry.load_model(job.place, device=job.device, dtype=request.dtype, vae=request.vae)
-            schedule = rollout.schedule_for(model, steps=request.steps, guidance=request.guidance)
-            prompts = rollout.encode_script(model, script, guided=schedule.guidance != 1.0)
+            source = registry.open_model(
+                job.place,
+                device=job.device,
+                dtype=request.dtype,
+                vae=request.vae,
+                quantize=request.quantize,
+                quantize_text=request.quantize_text,
+                offload=request.offload,
+            )
+            schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
+            # The text encoder is gone before the transformer takes memory.
+            prompts = rollout.encode_script(source, script, guided=schedule.guidance != 1.0)
+            model = source.load()
             shown.start(job.plan, runner.memory_reader(job.device))
             stop.making_blocks = True
             tags = {
