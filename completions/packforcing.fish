@@ -43,6 +43,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from generate' -l dtype -x -a
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l device -x -a 'auto cpu cuda' -d 'auto (the GPU with most free memory), cpu, cuda or cuda,N'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l image -r -F -d 'The picture the video begins with, PNG, JPEG or WebP'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l embeddings -r -F -d 'Prompt embeddings from packforcing models embed; the text encoder is not loaded'
+complete -c packforcing -n '__fish_seen_subcommand_from generate' -l pin-image -r -F -d 'A picture held for one block at the beginning, and always recalled; repeatable'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l fit -x -a 'crop pad stretch' -d 'How a picture comes to the video’s size, crop (default), pad or stretch'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l at -x -d 'From a time on another prompt; repeatable, --at 0,12 a blue square blend 1s'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l timeline -r -F -d 'Prompts over time, lines of text like --at, .toml or .srt'

@@ -302,6 +302,7 @@ class GenerateRequest(PlanRequest):
     prompt:    what the video shows.
     model:     auto = an installed real model on a GPU that it fits, else the demo.
     image:     picture the video begins with.
+    pin_images: pictures held for a block each, which the video begins with and always remembers.
     fit:       how pictures come to the size of the video: crop, pad or stretch.
     output:    the MP4 file; None = a name made from the prompt in the current folder.
     seed:      None = random, and printed.
@@ -323,6 +324,7 @@ class GenerateRequest(PlanRequest):
     prompt: str
     model: str = "auto"
     image: Path | None = None
+    pin_images: tuple[Path, ...] = ()
     fit: str = "crop"
     output: Path | None = None
     seed: int | None = Field(None, ge=0, lt=2**63)
@@ -386,7 +388,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "image", "output", "frames", "timeline")
+_NOT_SETTINGS = ("memory", "prompt", "image", "pin_images", "output", "frames", "timeline")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

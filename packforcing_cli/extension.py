@@ -15,7 +15,6 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from packforcing_cli import rollout
 from packforcing_cli.cache import CacheStats
@@ -69,28 +68,17 @@ def past_blocks(
     Args:
         on_lead: gets the frames before the first block, [T, H, W, 3].
     """
-    encoder, per_block = model.codec.encoder(), history.grid.frames_per_block
-    waiting: deque[torch.Tensor] = deque()  # pixels of blocks whose last latent needs the frames after them
-    latents: torch.Tensor | None = None
 
-    def ready() -> Iterator[PastBlock]:
-        nonlocal latents
-        while waiting and latents is not None and latents.shape[2] >= per_block:
-            block, latents = latents[:, :, :per_block], latents[:, :, per_block:]
-            yield PastBlock(block.to(model.dtype), pixels=waiting.popleft())
+    def blocks() -> Iterator[Pixels]:
+        for frames, is_block in history.pieces():
+            if is_block:
+                yield frames
+            else:
+                on_lead(frames)
 
-    for frames, is_block in history.pieces():
-        if not is_block:
-            on_lead(frames)
-            continue
-        waiting.append(rollout.to_pixels(frames, model.device))
-        made = encoder.encode(waiting[-1])
-        latents = made if latents is None else torch.cat((latents, made), dim=2)
-        yield from ready()
-    last = encoder.flush()
-    if last is not None and latents is not None:
-        latents = torch.cat((latents, last), dim=2)
-    yield from ready()
+    per_block = history.grid.frames_per_block
+    for latents, pixels in rollout.encode_blocks(model, blocks(), frames_per_block=per_block):
+        yield PastBlock(latents, pixels=pixels)
 
 
 def extend_video(

@@ -330,7 +330,9 @@ class _Parts:
             default_span=default_span,
         )
         prompt = getattr(request, "prompt", "")
-        self.script = request.timeline.script(prompt, grid, fps=facts.fps, num_blocks=self.blocks)
+        script = request.timeline.script(prompt, grid, fps=facts.fps, num_blocks=self.blocks)
+        stills = range(len(getattr(request, "pin_images", ())))
+        self.script = replace(script, pins=script.pins | {*stills})
         self.layout = replace(layout, cuts=self.script.cuts, pins=self.script.pins)
 
     @property

@@ -21,11 +21,13 @@ import importlib.metadata
 import json
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -223,6 +225,44 @@ def encode_image(model: VideoModel, pixels: NDArray[np.uint8]) -> Tensor:
     latents = encoder.encode(to_pixels(pixels[None], model.device))
     last = encoder.flush()
     return (latents if last is None else torch.cat((latents, last), dim=2)).to(model.dtype)
+
+
+def encode_blocks(
+    model: VideoModel, pieces: Iterable[NDArray[np.uint8]], *, frames_per_block: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Encode the blocks of a video as one stream, reading no further than the encoder looks ahead.
+
+    Args:
+        pieces: frames of each block, [T,H,W,3] uint8.
+    Yields: latents [1,C,F,h,w] in the model's dtype and pixels [1,3,T,H,W] in [0, 1] of each block.
+    """
+    encoder = model.codec.encoder()
+    waiting: deque[Tensor] = deque()  # pixels of blocks whose last latent needs the frames after them
+    parts: list[Tensor] = []
+
+    def ready() -> Iterator[tuple[Tensor, Tensor]]:
+        while waiting and sum(part.shape[2] for part in parts) >= frames_per_block:
+            latents = torch.cat(parts, dim=2)
+            parts[:] = [latents[:, :, frames_per_block:]]
+            yield latents[:, :, :frames_per_block].to(model.dtype), waiting.popleft()
+
+    for frames in pieces:
+        waiting.append(to_pixels(frames, model.device))
+        parts.append(encoder.encode(waiting[-1]))
+        yield from ready()
+    last = encoder.flush() if parts else None
+    parts += [] if last is None else [last]
+    yield from ready()
+
+
+def still_blocks(model: VideoModel, stills: Sequence[NDArray[np.uint8]], grid: Grid) -> Iterator[PastBlock]:
+    """Pictures [H,W,3] as the first blocks of a video, each held for one block; shown as the model decodes them."""
+    held = (
+        np.broadcast_to(picture, (grid.block_frames(n), *picture.shape)).copy()
+        for n, picture in enumerate(stills)
+    )
+    for latents, _ in encode_blocks(model, held, frames_per_block=grid.frames_per_block):
+        yield PastBlock(latents)
 
 
 def to_pixels(frames: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -520,6 +560,7 @@ def generate(
     schedule: Schedule | None = None,
     memory: MemoryOptions | None = None,
     first_latent: Tensor | None = None,
+    stills: Sequence[NDArray[np.uint8]] = (),
     codec: str = "h264",
     crf: int = 18,
     preset: str | None = None,
@@ -537,6 +578,7 @@ def generate(
         seconds:      wanted length; the video has whole blocks (DESIGN 5).
         seed:         None = random.
         first_latent: as `stream_generate`.
+        stills:       [H,W,3] pictures that are the first blocks, see `still_blocks`.
         metadata:     tags of the file; None = prompt, seed, model and version. A run folder's own are preferred.
         run:          where every block is kept before it is written; the blocks it has already are not made again,
                       and what its video has of them is not encoded again. Not with a stream.
@@ -563,11 +605,12 @@ def generate(
     encoding = Encoding(fps, (width, height), codec, crf, preset, metadata, story.script.chapters(grid))
     with open_writer(output, run, encoding, overwrite=overwrite) as writer:
         written, start = writer.blocks_written, 0
-        past: Iterable[PastBlock] = ()
+        past: Iterable[PastBlock] = still_blocks(model, stills, grid)
         if run is not None:
             snapshot = run.snapshot_blocks()
             start = snapshot if snapshot <= min(written, num_blocks - 1) else 0
-            past = (PastBlock(entry.latents, entry.selected) for entry in run.entries(start))
+            known = (PastBlock(entry.latents, entry.selected) for entry in run.entries(start))
+            past = chain(known, islice(past, run.blocks, None))
         stream = stream_generate(
             model,
             story,

@@ -69,7 +69,7 @@ def test_the_file_has_the_source_then_the_new_part(model: VideoModel, tmp_path: 
     assert len(frames) == 80 and levels_of(frames[:48]) == pytest.approx(source, abs=3)
     together = np.concatenate([block.frames.numpy() for block in seen])
     wrong = np.abs(np.stack(frames[3:]).astype(int) - together).mean((1, 2, 3))
-    assert wrong[:45].max() < 4 and wrong[45:].max() < 30  # the new part is noise, which no codec keeps
+    assert wrong[:45].max() < 4 < wrong[45:].min()  # the new part is noise, which no codec keeps
     only = extend(model, history_of(tmp_path / "a.mp4", model), tmp_path / "c.mp4", only_new=True)
     assert only.frames == 32
     assert np.array_equal(np.stack(as_pixels(only.path)), np.stack(frames[48:]))

@@ -474,3 +474,29 @@ def test_the_first_latent_of_a_video_can_be_given(guidance: float, monkeypatch: 
     free = list(stream_generate(model, said, **options))
     assert not torch.allclose(blocks[0].latents[:, :, 1:], free[0].latents[:, :, 1:])
     assert [b.cache.bytes for b in blocks] == [b.cache.bytes for b in free]
+
+
+def test_pinned_pictures_are_the_first_blocks_and_always_recalled(model: VideoModel, tmp_path: Path) -> None:
+    """Each is the block that the picture, held, encodes to in one stream; without sinks it is among the recalled."""
+    pictures = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
+    grid = rollout.grid_for(model, (64, 64))
+    held = np.concatenate([np.repeat(pictures[:1], 13, 0), np.repeat(pictures[1:], 16, 0)])
+    encoder = model.codec.encoder()
+    parts = [encoder.encode(rollout.to_pixels(held, model.device)), encoder.flush()]
+    expected = torch.cat([part for part in parts if part is not None], dim=2).to(model.dtype)
+    stills = list(rollout.still_blocks(model, pictures, grid))
+    torch.testing.assert_close(torch.cat([still.latents for still in stills], dim=2), expected)
+    seen: list[Block] = []
+    rollout.generate(
+        model,
+        story(model, Script(("a",), pins=frozenset({0, 1}))),
+        tmp_path / "a.mp4",
+        seconds=8,
+        seed=0,
+        memory=MemoryOptions(sink_blocks=0, top_k=3, bank=4, mid_span="1"),
+        stills=pictures,
+        on_block=lambda block, _: seen.append(block),
+    )
+    assert [block.replayed for block in seen] == [True] * 2 + [False] * 6
+    assert torch.equal(torch.cat([block.latents for block in seen[:2]], dim=2), expected)
+    assert all({0, 1} <= set(block.recalled) and block.cache.pinned == (0, 1) for block in seen[3:])

@@ -18,7 +18,7 @@ from typing import Any
 _HIDDEN = ("--install-completion", "--show-completion")
 _FILE_OPTIONS = (
     *("--output", "-o", "--out", "--config", "--vae", "--timeline", "--image", "--from", "--frames"),
-    *("--embeddings", "--lora", "--base"),
+    *("--embeddings", "--lora", "--base", "--pin-image"),
 )
 
 

@@ -106,6 +106,7 @@ def generate(
             help="Prompt embeddings from packforcing models embed; the text encoder is not loaded.",
         ),
     ] = None,
+    pin_image: story.PinImage = None,
     fit: story.Fit = None,
     at: story.At = None,
     timeline: story.TimelineFile = None,
@@ -258,10 +259,16 @@ def generate(
         if made_with is None:
             first, scenes = story.gather(given, at, timeline, pin)
             request = settings.gather(flags).generate_request(
-                first, output, timeline=scenes, image=image, frames=frames
+                first, output, timeline=scenes, image=image, pin_images=tuple(pin_image or ()), frames=frames
             )
         else:
-            changes: dict[str, Any] = {"prompt": given, "image": image, "frames": frames, **flags}
+            changes: dict[str, Any] = {
+                "prompt": given,
+                "image": image,
+                "pin_images": tuple(pin_image) if pin_image else None,
+                "frames": frames,
+                **flags,
+            }
             if at or timeline or pin:
                 changes["prompt"], changes["timeline"] = story.gather(
                     given or made_with.request.get("prompt"), at, timeline, pin
@@ -303,6 +310,7 @@ class Job:
     why:     why this model, device and precision, in one line.
     machine: what there was when it was planned.
     image:   [H,W,3] what the video begins with.
+    stills:  [H,W,3] pictures of the first blocks.
     again:   how the file was made of which this is the repetition.
     command: repeats this job.
     """
@@ -316,6 +324,7 @@ class Job:
     machine: Machine
     plan: Plan
     image: NDArray[np.uint8] | None
+    stills: tuple[NDArray[np.uint8], ...]
     again: Provenance | None
     command: str
 
@@ -435,9 +444,25 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
         from packforcing_cli.video import read_image
 
         image = read_image(request.image, plan.size, request.fit)
+    stills = _stills(request, plan)
     command = _command(request)
     why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
-    return Job(request, facts, place, path, on.device, why, on.machine, plan, image, again, command)
+    return Job(request, facts, place, path, on.device, why, on.machine, plan, image, stills, again, command)
+
+
+def _stills(request: GenerateRequest, plan: Plan) -> tuple[NDArray[np.uint8], ...]:
+    """The pinned pictures, in the size of the video. Raises: UsageError."""
+    from packforcing_cli import video
+    from packforcing_cli.errors import UsageError
+
+    if request.pin_images and request.image is not None:
+        raise UsageError("--image and --pin-image both say what block 0 is", hint="Leave one of them away.")
+    if len(request.pin_images) >= plan.blocks:
+        raise UsageError(
+            f"{len(request.pin_images)} pinned pictures take a block each, and the video has {plan.blocks}",
+            hint="Make it longer with --seconds.",
+        )
+    return tuple(video.read_image(path, plan.size, request.fit) for path in request.pin_images)
 
 
 def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
@@ -533,6 +558,8 @@ def _command(request: GenerateRequest) -> str:
     if "bank" in values and values["bank"] is None:
         values["bank"] = "unlimited"
     options = story.arguments(request.timeline)
+    for picture in request.pin_images:
+        options += ["--pin-image", str(picture)]
     for name, value in values.items():
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)
@@ -710,6 +737,7 @@ def recorded(job: Job) -> GenerateRequest:
             changes[name] = Path(given).absolute()
     if request.frames is not None:
         changes["frames"] = request.frames.absolute()
+    changes["pin_images"] = tuple(path.absolute() for path in request.pin_images)
     return request.model_copy(update=changes)
 
 
@@ -796,6 +824,7 @@ def run_job(
                 schedule=schedule,
                 memory=request.memory,
                 first_latent=None if job.image is None else rollout.encode_image(model, job.image),
+                stills=job.stills,
                 codec=request.codec,
                 crf=request.crf,
                 preset=request.preset,

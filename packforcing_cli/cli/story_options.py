@@ -46,6 +46,16 @@ Pin = Annotated[
 ]
 
 
+PinImage = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--pin-image",
+        metavar="FILE",
+        rich_help_panel=PANEL,
+        help="A picture held for one block at the beginning, and always recalled; repeatable.",
+        show_default=False,
+    ),
+]
 Fit = Annotated[
     str | None,
     typer.Option(

@@ -220,3 +220,21 @@ def test_a_terminal_gets_no_video(generate: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     made = generate("a red circle", "-o", "-")
     assert made.code == 2 and "cannot go to a terminal" in made.err
+
+
+def test_pictures_can_be_pinned(generate: Any, run_command: Any, tmp_path: Path) -> None:
+    for name, colour in (("a.png", "red"), ("b.webp", "blue")):
+        Image.new("RGB", (80, 80), colour).save(tmp_path / name)
+    arguments = ("a red circle", "--pin-image", "a.png", "--pin-image", "b.webp", "--seconds", "4")
+    plan = generate(*arguments, "--dry-run").out
+    assert "pinned       blocks 0, 1: 1 of 16 recalled" in plan
+    assert "--pin-image a.png --pin-image b.webp" in plan
+    made = generate(*arguments, "-o", "a.mp4", "--progress", "json")
+    assert made.code == 0, made.err
+    blocks = [event for line in made.err.splitlines() if (event := json.loads(line))["event"] == "block"]
+    assert [block["replayed"] for block in blocks] == [True, True, False, False]
+    again = run_command("generate", "--from", "a.mp4", "-o", "b.mp4")
+    assert again.code == 0 and frames(tmp_path / "a.mp4") == frames(tmp_path / "b.mp4")
+    both = generate(*arguments, "--image", "a.png")
+    assert_one_message(both, 2, "--image and --pin-image both say what block 0 is", "Leave one")
+    assert_one_message(generate(*arguments[:5], "--seconds", "1"), 2, "take a block each", "--seconds")
