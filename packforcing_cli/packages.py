@@ -598,7 +598,8 @@ class Verified:
         if not self._changed:
             return
         with suppress(OSError):  # a cache that cannot be written costs time only
-            write_text(_note_path(), json.dumps(self._entries))
+            here = {path: entry for path, entry in self._entries.items() if Path(path).exists()}
+            write_text(_note_path(), json.dumps(here))
 
     @staticmethod
     def _entry(path: Path, record: FileRecord) -> list[Any]:

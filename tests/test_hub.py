@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +119,23 @@ def test_a_download_goes_on_in_a_later_process(server: HubServer, tmp_path: Path
     last = server.asked("GET /cdn")[-1]
     assert (last["range"], last["if-range"]) == (f"bytes={there}-", f'"{sha256(LARGE)}"')
     assert leftovers(tmp_path) == []
+
+
+def test_two_downloads_of_one_file_at_once_are_one(server: HubServer) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(fetch, server) for _ in range(2)]
+        assert [done.result().read_bytes() for done in both] == [LARGE, LARGE]
+    assert len(server.asked("GET /cdn")) == 1
+
+
+def test_nothing_phones_home(server: HubServer, monkeypatch: pytest.MonkeyPatch, run_command: Any) -> None:
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    fetch(server)
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
+    run_command("--version")
+    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+    assert {path.split("/")[1] for _, path, _ in server.requests} == {"api", "owner", "cdn"}
 
 
 def unfinished(tmp_path: Path, content: bytes, tag: str = "") -> None:

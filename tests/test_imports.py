@@ -186,6 +186,9 @@ CHEAP = (
     ["models", "list", "--json"],
     ["resume", "--help"],
     ["runs", "list", "--json"],
+    ["models", "show", "wan2.1-1.3b-longlive"],
+    ["models", "verify", "demo", "--json"],
+    ["models", "pull", "--help"],
     ["train", "--help"],
     ["doctor", "--config"],
 )

@@ -492,6 +492,13 @@ def test_json_and_quiet_are_kept(pull: Command, run_command: Command) -> None:
     ]  # fmt: skip
     assert (values["schema"], values["name"], values["installed"], values["next"]) == (1, NAME, True, None)
     shown = json.loads(run_command("models", "show", NAME, "--json").out)
+    assert list(shown) == [
+        "schema", "name", "kind", "title", "license", "installed", "state", "size", "fps", "frames_per_block",
+        "params", "size_bytes", "download_bytes", "memory_bytes", "install", "license_note", "path", "parts",
+        "limits", "next",
+    ]  # fmt: skip
+    verified = json.loads(run_command("models", "verify", NAME, "--json").out)
+    assert list(verified) == ["schema", "name", "path", "files", "size_bytes", "tensors", "complete"]
     assert {part["part"] for part in shown["parts"]} == {"transformer", "vae", "text_encoder", "tokenizer"}
     assert run_command("models", "path", NAME).out.strip() == values["path"]
     assert models.SCHEMA == 1
