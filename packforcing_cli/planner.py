@@ -347,8 +347,8 @@ class _Parts:
     @property
     def weights(self) -> WeightBytes:
         facts, per = self.facts, self.request.dtype_bytes
-        text = facts.text_params * per
-        if self.request.quantize_text != "none":
+        text = facts.text_params * per if self.encodes_text else 0
+        if text and self.request.quantize_text != "none":
             text -= (facts.text_params - facts.text_embedding_params) * (per - 1)
         vae = facts.vae_params if self.vae == facts.codec else TINY_VAE_PARAMS
         others = facts.transformer_params - facts.layers * facts.layer_params
@@ -358,6 +358,11 @@ class _Parts:
             vae=vae * per,
             compressor=facts.compressor_params * per,
         )
+
+    @property
+    def encodes_text(self) -> bool:
+        """Whether a text encoder is loaded: embeddings from a file need none."""
+        return getattr(self.request, "embeddings", None) is None
 
     @property
     def layer_bytes(self) -> int:
@@ -383,7 +388,9 @@ class _Parts:
         """Estimates of text, denoise and decode."""
         facts, request, per = self.facts, self.request, self.request.dtype_bytes
         grid, weights = self.layout.grid, self.weights
-        text = weights.text_encoder + facts.text_length * facts.text_dim * TEXT_WIDTHS * per
+        text = 0
+        if self.encodes_text:
+            text = weights.text_encoder + facts.text_length * facts.text_dim * TEXT_WIDTHS * per
         if facts.is_random or getattr(request, "embeddings", None) is not None:
             text = 0  # no prompt is encoded
         width, height = self.size

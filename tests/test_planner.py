@@ -337,3 +337,17 @@ def test_a_day_of_video_is_planned_at_once() -> None:
     made = plan(paper(seconds=86400, memory=MemoryOptions(bank=None)))
     assert made.blocks == 86400
     assert made.fits
+
+
+def test_embeddings_from_a_file_need_no_room_for_a_text_encoder() -> None:
+    values: dict[str, Any] = {"prompt": "a", "model": "wan2.1-1.3b", "size": "416x240", "seconds": 2}
+    encoded, given = (
+        plan(GenerateRequest(**values, embeddings=path)) for path in (None, Path("prompts.safetensors"))
+    )
+    assert encoded.weights.text_encoder > 10 * GB
+    assert given.weights.text_encoder == 0
+    text = [next(s for s in made.stages if s.name == "text").device_bytes for made in (encoded, given)]
+    assert text[0] > 10 * GB and text[1] == 0
+    small = Machine(memory_bytes=encoded.peak_bytes - GB)
+    assert not plan(GenerateRequest(**values), small).fits
+    assert plan(GenerateRequest(**values, embeddings=Path("prompts.safetensors")), small).fits
