@@ -141,7 +141,7 @@ def find(name: str, *, root: Path | None = None) -> Path:
     """
     hint = "See `packforcing runs list`."
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if os.path.isdir(folder):  # noqa: PTH112  (Path's raises for a name too long)
         if not (folder / HEADER).is_file():
             raise UsageError(f"{folder} is not a run folder: it has no {HEADER}", hint=hint)
         return folder.absolute()

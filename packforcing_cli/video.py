@@ -139,6 +139,11 @@ def safe_name(prompt: str, suffix: str) -> str:
     return (stem or "video") + suffix
 
 
+def _file_url(path: Path) -> str:
+    """A path as FFmpeg takes it: without "file:" a name like a:b.mp4 is taken for a protocol."""
+    return f"file:{path}"
+
+
 def part_path(path: Path) -> Path:
     """Where the unfinished video of `path` is: NAME.part.mp4 beside NAME.mp4, NAME.mkv or NAME.mov."""
     return path.with_name(f"{path.stem}.part.mp4")
@@ -536,7 +541,7 @@ class _BlockEncoder:
     def copied(self, source: Path, lengths: Iterable[int]) -> Iterator[tuple[bytearray, int]]:
         """Fragments made of the packets of a finished file, as `encode` gives them, and their frames."""
         try:
-            with av.open(str(source)) as reader:
+            with av.open(_file_url(source)) as reader:
                 stream = reader.streams.video[0]
                 packets = (p for p in reader.demux(stream) if p.dts is not None and not p.is_corrupt)
                 for length in lengths:
@@ -757,9 +762,9 @@ def remux(
         with durable.replacing(target, overwrite=overwrite) as temporary:
             with (
                 contextlib.ExitStack() as opened,
-                av.open(str(source)) as reader,
+                av.open(_file_url(source)) as reader,
                 av.open(
-                    str(temporary),
+                    _file_url(temporary),
                     "w",
                     format=CONTAINERS[target.suffix.lower()],
                     container_options=_index_in_front(target),
@@ -1004,7 +1009,7 @@ def _picture_packets(
 @contextlib.contextmanager
 def _sound_packets(sound: Sound, writer: OutputContainer) -> Iterator[Iterator[Packet[AudioStream]]]:
     """Packets of the sound for a file that is not begun yet, their times counted from its start."""
-    with av.open(str(sound.path)) as reader:
+    with av.open(_file_url(sound.path)) as reader:
         stream = reader.streams.audio[0]
         if stream.codec_context.name in _COPIED_SOUND:
             yield _copied_sound(sound, reader, stream, writer.add_stream_from_template(stream))
@@ -1159,7 +1164,7 @@ class VideoReader:
                 if time >= last:
                     last, length = time, packet.duration * base if packet.duration else 1 / self.fps
         if not count:
-            raise VideoError(f"{self.path} has no frames")
+            raise VideoError(f"{self.path} has no frames", hint="Give a file with pictures.")
         if first is None or (last <= first and count > 1):  # no timestamps, as in a bare H.264 stream
             return Timing(Fraction(0), count / self.fps, stamped=False)
         return Timing(first, last + length, stamped=True)
@@ -1184,10 +1189,12 @@ class VideoReader:
                         yield time, self._upright(self._to_rgb(reformatter, frame), frame)
             except _IO_ERRORS as error:
                 if count == 0:
-                    raise VideoError(f"{self.path} cannot be decoded: {error}") from error
+                    raise VideoError(
+                        f"{self.path} cannot be decoded: {error}", hint="Give another file."
+                    ) from error
                 self.damaged_after = time
         if not count:
-            raise VideoError(f"{self.path} has no frame that can be decoded")
+            raise VideoError(f"{self.path} has no frame that can be decoded", hint="Give another file.")
 
     def _upright(self, pixels: NDArray[np.uint8], frame: VideoFrame) -> NDArray[np.uint8]:
         aspect = self._pixel_aspect
@@ -1198,14 +1205,16 @@ class VideoReader:
 
     def _open(self) -> InputContainer:
         try:
-            container: InputContainer = av.open(str(self.path))
+            container: InputContainer = av.open(_file_url(self.path))
         except _IO_ERRORS as error:
-            raise VideoError(f"{self.path} cannot be read as a video: {error}") from error
+            raise VideoError(
+                f"{self.path} cannot be read as a video: {error}", hint="Give a file that players can play."
+            ) from error
         return container
 
     def _stream(self, container: InputContainer) -> VideoStream:
         if not container.streams.video:
-            raise VideoError(f"{self.path} has no video in it")
+            raise VideoError(f"{self.path} has no video in it", hint="Give a file with pictures.")
         return container.streams.video[0]
 
     def _whole_packets(

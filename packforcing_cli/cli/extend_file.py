@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from fractions import Fraction
@@ -92,7 +93,7 @@ def is_foreign(source: str, shown: Display) -> bool:
     from packforcing_cli import runfolder
     from packforcing_cli.video import VideoReader
 
-    if not Path(source).is_file():
+    if not os.path.isfile(source):  # noqa: PTH113  (Path's raises for a name too long)
         return False
     run_id = VideoReader(source).metadata.get("run")
     if run_id in {run.name for run in runfolder.all_runs()}:

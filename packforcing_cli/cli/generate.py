@@ -505,7 +505,7 @@ def _output_path(request: GenerateRequest) -> Path:
                 hint="Give a file, -o video.mp4, or a pipe: -o - | ffplay -",
             )
         return given
-    if given is not None and not given.is_dir():
+    if given is not None and not os.path.isdir(given):  # noqa: PTH112  (Path's raises for a name too long)
         return checked_output(given, overwrite=request.overwrite)
     folder = given or Path()
     number = 1

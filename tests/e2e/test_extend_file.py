@@ -69,6 +69,7 @@ def test_names_of_all_kinds_are_read_and_written(name: str, extend: Any, tmp_pat
     ("arguments", "code", "said", "next_step"),
     [
         (("missing.mp4",), 2, "missing.mp4", ""),
+        (("a" * 300 + ".mp4",), 2, "aaaa", ""),
         (("empty.mp4",), 1, "empty.mp4 cannot be read as a video", ""),
         (("text.mp4",), 1, "text.mp4 cannot be read as a video", ""),
         (("sound.mp4",), 1, "sound.mp4 has no video in it", ""),
