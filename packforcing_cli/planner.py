@@ -477,6 +477,8 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
         kept = len(parts.layout.view(parts.blocks).mid)
         sizes = [n for n in _smaller_powers_of_two(kept) if n >= max(1, parts.layout.top_k)]
         levers.append([{"bank": n} for n in sizes])
+    if request.dtype == "fp32":
+        levers.append([{"dtype": "bf16"}])
     if request.quantize_text == "none":
         levers.append([{"quantize_text": "int8"}])
     if request.quantize == "none":

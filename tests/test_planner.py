@@ -113,6 +113,7 @@ def followed(made: Plan, request: PlanRequest, machine: Machine) -> Plan:
         (paper(seconds=1200, memory=MemoryOptions(bank=None)), 24, "--bank "),
         (paper(), 14, "--size "),
         (paper(seconds=1200), 23, "--bank "),
+        (paper(seconds=5, dtype="fp32"), 24, "--dtype bf16"),
         (paper(seconds=5, size="416x240"), 11, "--quantize-text int8"),
         (paper(seconds=10), 11, "--quantize-text int8 --quantize int8 --size "),
     ],
