@@ -206,6 +206,20 @@ def test_stopping_again_and_again_makes_every_frame_once(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "run"]
 
 
+@pytest.mark.parametrize("name", ["a.mkv", "a.mov"])
+def test_other_containers_are_continued_packet_by_packet(
+    name: str, model: VideoModel, tmp_path: Path
+) -> None:
+    for folder, stops in (("whole", (None,)), ("parts", (2, 4, None))):
+        (tmp_path / folder).mkdir()
+        folder_of(tmp_path / folder / "run", tmp_path / folder / name).close()
+        for stop_after in stops:
+            with RunFolder.open(tmp_path / folder / "run") as run:
+                make(model, tmp_path / folder / name, run, stop_after=stop_after)
+    assert len(packets(tmp_path / "whole" / name)) == 109
+    assert packets(tmp_path / "parts" / name) == packets(tmp_path / "whole" / name)
+
+
 def test_stopping_while_it_replays_keeps_what_the_video_has(model: VideoModel, tmp_path: Path) -> None:
     output = tmp_path / "a.mp4"
     with folder_of(tmp_path / "run", output) as run:

@@ -108,6 +108,7 @@ def extend(
                 {
                     **old.record.request,
                     "image": None,  # it is in the first block
+                    "frames": None,  # those of the source stay as they are
                     **{name: value for name, value in changes.items() if value is not None},
                     "seconds": total,
                     "timeline": timeline,
@@ -119,7 +120,7 @@ def extend(
             job = runner.prepare(request)
             job.plan.require_fit()
             shown.note(
-                f"{old.record.id}: {job.plan.blocks - blocks} new blocks after"
+                f"{old.record.id}: {runner.count(job.plan.blocks - blocks, 'new block')} after"
                 f" {display.clock(job.plan.layout.frames_for(blocks) / job.plan.fps)} (block {blocks} of {old.blocks})"
             )
 

@@ -919,7 +919,7 @@ def _warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display)
             + (f" It understands: {words}" if words else "")
         )
     if prompt.dropped:
-        shown.warn(f"the prompt is too long: its last {_count(prompt.dropped, 'token')} will not be seen")
+        shown.warn(f"the prompt is too long: its last {count(prompt.dropped, 'token')} will not be seen")
 
 
 def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: Display) -> None:
@@ -971,7 +971,7 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
     made, spent = now / result.fps, result.total_seconds
     full_bytes = result.blocks * plan.layout.grid.block_tokens * plan.layout.grid.bytes_per_token
     shown.note(
-        f"{_count(result.blocks - result.replayed, 'block')}, {now} frames ({made:.2f} s) in {spent:.1f} s:"
+        f"{count(result.blocks - result.replayed, 'block')}, {now} frames ({made:.2f} s) in {spent:.1f} s:"
         f" {now / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
         f" peak memory {console.gb(result.peak_memory_bytes)}"
@@ -1027,7 +1027,7 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
     )
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
