@@ -89,11 +89,19 @@ class Options:
 
 
 def is_foreign(source: str, shown: Display) -> bool:
-    """Whether a source is a video file of which there is no run here. Raises: VideoError if it cannot be read."""
+    """Whether a source is a video file of which there is no run here.
+
+    Raises: UsageError if it is a missing file's name; VideoError if it cannot be read.
+    """
     from packforcing_cli import runfolder
+    from packforcing_cli.errors import UsageError
     from packforcing_cli.video import VideoReader
 
     if not os.path.isfile(source):  # noqa: PTH113  (Path's raises for a name too long)
+        if Path(source).suffix and not os.path.isdir(source):  # noqa: PTH112
+            raise UsageError(
+                f"there is no file {source}", hint="Check the name; runs are in `packforcing runs list`."
+            )
         return False
     run_id = VideoReader(source).metadata.get("run")
     if run_id in {run.name for run in runfolder.all_runs()}:

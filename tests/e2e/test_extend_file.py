@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from test_generate import assert_one_message, write_tiny
 from test_source import RAMP, write
@@ -68,8 +69,9 @@ def test_names_of_all_kinds_are_read_and_written(name: str, extend: Any, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "code", "said", "next_step"),
     [
-        (("missing.mp4",), 2, "missing.mp4", ""),
-        (("a" * 300 + ".mp4",), 2, "aaaa", ""),
+        (("missing.mp4",), 2, "there is no file missing.mp4", "runs list"),
+        (("a" * 300 + ".mp4",), 2, "there is no file aaaa", "runs list"),
+        (("no-such-run",), 2, "there is no run 'no-such-run'", "runs list"),
         (("empty.mp4",), 1, "empty.mp4 cannot be read as a video", ""),
         (("text.mp4",), 1, "text.mp4 cannot be read as a video", ""),
         (("sound.mp4",), 1, "sound.mp4 has no video in it", ""),
@@ -91,7 +93,9 @@ def test_bad_input_is_one_message_and_nothing_is_written(
     (tmp_path / "text.mp4").write_text("no video", encoding="utf-8")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         sound: Any = container.add_stream("aac", rate=44100, layout="mono")
-        container.mux(sound.encode(None))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        container.mux([*sound.encode(silence), *sound.encode(None)])
     before = sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir())
     assert_one_message(extend(*arguments, "--prompt", "red"), code, said, next_step)
     assert sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir()) == before
