@@ -27,7 +27,7 @@ PANEL = "Videos made elsewhere"
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", rich_help_panel=PANEL, help="A model's name or a package folder. Default demo."),
+    typer.Option("--model", rich_help_panel=PANEL, help="A model's name or a package folder. Default auto."),
 ]
 Size = Annotated[
     str | None,
@@ -132,7 +132,7 @@ def extend_file(
     Raises: PackforcingError, saying what plays.
     """
     from packforcing_cli import extension, packages, timeline
-    from packforcing_cli.cli import settings
+    from packforcing_cli.cli import choose, settings
     from packforcing_cli.source import Source
     from packforcing_cli.video import VideoReader
 
@@ -150,6 +150,9 @@ def extend_file(
     }
     _, wanted = story.gather(said, at, None, pin)
     request = settings.gather(flags).generate_request(said.strip() or f"more of {source.stem}", output)
+    if request.model == choose.AUTO:
+        on = choose.choose_device(request, (request.output or Path()).absolute().parent)
+        request, _ = choose.resolve_model(request, on)
     facts = packages.facts(request.model)
     size = request.size or facts.default_size
     grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)

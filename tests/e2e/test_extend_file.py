@@ -57,6 +57,16 @@ def test_without_any_prompt_an_empty_one_is_taken_and_said(extend: Any, tmp_path
     assert made.out == "more-of-short.mp4\n"
 
 
+def test_without_a_model_it_is_chosen_as_for_generate(
+    run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.mp4", RAMP[:16], rate=16)
+    monkeypatch.setattr(
+        "packforcing_cli.cli.extend_file._run", lambda job, *_, **__: job.facts.name != "demo"
+    )
+    assert run_command("extend", "a.mp4", "--seconds", "1", "--prompt", "red", "-o", "b.mp4").code == 0
+
+
 @pytest.mark.parametrize("name", ["円 🎬.mp4", "con.mp4", "a:b.mp4"])
 def test_names_of_all_kinds_are_read_and_written(name: str, extend: Any, tmp_path: Path) -> None:
     write(tmp_path / "plain.mp4", RAMP[:13], rate=16).rename(tmp_path / name)
