@@ -96,10 +96,11 @@ def extend(
             if code:
                 raise typer.Exit(code)
             return
+        found = resuming.find_run(source)
         options.refuse(source)
         if run is not None:
             check_new(run)
-        with RunFolder.open(resuming.find_run(source)) as old:
+        with RunFolder.open(found) as old:
             blocks, total = _lengths(old, seconds, start)
             before = GenerateRequest.from_values(old.record.request)
             changes: dict[str, Any] = {"seed": seed, "device": device}

@@ -27,7 +27,7 @@ PANEL = "Videos made elsewhere"
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", rich_help_panel=PANEL, help="A model's name or a package folder. Default demo."),
+    typer.Option("--model", rich_help_panel=PANEL, help="A model's name or a package folder. Default auto."),
 ]
 Size = Annotated[
     str | None,
@@ -89,11 +89,19 @@ class Options:
 
 
 def is_foreign(source: str, shown: Display) -> bool:
-    """Whether a source is a video file of which there is no run here. Raises: VideoError if it cannot be read."""
+    """Whether a source is a video file of which there is no run here.
+
+    Raises: UsageError if it is a missing file's name; VideoError if it cannot be read.
+    """
     from packforcing_cli import runfolder
+    from packforcing_cli.errors import UsageError
     from packforcing_cli.video import VideoReader
 
     if not os.path.isfile(source):  # noqa: PTH113  (Path's raises for a name too long)
+        if Path(source).suffix and not os.path.isdir(source):  # noqa: PTH112
+            raise UsageError(
+                f"there is no file {source}", hint="Check the name; runs are in `packforcing runs list`."
+            )
         return False
     run_id = VideoReader(source).metadata.get("run")
     if run_id in {run.name for run in runfolder.all_runs()}:
@@ -124,7 +132,7 @@ def extend_file(
     Raises: PackforcingError, saying what plays.
     """
     from packforcing_cli import extension, packages, timeline
-    from packforcing_cli.cli import settings
+    from packforcing_cli.cli import choose, settings
     from packforcing_cli.source import Source
     from packforcing_cli.video import VideoReader
 
@@ -142,6 +150,9 @@ def extend_file(
     }
     _, wanted = story.gather(said, at, None, pin)
     request = settings.gather(flags).generate_request(said.strip() or f"more of {source.stem}", output)
+    if request.model == choose.AUTO:
+        on = choose.choose_device(request, (request.output or Path()).absolute().parent)
+        request, _ = choose.resolve_model(request, on)
     facts = packages.facts(request.model)
     size = request.size or facts.default_size
     grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from test_generate import assert_one_message, write_tiny
 from test_source import RAMP, write
@@ -56,6 +57,16 @@ def test_without_any_prompt_an_empty_one_is_taken_and_said(extend: Any, tmp_path
     assert made.out == "more-of-short.mp4\n"
 
 
+def test_without_a_model_it_is_chosen_as_for_generate(
+    run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.mp4", RAMP[:16], rate=16)
+    monkeypatch.setattr(
+        "packforcing_cli.cli.extend_file._run", lambda job, *_, **__: job.facts.name != "demo"
+    )
+    assert run_command("extend", "a.mp4", "--seconds", "1", "--prompt", "red", "-o", "b.mp4").code == 0
+
+
 @pytest.mark.parametrize("name", ["円 🎬.mp4", "con.mp4", "a:b.mp4"])
 def test_names_of_all_kinds_are_read_and_written(name: str, extend: Any, tmp_path: Path) -> None:
     write(tmp_path / "plain.mp4", RAMP[:13], rate=16).rename(tmp_path / name)
@@ -68,8 +79,9 @@ def test_names_of_all_kinds_are_read_and_written(name: str, extend: Any, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "code", "said", "next_step"),
     [
-        (("missing.mp4",), 2, "missing.mp4", ""),
-        (("a" * 300 + ".mp4",), 2, "aaaa", ""),
+        (("missing.mp4",), 2, "there is no file missing.mp4", "runs list"),
+        (("a" * 300 + ".mp4",), 2, "there is no file aaaa", "runs list"),
+        (("no-such-run",), 2, "there is no run 'no-such-run'", "runs list"),
         (("empty.mp4",), 1, "empty.mp4 cannot be read as a video", ""),
         (("text.mp4",), 1, "text.mp4 cannot be read as a video", ""),
         (("sound.mp4",), 1, "sound.mp4 has no video in it", ""),
@@ -91,7 +103,9 @@ def test_bad_input_is_one_message_and_nothing_is_written(
     (tmp_path / "text.mp4").write_text("no video", encoding="utf-8")
     with av.open(str(tmp_path / "sound.mp4"), "w") as container:
         sound: Any = container.add_stream("aac", rate=44100, layout="mono")
-        container.mux(sound.encode(None))
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        container.mux([*sound.encode(silence), *sound.encode(None)])
     before = sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir())
     assert_one_message(extend(*arguments, "--prompt", "red"), code, said, next_step)
     assert sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir()) == before
