@@ -40,6 +40,7 @@ class Provenance(BaseModel):
     request:      what was asked for, as JSON values; what was random or automatic is decided in it.
     layout:       the memory, in layout.py's numbers.
     image_sha256: of the start image; None without one.
+    extends:      the command, for a video that goes on with somebody's file; `request` is then of its new part.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -50,6 +51,7 @@ class Provenance(BaseModel):
     model: ModelRecord
     layout: dict[str, Any]
     image_sha256: str | None = None
+    extends: str | None = None
 
     def tags(self) -> dict[str, str]:
         """The tags of a video file."""
@@ -67,8 +69,11 @@ class Provenance(BaseModel):
     def generate_request(self, changes: Mapping[str, Any] | None = None) -> GenerateRequest:
         """The request again, with changes; memory options among them may be given singly.
 
-        Raises: ConfigError if it, or a change, is not possible in this version.
+        Raises: ConfigError if it, or a change, is not possible in this version; UsageError if the video goes on with
+            a file, which the request does not say.
         """
+        if self.extends is not None:
+            raise UsageError("the video goes on with another file", hint=f"Make it again: {self.extends}")
         values: dict[str, Any] = {**self.request}
         memory = values.get("memory")
         memory = {**memory} if isinstance(memory, dict) else {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -197,7 +198,7 @@ def _run(
     shown: Display,
     verbose: bool,
 ) -> int:
-    from packforcing_cli import __version__, extension, registry, rollout
+    from packforcing_cli import extension, registry, rollout
     from packforcing_cli.errors import PackforcingError
 
     request = job.request
@@ -228,13 +229,13 @@ def _run(
             model = source.load()
             shown.start(job.plan, runner.memory_reader(job.device))
             stop.making_blocks = True
-            tags = {
-                "prompt": script.prompts[-1],
-                "seed": str(request.seed),
-                "model": model.name,
-                "version": __version__,
-                "extends": history.source.path.name,
-            }
+            said = rollout.provenance_of(model, request, job.plan.layout)
+            said = said.model_copy(
+                update={
+                    "extends": _command(job, history, script, options),
+                    "request": {**said.request, "prompt": script.prompts[-1]},
+                }
+            )
             made = extension.extend_video(
                 model,
                 history,
@@ -248,7 +249,7 @@ def _run(
                 codec=request.codec,
                 crf=request.crf,
                 preset=request.preset,
-                metadata=tags if request.metadata else {},
+                metadata=said.tags() if request.metadata else {},
                 overwrite=request.overwrite,
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,
@@ -275,10 +276,48 @@ def _run(
     return stop.code if made.stopped else 0
 
 
+def _command(job: Job, history: History, script: Script, options: Options) -> str:
+    """The command that makes the same video again."""
+    from packforcing_cli.timeline import Timeline
+
+    request, late = job.request, Fraction(history.lead - history.padded, history.source.fps)
+    new = round((job.plan.blocks - history.blocks) * history.grid.block_frames(1) / job.plan.fps, 6)
+    asked = Timeline(
+        tuple(replace(scene, seconds=scene.seconds + late) for scene in request.timeline.scenes),
+        tuple(replace(span, start=span.start + late, end=span.end + late) for span in request.timeline.pins),
+    )
+    values = {
+        "seconds": f"{new:g}",
+        "prompt": script.prompts[0],
+        "seed": request.seed,
+        "model": request.model,
+        "size": "x".join(str(side) for side in history.source.size),
+        "fit": request.fit,
+        "from-time": options.from_time,
+        "to-time": options.to_time,
+    }
+    words = [
+        word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
+    ]
+    words += ["--only-new"] if options.only_new else []
+    return shlex.join(
+        [
+            "packforcing",
+            "extend",
+            str(history.source.path),
+            *words,
+            *story.arguments(asked),
+            "-o",
+            str(job.path),
+        ]
+    )
+
+
 def _report(job: Job, history: History, made: Extension, shown: Display, *, as_json: bool) -> None:
     from packforcing_cli.cli import console
 
-    shown.note(f"{made.new_blocks} new blocks behind {made.source_frames} frames of the source.")
+    blocks = "1 new block" if made.new_blocks == 1 else f"{made.new_blocks} new blocks"
+    shown.note(f"{blocks} behind {made.source_frames} frames of the source.")
     if made.seam is not None:
         shown.note(f"The seam: {made.seam}.")
     if not as_json:

@@ -52,7 +52,7 @@ def _values(file: Path, reader: VideoReader, made: Provenance) -> dict[str, Any]
         "model": made.model.model_dump(),
         "layout": made.layout,
         "image_sha256": made.image_sha256,
-        "command": _command(file),
+        "command": _command(file, made),
     }
 
 
@@ -78,8 +78,8 @@ def _rows(file: Path, reader: VideoReader, made: Provenance) -> list[tuple[str, 
     rows.append(("model", f"{made.model.name} {made.model.version}"))
     rows += [("", f"{name} {sha256[:12]}…") for name, sha256 in made.model.files.items()]
     layout = ", ".join(f"{name} {value}" for name, value in made.layout.items() if value not in ([], None))
-    return [*rows, ("memory", layout), ("version", made.version), ("command", _command(file))]
+    return [*rows, ("memory", layout), ("version", made.version), ("command", _command(file, made))]
 
 
-def _command(file: Path) -> str:
-    return shlex.join(["packforcing", "generate", "--from", str(file)])
+def _command(file: Path, made: Provenance) -> str:
+    return made.extends or shlex.join(["packforcing", "generate", "--from", str(file)])

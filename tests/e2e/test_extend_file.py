@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,9 @@ def extend(run_command: Any, package: Path) -> Callable[..., Any]:
     return run
 
 
-def test_a_video_from_elsewhere_is_continued_and_its_seam_told(extend: Any, tmp_path: Path) -> None:
+def test_a_video_from_elsewhere_is_continued_and_its_seam_told(
+    extend: Any, run_command: Any, tmp_path: Path
+) -> None:
     write(tmp_path / "phone.mp4", RAMP, size=(160, 90), audio=True)
     made = extend(
         "phone.mp4", "--prompt", "a red circle", "--at", "0:04", "red", "-o", "b.mp4", "--fit", "pad"
@@ -40,7 +43,15 @@ def test_a_video_from_elsewhere_is_continued_and_its_seam_told(extend: Any, tmp_
     assert "3 blocks of it are remembered, 2 follow" in made.err
     assert "The seam: colour shift" in made.err
     reader = VideoReader(tmp_path / "b.mp4")
-    assert (reader.num_frames, reader.has_audio, reader.metadata["extends"]) == (80, True, "phone.mp4")
+    assert (reader.num_frames, reader.has_audio) == (80, True)
+    command = json.loads(run_command("show", "b.mp4", "--json").out)["command"]
+    assert command.startswith("packforcing extend phone.mp4 --seconds 2 --prompt 'a red circle' --seed ")
+    repeated = shlex.split(command)[1:-1]
+    assert run_command(*repeated, "repeated.mp4").code == 0
+    both = (VideoReader(tmp_path / name) for name in ("b.mp4", "repeated.mp4"))
+    assert all(np.array_equal(*pair) for pair in zip(*both, strict=True))
+    refused = run_command("generate", "--from", "b.mp4")
+    assert_one_message(refused, 2, "the video goes on with another file", "packforcing extend phone.mp4")
     again = extend("b.mp4", "-o", "c.mp4", "--from-time", "0:01", "--to-time", "0:03", "--only-new", "--json")
     values = json.loads(again.out)  # the prompt is the file's own
     assert (values["source_frames"], values["frames"], values["new_blocks"]) == (32, 32, 2)
