@@ -143,6 +143,14 @@ def test_another_machine_is_a_warning(
     assert "threads: 99 then, 1 now" in result.err and "not guaranteed" in result.err
 
 
+def test_a_file_without_a_run_cannot_be_resumed(generate: Any, run_command: Any) -> None:
+    generate("-o", "a.mp4", "--no-run", "--seconds", "1")
+    assert_one_message(run_command("resume", "a.mp4"), 2, "it names no run", "runs list")
+    generate("-o", "b.mp4", "--seconds", "1")
+    runfolder.remove(only_run())
+    assert_one_message(run_command("resume", "b.mp4"), 2, "is not here any more", "runs list")
+
+
 def test_a_run_in_use_is_exit_9(generate: Any, run_command: Any, tmp_path: Path) -> None:
     generate("-o", "a.mp4", "--run", "kept", "--seconds", "1")
     with RunFolder.open(tmp_path / "kept"):
@@ -279,7 +287,6 @@ def test_a_branch_has_the_old_blocks_and_new_ones(
         (["kept", "--seconds", "1", "--from", "soon"], "--from: 'soon' is no time"),
         (["kept", "--seconds", "2", "--pin", "0:00-0:01"], "the memory of the old part is made already"),
         (["nothing", "--seconds", "1"], "there is no run 'nothing'"),
-        (["none.mp4", "--seconds", "1"], "it names no run"),
         (["kept", "--seconds", "1", "-o", "a.mp4"], "a.mp4 exists"),
     ],
 )
@@ -287,7 +294,6 @@ def test_what_cannot_be_extended_is_one_message(
     options: list[str], said: str, generate: Any, run_command: Any
 ) -> None:
     generate("-o", "a.mp4", "--run", "kept", "--seconds", "1")
-    generate("-o", "none.mp4", "--no-run", "--seconds", "1")
     result = run_command("extend", *options)
     assert (result.code, result.out) == (2, "")
     assert said in result.err
