@@ -266,6 +266,9 @@ class VideoWriter:
             if not (has_part and self._continue(header, _owner_box(owner), blocks=resume or 0)):
                 os.ftruncate(self._fd, 0)
                 self._append(header)
+        except OSError as error:
+            self._release(remove=not has_part)
+            raise _write_error(error, self.part_path, plays=None) from error
         except PackforcingError:
             self._release(remove=not has_part)
             raise
