@@ -33,6 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, TypeVar
 
+from packforcing_cli import durable
 from packforcing_cli.errors import DiskFullError, OfflineError, PackforcingError, UsageError, WeightsError
 
 RETRY_SECONDS: tuple[float, ...] = (1, 2, 4, 8)  # pauses between attempts that bring nothing new
@@ -113,7 +114,10 @@ class Hub:
                 raise ValueError("it names no commit")
             return Snapshot(repo, info.sha, files)
 
-        return self._patiently(f"{repo} at {revision}", ask)
+        found = self._patiently(f"{repo} at {revision}", ask)
+        if revision != found.commit:
+            _remember_commit(repo, revision, found.commit)
+        return found
 
     def _cached_snapshot(self, repo: str, revision: str) -> Snapshot:
         commit = cached_commit(repo, revision)
@@ -396,6 +400,19 @@ def cached_commit(repo: str, revision: str) -> str | None:
         return revision
     ref = _repo_folder(repo) / "refs" / revision
     return ref.read_text("utf-8").strip() if ref.is_file() else None
+
+
+def _remember_commit(repo: str, revision: str, commit: str) -> None:
+    """Note what `cached_commit` reads. Files enter the cache by commit, so nobody else does."""
+    ref = _repo_folder(repo) / "refs" / revision
+    if cached_commit(repo, revision) == commit:
+        return
+    lock = cache_folder() / ".locks" / _repo_folder(repo).name / "refs.packforcing.lock"
+    with contextlib.suppress(OSError):  # a cache that cannot be written still serves what it has
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with _library().utils.WeakFileLock(lock):
+            durable.write(ref, commit.encode())
 
 
 def unfinished_bytes(repo: str, file: RepoFile) -> int:

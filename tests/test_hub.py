@@ -311,6 +311,30 @@ def test_offline_nobody_is_asked(server: HubServer) -> None:
     assert len(server.requests) == asked
 
 
+def test_offline_a_branch_is_the_commit_it_was_when_last_looked_at(server: HubServer, tmp_path: Path) -> None:
+    older = server.repos[REPO].refs["main"]
+    fetch(server)
+    assert ask(server, offline=True).snapshot(REPO, "main").commit == older
+    newer = server.add(REPO, {"config.json": b"{}"})
+    assert ask(server, offline=True).snapshot(REPO, "main").commit == older
+    fetch(server, "config.json")
+    assert ask(server, offline=True).snapshot(REPO, "main").commit == newer
+    refs = tmp_path / "hub" / "models--owner--weights" / "refs"
+    assert {path.name: path.read_text() for path in refs.iterdir()} == {"main": newer}
+    ask(server).snapshot(REPO, newer)  # a commit needs no note
+    assert [path.name for path in refs.iterdir()] == ["main"]
+
+
+def test_a_note_of_a_branch_that_cannot_be_written_stops_nothing(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(hub.durable, "write", full)
+    assert ask(server).snapshot(REPO, "main").commit == server.repos[REPO].refs["main"]
+
+
 def test_the_environment_can_switch_the_network_off(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

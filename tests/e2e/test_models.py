@@ -224,13 +224,14 @@ def test_no_network_is_exit_code_8(server: HubServer, run_command: Command) -> N
     assert not packages.models_folder().exists()
 
 
+@pytest.mark.parametrize("name", [NAME, CONVERTED])  # a commit, and a branch
 def test_what_the_hubs_cache_has_is_installed_without_a_network(
-    pull: Command, run_command: Command, server: HubServer
+    pull: Command, run_command: Command, server: HubServer, name: str
 ) -> None:
-    first = packages.read_manifest(Path(pull().out.strip()))
-    assert run_command("models", "remove", NAME, "--yes").code == 0
+    first = packages.read_manifest(Path(pull(name).out.strip()))
+    assert run_command("models", "remove", name, "--yes").code == 0
     asked = len(server.requests)
-    again = pull(NAME, "--offline")
+    again = pull(name, "--offline")
     assert again.code == 0, again.err
     assert packages.read_manifest(Path(again.out.strip())) == first
     assert len(server.requests) == asked
