@@ -504,11 +504,13 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 def _status(error: Exception) -> tuple[int | None, Mapping[str, str]]:
     """HTTP status and headers of a failure, (None, {}) if there was no answer."""
     if isinstance(error, urllib.error.HTTPError):
-        return error.code, dict(error.headers or {})
-    response = getattr(error, "response", None)
-    if response is None:
-        return None, {}
-    return response.status_code, {str(k).title(): str(v) for k, v in response.headers.items()}
+        status, headers = error.code, error.headers or {}
+    else:
+        response = getattr(error, "response", None)
+        if response is None:
+            return None, {}
+        status, headers = response.status_code, response.headers
+    return status, {str(name).title(): str(value) for name, value in headers.items()}
 
 
 def _disk_full(error: BaseException, folder: Path) -> DiskFullError | None:

@@ -218,12 +218,18 @@ def test_a_hub_that_stays_busy_is_told(
     assert server.asked("GET /cdn")[-1]["range"] == "bytes=1000000-"
 
 
-def test_a_pause_is_as_long_as_the_hub_asks(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("header", ["Retry-After", "retry-after"])
+@pytest.mark.parametrize("where", ["GET /api", "HEAD .*resolve", "GET /cdn"])
+def test_a_pause_is_as_long_as_the_hub_asks(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, where: str, header: str
+) -> None:
     slept: list[float] = []
     said: list[str] = []
     monkeypatch.setattr(hub.time, "sleep", slept.append)
-    server.fail("GET /api", status=429, headers={"Retry-After": "7"})
-    ask(server, note=said.append).snapshot(REPO, "main")
+    server.fail(where, status=429, headers={header: "7"})
+    at = ask(server, note=said.append)
+    found = at.snapshot(REPO, "main")
+    at.fetch(REPO, found.commit, found.files["sub/w.safetensors"])
     assert slept == [7.0]
     assert said == ["the Hub asks for patience (429); waiting 7 s"]
 
