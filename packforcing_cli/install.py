@@ -430,13 +430,23 @@ def _write(plan: Plan, manifest: Manifest) -> Manifest:
     for part, config in plan._part_configs.items():
         manifest = _with_own_config(folder, manifest, part, config)
     old = packages.read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    outdated = None
     if old is not None and "transformer" in old.parts and "transformer" in manifest.missing_parts:
-        if plan.changes:
-            shutil.rmtree(folder / old.parts["transformer"])
+        if _pickled_hashes(old) == _pickled_hashes(manifest):
+            changes = {"pickled": manifest.provenance["pickled"]}
+            manifest = old.model_copy(
+                update={"references": manifest.references, "provenance": old.provenance | changes}
+            )
         else:
-            manifest = old.model_copy(update={"references": manifest.references})
+            outdated = folder / old.parts["transformer"]
     packages.write_text(folder / MANIFEST, manifest.to_json())
+    if outdated is not None:  # after the manifest: whatever stops this leaves a package that is whole
+        shutil.rmtree(outdated)
     return manifest
+
+
+def _pickled_hashes(manifest: Manifest) -> list[str]:
+    return [entry["sha256"] for entry in manifest.provenance.get("pickled", ())]
 
 
 def _with_own_config(folder: Path, manifest: Manifest, part: Part, config: dict[str, Any]) -> Manifest:

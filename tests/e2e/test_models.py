@@ -306,6 +306,43 @@ def test_a_newer_revision_is_told_before_it_is_taken(
     assert listed(run_command, CONVERTED)["state"] == "to be converted"
 
 
+def test_a_converted_transformer_outlives_an_update_of_other_parts(
+    pull: Command, server: HubServer, released: dict[str, dict[str, bytes]], run_command: Command
+) -> None:
+    convert(pull(CONVERTED).out)
+    folder = packages.install_folder(CONVERTED)
+    before = packages.read_manifest(folder)
+    other = stand_in.changed(released[BASE], "vae/config.json")
+    server.add(BASE, other, commit=catalog.get(CONVERTED).parts["vae"].revision)
+    server.add(PICKLED, released[PICKLED] | {"README.md": b"new"})  # another commit, the same weights
+    assert "vae/config.json would become another file" in pull(CONVERTED).err
+    updated = pull(CONVERTED, "--update")
+    assert updated.code == 0, updated.err
+    assert listed(run_command, CONVERTED)["state"] == "installed"
+    after = packages.read_manifest(folder)
+    assert after.part_hash("transformer") == before.part_hash("transformer")
+    assert after.part_hash("vae") != before.part_hash("vae")
+    assert after.provenance["pickled"][0]["revision"] == server.repos[PICKLED].refs["main"]
+    packages.verify_package(folder, after)
+
+
+def test_an_update_that_cannot_be_recorded_changes_nothing(
+    pull: Command, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(pull(CONVERTED).out)
+    folder = packages.install_folder(CONVERTED)
+    server.add(PICKLED, {"chunkwise/causal_forcing.pt": stand_in.checkpoint(seed=9)})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packages, "write_text", full)
+        assert pull(CONVERTED, "--update").code != 0
+    packages.verify_package(folder, packages.read_manifest(folder))
+    assert (folder / "transformer").is_dir()
+
+
 def test_damage_is_found_by_verify_and_mended_by_the_next_pull(
     pull: Command, run_command: Command, tmp_path: Path
 ) -> None:
