@@ -152,7 +152,15 @@ def test_pickled_weights_are_pulled_and_then_converted(
     assert made.code == 0, made.err
     assert "0 B to download" in pull(CONVERTED).err  # and what was converted stays
     assert listed(run_command, CONVERTED)["state"] == "installed"
-    assert run_command("models", "convert", CONVERTED, "-o", "elsewhere").code == 2
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--output x", "--base demo", "--lora x", "--lora-alpha 2", "--kind full", "--frames-per-block 4"],
+)
+def test_what_the_catalog_decides_cannot_be_given_to_a_conversion(run_command: Command, given: str) -> None:
+    result = run_command("models", "convert", CONVERTED, *given.split())
+    assert (result.code, f"{given.split()[0]} does not go with {CONVERTED}" in result.err) == (2, True)
 
 
 def test_parts_that_models_share_are_downloaded_once(pull: Command, server: HubServer) -> None:
