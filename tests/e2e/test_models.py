@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import stand_in
 from hub_server import HubServer
 
 from packforcing_cli import catalog, hub, packages, registry
 from packforcing_cli.cli import models
+from packforcing_cli.convert import original_name
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 STUDENT = "wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers"
 PICKLED = "zhuhz22/Causal-Forcing"
+ADAPTED = "Efficient-Large-Model/LongLive-1.3B"
 NAME = "wan2.1-1.3b-self-forcing"
 CONVERTED = "wan2.1-1.3b-causal-forcing"
+MERGED = "wan2.1-1.3b-longlive"
 PROMPT = "a red circle moving right on a blue background"
 
 Command = Callable[..., Any]
@@ -37,6 +41,10 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, by
         BASE: stand_in.wan_base(folder),
         STUDENT: stand_in.transformer(folder),
         PICKLED: {"chunkwise/causal_forcing.pt": stand_in.checkpoint()},
+        ADAPTED: {
+            "models/longlive_base.pt": stand_in.checkpoint(averaged=False),
+            "models/lora.pt": stand_in.lora(),
+        },
     }
 
 
@@ -46,6 +54,7 @@ def server(hub_server: HubServer, released: dict[str, dict[str, bytes]]) -> HubS
     hub_server.add(BASE, released[BASE], commit=facts.parts["vae"].revision)
     hub_server.add(STUDENT, released[STUDENT], commit=facts.parts["transformer"].revision)
     hub_server.add(PICKLED, released[PICKLED])
+    hub_server.add(ADAPTED, released[ADAPTED])
     return hub_server
 
 
@@ -126,32 +135,54 @@ def test_the_program_reads_what_the_hub_served_bit_for_bit(
     assert model.load_text_encoder().encode(PROMPT).shape == (1, 512, 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        (CONVERTED, ["chunkwise/causal_forcing.pt"]),
+        (MERGED, ["models/longlive_base.pt", "models/lora.pt"]),
+    ],
+)
 def test_pickled_weights_are_pulled_and_then_converted(
-    pull: Command, run_command: Command, tmp_path: Path
+    pull: Command, run_command: Command, tmp_path: Path, name: str, files: list[str]
 ) -> None:
-    early = run_command("models", "convert", CONVERTED)
-    assert (early.code, f"packforcing models pull {CONVERTED}" in early.err) == (8, True)
-    pulled = pull(CONVERTED)
+    early = run_command("models", "convert", name)
+    assert (early.code, f"packforcing models pull {name}" in early.err) == (8, True)
+    pulled = pull(name)
     assert pulled.code == 0, pulled.err
-    assert f"packforcing models convert {CONVERTED}" in pulled.err
-    assert listed(run_command, CONVERTED)["state"] == "to be converted"
-    refused = generate(run_command, CONVERTED, tmp_path)
+    assert f"packforcing models convert {name}" in pulled.err
+    assert listed(run_command, name)["state"] == "to be converted"
+    refused = generate(run_command, name, tmp_path)
     assert refused.code == 7
-    assert f"packforcing models convert {CONVERTED}" in refused.err
-    converted = run_command("models", "convert", CONVERTED)
+    assert f"packforcing models convert {name}" in refused.err
+    converted = run_command("models", "convert", name)
     assert converted.code == 0, converted.err
     assert converted.out == pulled.out
-    assert listed(run_command, CONVERTED)["state"] == "installed"
-    manifest = packages.read_manifest(Path(pulled.out.strip()))
-    assert (
-        manifest.provenance["group"] == "generator"
-    )  # Causal-Forcing runs its last weights, not the averaged ones
-    assert manifest.provenance["pickled"][0]["file"] == "chunkwise/causal_forcing.pt"
-    assert (manifest.license, manifest.base_model) == ("Apache-2.0", "Wan-AI/Wan2.1-T2V-1.3B")
-    made = generate(run_command, CONVERTED, tmp_path)
+    assert listed(run_command, name)["state"] == "installed"
+    folder = Path(pulled.out.strip())
+    manifest = packages.read_manifest(folder)
+    assert [entry["file"] for entry in manifest.provenance["pickled"]] == files
+    facts = catalog.get(name)
+    assert (manifest.license, manifest.base_model) == (facts.license, "Wan-AI/Wan2.1-T2V-1.3B")
+    assert manifest.schedule.timesteps == facts.schedule.steps
+    made = generate(run_command, name, tmp_path)
     assert made.code == 0, made.err
-    assert "0 B to download" in pull(CONVERTED).err  # and what was converted stays
-    assert listed(run_command, CONVERTED)["state"] == "installed"
+    assert "0 B to download" in pull(name).err  # and what was converted stays
+    assert listed(run_command, name)["state"] == "installed"
+    # Causal-Forcing runs its last weights, not the averaged ones; LongLive has no other.
+    assert manifest.provenance["group"] == "generator"
+    expected = stand_in.network().state_dict()
+    if name == MERGED:
+        assert (manifest.provenance["lora"], manifest.provenance["lora_scale"]) == ("lora.pt", 1)
+        pairs = stand_in.lora_pairs()
+        for key in expected:
+            module = "base_model.model." + original_name(key).removesuffix(".weight")
+            if f"{module}.lora_A.weight" in pairs:
+                a, b = pairs[f"{module}.lora_A.weight"], pairs.pop(f"{module}.lora_B.weight")
+                expected[key] = expected[key] + b @ a
+        assert len(pairs) == 10  # each of the ten linears was changed
+    found = safetensors.torch.load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(((found[key] - expected[key]).abs() < 1e-6).all() for key in expected)
 
 
 @pytest.mark.parametrize(
