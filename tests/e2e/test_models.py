@@ -488,7 +488,7 @@ def test_a_package_on_the_hub_is_pulled_by_its_manifest(
     convert(pull(CONVERTED).out)
     assert run_command("models", "pack", CONVERTED, "-o", tmp_path / "folder").code == 0
     card = (tmp_path / "folder" / "README.md").read_text("utf-8")
-    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert card.startswith('---\nlicense: "apache-2.0"\n')
     assert "| vae | Wan-AI/Wan2.1-T2V-1.3B-Diffusers at 0fad780a534b, vae |" in card
     server.add("me/mine", stand_in.files_of(tmp_path / "folder"))
     pulled = pull("hf:me/mine")
