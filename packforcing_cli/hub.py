@@ -88,7 +88,7 @@ class Hub:
             )
         self.endpoint = (endpoint or library.constants.ENDPOINT).rstrip("/")
         self.offline = offline or library.constants.is_offline_mode()
-        self._note = note or (lambda _: None)
+        self.note = note or (lambda _: None)
 
     def snapshot(self, repo: str, revision: str) -> Snapshot:
         """Ask for the commit and the files of a revision.
@@ -234,7 +234,7 @@ class Hub:
                 try:
                     self._patiently(f"{file.path}", read_on, progressed=lambda: position > before)  # noqa: B023
                 except _Progress:
-                    self._note(f"{file.path}: the connection was cut, going on after {_gb(position)}")
+                    self.note(f"{file.path}: the connection was cut, going on after {_gb(position)}")
                     continue
                 break
             target.flush()
@@ -321,7 +321,7 @@ class Hub:
         if wait > LONGEST_WAIT:
             return None
         if status == 429:
-            self._note(f"the Hub asks for patience (429); waiting {wait:g} s")
+            self.note(f"the Hub asks for patience (429); waiting {wait:g} s")
         return wait
 
     def _failure(self, what: str, error: Exception) -> PackforcingError:

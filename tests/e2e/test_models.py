@@ -328,6 +328,41 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(
     assert [h["range"] for h in server.asked("GET /cdn") if "range" in h][-1] == "bytes=10000-"
 
 
+def test_an_interrupted_pull_does_not_hash_again_what_it_finished(
+    pull: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = hub.Hub.fetch
+    finished: list[str] = []
+
+    def interrupted(at: hub.Hub, repo: str, commit: str, file: hub.RepoFile, *more: Any) -> Path:
+        if len(finished) == 4:
+            raise KeyboardInterrupt
+        finished.append(file.path)
+        return fetch(at, repo, commit, file, *more)
+
+    hashed: list[str] = []
+    same_content = hub.same_content
+
+    def counted(path: Path, file: hub.RepoFile) -> bool:
+        hashed.append(file.path)
+        return same_content(path, file)
+
+    monkeypatch.setattr(packages, "REMEMBERED_FROM", 1)
+    monkeypatch.setattr(hub, "same_content", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(hub.Hub, "fetch", interrupted)
+        assert pull().code == 130
+    again = pull()
+    assert again.code == 0, again.err
+    # Git's files are small and are hashed each time.
+    assert hashed == [path for path in finished if path.endswith("config.json")]
+    assert len(hashed) < len(finished)
+    (packages.models_folder().parent / "verified.json").unlink()
+    third = pull()
+    assert "checking what is here (0.0 GB)" in third.err
+    assert "checking what is here" not in pull(NAME, "--quiet").err
+
+
 def test_a_newer_revision_is_told_before_it_is_taken(
     pull: Command, server: HubServer, released: dict[str, dict[str, bytes]], run_command: Command
 ) -> None:
