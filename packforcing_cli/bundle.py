@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import secrets
 import shutil
 import tarfile
@@ -31,6 +32,26 @@ CARD = "README.md"
 NOTES = (CARD, "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 """Files beside the manifest that go along."""
 CHUNK = 1 << 20
+HUB_LICENSES = frozenset(
+    [
+        "apache-2.0",
+        "mit",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "openrail",
+        "gpl-3.0",
+        "lgpl-3.0",
+        "agpl-3.0",
+        "cc0-1.0",
+        "cc-by-4.0",
+        "cc-by-sa-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nd-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-nc-nd-4.0",
+    ]
+)
+"""Identifiers the Hub knows, of those that weights commonly have; it refuses a card with one that it does not."""
 
 Advance = Callable[[str, int], None]
 
@@ -289,18 +310,26 @@ def _sync(file: IO[bytes]) -> None:
     os.fsync(file.fileno())
 
 
+def _license_keys(text: str) -> dict[str, str]:
+    """A licence as the Hub takes it: one of its own identifiers, else `other` and a name of small letters."""
+    if text.lower() in HUB_LICENSES:
+        return {"license": text.lower()}
+    name = re.sub(r"[^a-z0-9.]+", "-", text.lower())[:60].strip("-.")
+    return {"license": "other", "license_name": name or "unknown"}
+
+
 def model_card(manifest: Manifest) -> str:
     """README.md of a package, as the Hub shows it."""
     m = manifest
     header = {
-        "license": m.license.lower() if m.license != "unknown" else "other",
+        **_license_keys(m.license),
         "library_name": "packforcing",
         "pipeline_tag": "text-to-video",
         **({"base_model": m.base_model} if m.base_model else {}),
     }
     lines = [
         "---",
-        *(f"{key}: {value}" for key, value in header.items()),
+        *(f"{key}: {json.dumps(value)}" for key, value in header.items()),  # quoted as YAML wants it
         "---",
         "",
         f"# {m.name}",

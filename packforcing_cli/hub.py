@@ -33,6 +33,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import IO, Any, TypeVar
 
+from packforcing_cli import durable
 from packforcing_cli.errors import DiskFullError, OfflineError, PackforcingError, UsageError, WeightsError
 
 RETRY_SECONDS: tuple[float, ...] = (1, 2, 4, 8)  # pauses between attempts that bring nothing new
@@ -87,7 +88,7 @@ class Hub:
             )
         self.endpoint = (endpoint or library.constants.ENDPOINT).rstrip("/")
         self.offline = offline or library.constants.is_offline_mode()
-        self._note = note or (lambda _: None)
+        self.note = note or (lambda _: None)
 
     def snapshot(self, repo: str, revision: str) -> Snapshot:
         """Ask for the commit and the files of a revision.
@@ -113,7 +114,10 @@ class Hub:
                 raise ValueError("it names no commit")
             return Snapshot(repo, info.sha, files)
 
-        return self._patiently(f"{repo} at {revision}", ask)
+        found = self._patiently(f"{repo} at {revision}", ask)
+        if revision != found.commit:
+            _remember_commit(repo, revision, found.commit)
+        return found
 
     def _cached_snapshot(self, repo: str, revision: str) -> Snapshot:
         commit = cached_commit(repo, revision)
@@ -230,7 +234,7 @@ class Hub:
                 try:
                     self._patiently(f"{file.path}", read_on, progressed=lambda: position > before)  # noqa: B023
                 except _Progress:
-                    self._note(f"{file.path}: the connection was cut, going on after {_gb(position)}")
+                    self.note(f"{file.path}: the connection was cut, going on after {_gb(position)}")
                     continue
                 break
             target.flush()
@@ -317,7 +321,7 @@ class Hub:
         if wait > LONGEST_WAIT:
             return None
         if status == 429:
-            self._note(f"the Hub asks for patience (429); waiting {wait:g} s")
+            self.note(f"the Hub asks for patience (429); waiting {wait:g} s")
         return wait
 
     def _failure(self, what: str, error: Exception) -> PackforcingError:
@@ -396,6 +400,19 @@ def cached_commit(repo: str, revision: str) -> str | None:
         return revision
     ref = _repo_folder(repo) / "refs" / revision
     return ref.read_text("utf-8").strip() if ref.is_file() else None
+
+
+def _remember_commit(repo: str, revision: str, commit: str) -> None:
+    """Note what `cached_commit` reads. Files enter the cache by commit, so nobody else does."""
+    ref = _repo_folder(repo) / "refs" / revision
+    if cached_commit(repo, revision) == commit:
+        return
+    lock = cache_folder() / ".locks" / _repo_folder(repo).name / "refs.packforcing.lock"
+    with contextlib.suppress(OSError):  # a cache that cannot be written still serves what it has
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with _library().utils.WeakFileLock(lock):
+            durable.write(ref, commit.encode())
 
 
 def unfinished_bytes(repo: str, file: RepoFile) -> int:
@@ -487,11 +504,13 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 def _status(error: Exception) -> tuple[int | None, Mapping[str, str]]:
     """HTTP status and headers of a failure, (None, {}) if there was no answer."""
     if isinstance(error, urllib.error.HTTPError):
-        return error.code, dict(error.headers or {})
-    response = getattr(error, "response", None)
-    if response is None:
-        return None, {}
-    return response.status_code, {str(k).title(): str(v) for k, v in response.headers.items()}
+        status, headers = error.code, error.headers or {}
+    else:
+        response = getattr(error, "response", None)
+        if response is None:
+            return None, {}
+        status, headers = response.status_code, response.headers
+    return status, {str(name).title(): str(value) for name, value in headers.items()}
 
 
 def _disk_full(error: BaseException, folder: Path) -> DiskFullError | None:

@@ -389,25 +389,23 @@ def pull(
             hint=f"To accept that: packforcing models pull {plan.name} --update",
         )
     verified = packages.Verified.read()
-    for wanted in plan.wanted:
-        path = wanted.path
-        if path is not None and not _is_good(path, wanted.file, verified):
-            hub.discard(path)
-    if not at.offline:
-        hub.require_space(plan.download_bytes)
     paths: dict[tuple[str, str], Path] = {}
-    for wanted in plan.wanted:
-        path = at.fetch(wanted.repo, wanted.commit, wanted.file, lambda n, w=wanted: advance(w, n))  # type: ignore[misc]
-        paths[wanted.repo, wanted.file.path] = path
-        if wanted.file.sha256:
-            verified.add(path, FileRecord(sha256=wanted.file.sha256, size=wanted.file.size))
-    verified.write()
+    try:
+        _discard_bad(plan, at, verified)
+        if not at.offline:
+            hub.require_space(plan.download_bytes)
+        for wanted in plan.wanted:
+            path = at.fetch(wanted.repo, wanted.commit, wanted.file, lambda n, w=wanted: advance(w, n))  # type: ignore[misc]
+            paths[wanted.repo, wanted.file.path] = path
+            _add_good(path, wanted.file, verified)
+    finally:  # what an interrupted pull has is not hashed again by the next one
+        verified.write()
     if plan._manifest is None:
         return packages.read_manifest(plan.folder)
     references: dict[Part, HubReference] = {}
     for draft in plan._drafts:
         files = {
-            _relative(draft, file): FileRecord(sha256=file.sha256, size=file.size)
+            _relative(draft, file): _record(file)
             if file.sha256
             else packages.record_of(paths[draft.snapshot.repo, file.path])
             for file in draft.files
@@ -418,10 +416,31 @@ def pull(
     return _write(plan, plan._manifest(references))
 
 
-def _is_good(path: Path, file: RepoFile, verified: packages.Verified) -> bool:
-    if file.sha256 and verified.holds(path, FileRecord(sha256=file.sha256, size=file.size)):
-        return True
-    return hub.same_content(path, file)
+def _discard_bad(plan: Plan, at: Hub, verified: packages.Verified) -> None:
+    """Hash what is here and was not found good before; what is damaged goes."""
+    unknown = []
+    for wanted in plan.wanted:
+        path, file = wanted.path, wanted.file
+        if path is not None and not (file.sha256 and verified.holds(path, _record(file))):
+            unknown.append((path, file))
+    size = sum(file.size for _, file in unknown)
+    if size >= packages.REMEMBERED_FROM:
+        at.note(f"checking what is here ({size / 1e9:.1f} GB) …")
+    for path, file in unknown:
+        if hub.same_content(path, file):
+            _add_good(path, file, verified)
+        else:
+            hub.discard(path)
+
+
+def _add_good(path: Path, file: RepoFile, verified: packages.Verified) -> None:
+    if file.sha256:
+        verified.add(path, _record(file))
+
+
+def _record(file: RepoFile) -> FileRecord:
+    assert file.sha256 is not None
+    return FileRecord(sha256=file.sha256, size=file.size)
 
 
 def _write(plan: Plan, manifest: Manifest) -> Manifest:
@@ -430,13 +449,23 @@ def _write(plan: Plan, manifest: Manifest) -> Manifest:
     for part, config in plan._part_configs.items():
         manifest = _with_own_config(folder, manifest, part, config)
     old = packages.read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    outdated = None
     if old is not None and "transformer" in old.parts and "transformer" in manifest.missing_parts:
-        if plan.changes:
-            shutil.rmtree(folder / old.parts["transformer"])
+        if _pickled_hashes(old) == _pickled_hashes(manifest):
+            changes = {"pickled": manifest.provenance["pickled"]}
+            manifest = old.model_copy(
+                update={"references": manifest.references, "provenance": old.provenance | changes}
+            )
         else:
-            manifest = old.model_copy(update={"references": manifest.references})
+            outdated = folder / old.parts["transformer"]
     packages.write_text(folder / MANIFEST, manifest.to_json())
+    if outdated is not None:  # after the manifest: whatever stops this leaves a package that is whole
+        shutil.rmtree(outdated)
     return manifest
+
+
+def _pickled_hashes(manifest: Manifest) -> list[str]:
+    return [entry["sha256"] for entry in manifest.provenance.get("pickled", ())]
 
 
 def _with_own_config(folder: Path, manifest: Manifest, part: Part, config: dict[str, Any]) -> Manifest:

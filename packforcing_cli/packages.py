@@ -38,7 +38,7 @@ Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "compressor"]
 REQUIRED_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "tokenizer")
 
 _AGAIN = "Get the package again; for the demo, install packforcing again from a fresh checkout."
-_REMEMBERED_FROM = 16 << 20  # bytes; smaller files are hashed every time
+REMEMBERED_FROM = 16 << 20  # bytes; smaller files are hashed every time
 
 
 # ------------------------------------------------------------------------------------------------- manifest
@@ -590,7 +590,7 @@ class Verified:
         return self._entries.get(str(path)) == self._entry(path, record)
 
     def add(self, path: Path, record: FileRecord) -> None:
-        if record.size >= _REMEMBERED_FROM and not self.holds(path, record):
+        if record.size >= REMEMBERED_FROM and not self.holds(path, record):
             self._entries[str(path)] = self._entry(path, record)
             self._changed = True
 

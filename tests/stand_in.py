@@ -54,12 +54,35 @@ def network(seed: int = 4) -> WanTransformer:
     return WanTransformer(config)
 
 
-def checkpoint(seed: int = 4) -> bytes:
+def checkpoint(seed: int = 4, *, averaged: bool = True) -> bytes:
     """A .pt as Self-Forcing's code family writes it: a tiny network with original Wan names, last and averaged."""
     last = {f"model.{original_name(k)}": v for k, v in network(seed).state_dict().items()}
-    averaged = {name: tensor * 0.5 for name, tensor in last.items()}
+    groups = {"generator": last}
+    if averaged:
+        groups["generator_ema"] = {name: tensor * 0.5 for name, tensor in last.items()}
+    return pickled({**groups, "critic": {}})
+
+
+def lora_pairs(rank: int = 2) -> dict[str, torch.Tensor]:
+    """An adapter over the linears of the tiny network's layer, with PEFT's names."""
+    generator = torch.Generator().manual_seed(5)
+    found: dict[str, torch.Tensor] = {}
+    for name, weight in network().state_dict().items():
+        if name.startswith("blocks.") and name.endswith(".weight") and weight.ndim == 2:
+            module = "base_model.model." + original_name(name).removesuffix(".weight")
+            found[f"{module}.lora_A.weight"] = torch.randn(rank, weight.shape[1], generator=generator)
+            found[f"{module}.lora_B.weight"] = 0.01 * torch.randn(weight.shape[0], rank, generator=generator)
+    return found
+
+
+def lora() -> bytes:
+    """lora.pt as LongLive's training writes it."""
+    return pickled({"generator_lora": lora_pairs(), "critic_lora": {}, "step": 3000})
+
+
+def pickled(values: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
-    torch.save({"generator": last, "generator_ema": averaged, "critic": {}}, buffer)
+    torch.save(values, buffer)
     return buffer.getvalue()
 
 

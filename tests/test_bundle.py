@@ -40,7 +40,7 @@ def test_a_bundle_round_trips_bit_for_bit(package: Path, tar: Path) -> None:
     folder, manifest = bundle.unpack(tar)
     assert folder == packages.install_folder("tiny")
     installed = contents(folder)
-    assert installed.pop("README.md").startswith(b"---\nlicense: apache-2.0\nlibrary_name: packforcing\n")
+    assert installed.pop("README.md").startswith(b'---\nlicense: "apache-2.0"\nlibrary_name: "packforcing"\n')
     assert installed == contents(package)
     assert manifest == packages.read_manifest(package)
     packages.verify_package(folder, manifest)
@@ -238,6 +238,31 @@ def test_a_full_disk_leaves_nothing_half_written(
 def test_the_card_says_what_is_in_it_and_claims_nothing(package: Path) -> None:
     card = bundle.model_card(packages.read_manifest(package))
     assert "| transformer | in this package | 10,242 |" in card
-    assert "library_name: packforcing" in card
+    assert 'library_name: "packforcing"' in card
     for limit in packages.read_manifest(package).limits:
         assert f"- {limit}" in card
+
+
+@pytest.mark.parametrize(
+    ("license_", "keys"),
+    [
+        ("Apache-2.0", {"license": "apache-2.0"}),
+        ("CC-BY-NC-SA-4.0", {"license": "cc-by-nc-sa-4.0"}),
+        ("unknown", {"license": "other", "license_name": "unknown"}),
+        (
+            "not recorded; ask: where the weights # were published",
+            {"license": "other", "license_name": "not-recorded-ask-where-the-weights-were-published"},
+        ),
+        ("\u2013", {"license": "other", "license_name": "unknown"}),
+    ],
+)
+def test_the_card_has_a_licence_the_hub_takes(package: Path, license_: str, keys: dict[str, str]) -> None:
+    from huggingface_hub import ModelCard
+
+    manifest = packages.read_manifest(package).model_copy(
+        update={"license": license_, "base_model": "a/b: c"}
+    )
+    read = ModelCard(bundle.model_card(manifest)).data.to_dict()
+    rest = {"library_name": "packforcing", "pipeline_tag": "text-to-video", "base_model": "a/b: c"}
+    assert read == keys | rest
+    assert f"Licence: {license_}." in bundle.model_card(manifest)

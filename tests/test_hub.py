@@ -218,12 +218,18 @@ def test_a_hub_that_stays_busy_is_told(
     assert server.asked("GET /cdn")[-1]["range"] == "bytes=1000000-"
 
 
-def test_a_pause_is_as_long_as_the_hub_asks(server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("header", ["Retry-After", "retry-after"])
+@pytest.mark.parametrize("where", ["GET /api", "HEAD .*resolve", "GET /cdn"])
+def test_a_pause_is_as_long_as_the_hub_asks(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch, where: str, header: str
+) -> None:
     slept: list[float] = []
     said: list[str] = []
     monkeypatch.setattr(hub.time, "sleep", slept.append)
-    server.fail("GET /api", status=429, headers={"Retry-After": "7"})
-    ask(server, note=said.append).snapshot(REPO, "main")
+    server.fail(where, status=429, headers={header: "7"})
+    at = ask(server, note=said.append)
+    found = at.snapshot(REPO, "main")
+    at.fetch(REPO, found.commit, found.files["sub/w.safetensors"])
     assert slept == [7.0]
     assert said == ["the Hub asks for patience (429); waiting 7 s"]
 
@@ -309,6 +315,30 @@ def test_offline_nobody_is_asked(server: HubServer) -> None:
     assert list(found.files) == ["sub/w.safetensors"]
     assert at.fetch(REPO, commit, found.files["sub/w.safetensors"]).read_bytes() == LARGE
     assert len(server.requests) == asked
+
+
+def test_offline_a_branch_is_the_commit_it_was_when_last_looked_at(server: HubServer, tmp_path: Path) -> None:
+    older = server.repos[REPO].refs["main"]
+    fetch(server)
+    assert ask(server, offline=True).snapshot(REPO, "main").commit == older
+    newer = server.add(REPO, {"config.json": b"{}"})
+    assert ask(server, offline=True).snapshot(REPO, "main").commit == older
+    fetch(server, "config.json")
+    assert ask(server, offline=True).snapshot(REPO, "main").commit == newer
+    refs = tmp_path / "hub" / "models--owner--weights" / "refs"
+    assert {path.name: path.read_text() for path in refs.iterdir()} == {"main": newer}
+    ask(server).snapshot(REPO, newer)  # a commit needs no note
+    assert [path.name for path in refs.iterdir()] == ["main"]
+
+
+def test_a_note_of_a_branch_that_cannot_be_written_stops_nothing(
+    server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(hub.durable, "write", full)
+    assert ask(server).snapshot(REPO, "main").commit == server.repos[REPO].refs["main"]
 
 
 def test_the_environment_can_switch_the_network_off(

@@ -132,7 +132,7 @@ def test_a_referenced_part_is_verified_where_it_lies(caches: Path, tmp_path: Pat
 def test_a_large_file_is_hashed_once_until_it_changes(
     caches: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packages, "_REMEMBERED_FROM", 1000)
+    monkeypatch.setattr(packages, "REMEMBERED_FROM", 1000)
     manifest = write_package(tmp_path / "p")
     hashed: list[str] = []
     real = packages.hashlib.file_digest

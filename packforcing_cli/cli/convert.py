@@ -88,7 +88,16 @@ def convert(
     known = None if source.exists() else catalog.find(str(source))
     pickled = None
     if known is not None and known.pickled:
-        given = {"--output": output, "--base": base, "--lora": lora, "--name": name, "--license": license_}
+        given = {
+            "--output": output,
+            "--base": base,
+            "--lora": lora,
+            "--lora-alpha": lora_alpha,
+            "--kind": kind,
+            "--frames-per-block": frames_per_block,
+            "--name": name,
+            "--license": license_,
+        }
         for option, value in given.items():
             if value is not None:
                 raise UsageError(

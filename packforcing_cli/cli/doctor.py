@@ -23,6 +23,8 @@ SELF_TEST_PROMPT = "a red circle moving right on a blue background"
 SELF_TEST_SECONDS = 2.0
 LOW_DISK_BYTES = 2 * 10**9  # below it a long video may not fit
 TORCH_INDEX = "https://download.pytorch.org/whl/cu"
+TORCH_CUDA = ((12, 6), (12, 8), (12, 9), (13, 0), (13, 2))
+"""CUDA versions that PyTorch 2.8 to 2.13 has wheels for, each on an index of its own."""
 
 Status = Literal["ok", "warning", "broken"]
 Check = Callable[[], Iterator["Finding"]]
@@ -81,12 +83,21 @@ def doctor(
 
 
 def _run(name: str, check: Check) -> Iterator[Finding]:
-    """What a check finds; a library that is missing or cannot be loaded is a finding too."""
+    """What a check finds; a library that cannot be loaded and a GPU that does not answer are findings too."""
+    from packforcing_cli.errors import PackforcingError
+
     try:
         yield from check()
     except (ImportError, OSError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
-        yield Finding(name, "broken", said, "pip install --force-reinstall packforcing")
+        yield Finding(name, "broken", _said(error), "pip install --force-reinstall packforcing")
+    except RuntimeError as error:  # PyTorch's, of which running out of GPU memory is one
+        yield Finding(name, "broken", _said(error), "nvidia-smi shows what uses the GPU and whether it works")
+    except PackforcingError as error:
+        yield Finding(name, "broken", error.message, error.hint)
+
+
+def _said(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _show(findings: Sequence[Finding]) -> None:
@@ -163,15 +174,28 @@ def torch_finding(
     said = f"{built}; the driver knows CUDA up to {known}"
     if sees_gpu:
         return Finding("PyTorch", "ok", said)
-    digits = f"{driver[0]}{driver[1]}" if driver else "128"
+    install = torch_install_command(driver)
     if built_for is None:
-        fix = f"pip install --force-reinstall torch --index-url {TORCH_INDEX}{digits}"
+        fix = install or "update the NVIDIA driver"
         return Finding("PyTorch", "broken", f"{built}, but there is an NVIDIA driver (CUDA {known})", fix)
     if driver is not None and driver[0] < int(built_for.split(".")[0]):
-        fix = f"update the NVIDIA driver, or pip install --force-reinstall torch --index-url {TORCH_INDEX}{digits}"
+        fix = f"update the NVIDIA driver, or {install}" if install else "update the NVIDIA driver"
         return Finding("PyTorch", "broken", f"{said}: too old for this PyTorch", fix)
     fix = "nvidia-smi shows whether the driver sees the GPU; also look at CUDA_VISIBLE_DEVICES"
     return Finding("PyTorch", "broken", f"{said}, but PyTorch sees no GPU", fix)
+
+
+def torch_install_command(driver: tuple[int, int] | None) -> str | None:
+    """The command for the newest PyTorch a driver runs; None if it is too old for all of them.
+
+    Args:
+        driver: newest CUDA version it knows; None = it does not say, so the oldest is taken.
+    """
+    fitting = TORCH_CUDA[:1] if driver is None else [cuda for cuda in TORCH_CUDA if cuda <= driver]
+    if not fitting:
+        return None
+    major, minor = max(fitting)
+    return f"pip install --force-reinstall torch --index-url {TORCH_INDEX}{major}{minor}"
 
 
 def driver_cuda_version() -> tuple[int, int] | None:
@@ -394,12 +418,11 @@ def _check_self_test() -> Iterator[Finding]:
             )
             read = sum(1 for _ in video.VideoReader(result.path))
     except (PackforcingError, OSError, RuntimeError) as error:
-        said = " ".join(str(error).split()) or type(error).__name__
         fix = (
             getattr(error, "hint", "")
             or "PACKFORCING_DEBUG=1 packforcing generate test --model demo shows where"
         )
-        yield Finding("self-test", "broken", f"the demo made no video: {said}", fix)
+        yield Finding("self-test", "broken", f"the demo made no video: {_said(error)}", fix)
         return
     spent = time.perf_counter() - started
     if read != result.frames:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from packforcing_cli import catalog, config, registry
 from packforcing_cli.cli import doctor
 from packforcing_cli.cli.doctor import Finding
 from packforcing_cli.errors import WeightsError
 
+INDEX = "https://download.pytorch.org/whl/"
+UPDATE = "update the NVIDIA driver"
 FINDING = {"name": str, "status": str, "text": str, "fix": str}
 
 
@@ -92,12 +95,69 @@ def test_torch_cuda_and_driver_must_agree() -> None:
     assert cpu_build.fix == (
         "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu129"
     )
-    old = torch_finding(driver=(11, 8), sees_gpu=False)
+    old = torch_finding(driver=(12, 8), built_for="13.0", sees_gpu=False)
     assert (old.status, "too old for this PyTorch" in old.text) == ("broken", True)
     assert "update the NVIDIA driver, or pip install" in old.fix
     hidden = torch_finding(sees_gpu=False)
     assert (hidden.status, "CUDA_VISIBLE_DEVICES" in hidden.fix) == ("broken", True)
     assert torch_finding(driver=None).status == "ok"
+
+
+@pytest.mark.parametrize(
+    ("driver", "index"),
+    [
+        ((12, 2), None),
+        ((12, 6), "cu126"),
+        ((12, 7), "cu126"),
+        ((13, 1), "cu130"),
+        ((14, 0), "cu132"),
+        (None, "cu126"),
+    ],
+)
+def test_the_fix_names_an_index_that_exists(driver: tuple[int, int] | None, index: str | None) -> None:
+    fix = torch_finding(driver=driver, built_for=None, sees_gpu=False).fix
+    assert fix == (f"pip install --force-reinstall torch --index-url {INDEX}{index}" if index else UPDATE)
+    old = torch_finding(driver=driver, built_for="15.0", sees_gpu=False).fix
+    if driver is not None:
+        assert old == (f"{UPDATE}, or {fix}" if index else UPDATE)
+
+
+def test_a_gpu_that_does_not_answer_is_a_finding(run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GPU whose memory another process filled, or that fell off its bus: PyTorch raises RuntimeErrors."""
+
+    def out_of_memory(*_: object, **__: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20 MiB")
+
+    def broken(*_: object, **__: object) -> Any:
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", out_of_memory)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", broken)
+    monkeypatch.setattr(torch, "zeros", broken)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._check_gpu, doctor._check_attention, doctor._check_memory))
+    result = run_command("doctor", "--json")
+    assert (result.code, result.err) == (4, "")
+    gpu, attention, memory = json.loads(result.out)["checks"]
+    assert (gpu["name"], gpu["status"]) == ("gpu", "broken")
+    assert gpu["text"] == "CUDA out of memory. Tried to allocate 20 MiB"
+    assert "nvidia-smi" in gpu["fix"]
+    assert (attention["name"], attention["text"]) == ("attention", "CUDA error: unspecified launch failure")
+    assert (memory["name"], memory["status"]) == ("host memory", "ok")
+
+
+def test_an_error_of_a_check_keeps_its_hint(run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def _check_folders() -> Any:
+        raise WeightsError("the cache is odd", hint="Set HF_HOME.")
+        yield
+
+    monkeypatch.setattr(doctor, "CHECKS", (_check_folders,))
+    found = json.loads(run_command("doctor", "--json").out)["checks"]
+    assert found == [
+        {"name": "folders", "status": "broken", "text": "the cache is odd", "fix": "Set HF_HOME."}
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import stand_in
 from hub_server import HubServer
 
 from packforcing_cli import catalog, hub, packages, registry
 from packforcing_cli.cli import models
+from packforcing_cli.convert import original_name
 
 BASE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 STUDENT = "wlsaidhi/SFWan2.1-T2V-1.3B-Diffusers"
 PICKLED = "zhuhz22/Causal-Forcing"
+ADAPTED = "Efficient-Large-Model/LongLive-1.3B"
 NAME = "wan2.1-1.3b-self-forcing"
 CONVERTED = "wan2.1-1.3b-causal-forcing"
+MERGED = "wan2.1-1.3b-longlive"
 PROMPT = "a red circle moving right on a blue background"
 
 Command = Callable[..., Any]
@@ -37,6 +41,10 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, by
         BASE: stand_in.wan_base(folder),
         STUDENT: stand_in.transformer(folder),
         PICKLED: {"chunkwise/causal_forcing.pt": stand_in.checkpoint()},
+        ADAPTED: {
+            "models/longlive_base.pt": stand_in.checkpoint(averaged=False),
+            "models/lora.pt": stand_in.lora(),
+        },
     }
 
 
@@ -46,6 +54,7 @@ def server(hub_server: HubServer, released: dict[str, dict[str, bytes]]) -> HubS
     hub_server.add(BASE, released[BASE], commit=facts.parts["vae"].revision)
     hub_server.add(STUDENT, released[STUDENT], commit=facts.parts["transformer"].revision)
     hub_server.add(PICKLED, released[PICKLED])
+    hub_server.add(ADAPTED, released[ADAPTED])
     return hub_server
 
 
@@ -126,33 +135,63 @@ def test_the_program_reads_what_the_hub_served_bit_for_bit(
     assert model.load_text_encoder().encode(PROMPT).shape == (1, 512, 64)
 
 
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        (CONVERTED, ["chunkwise/causal_forcing.pt"]),
+        (MERGED, ["models/longlive_base.pt", "models/lora.pt"]),
+    ],
+)
 def test_pickled_weights_are_pulled_and_then_converted(
-    pull: Command, run_command: Command, tmp_path: Path
+    pull: Command, run_command: Command, tmp_path: Path, name: str, files: list[str]
 ) -> None:
-    early = run_command("models", "convert", CONVERTED)
-    assert (early.code, f"packforcing models pull {CONVERTED}" in early.err) == (8, True)
-    pulled = pull(CONVERTED)
+    early = run_command("models", "convert", name)
+    assert (early.code, f"packforcing models pull {name}" in early.err) == (8, True)
+    pulled = pull(name)
     assert pulled.code == 0, pulled.err
-    assert f"packforcing models convert {CONVERTED}" in pulled.err
-    assert listed(run_command, CONVERTED)["state"] == "to be converted"
-    refused = generate(run_command, CONVERTED, tmp_path)
+    assert f"packforcing models convert {name}" in pulled.err
+    assert listed(run_command, name)["state"] == "to be converted"
+    refused = generate(run_command, name, tmp_path)
     assert refused.code == 7
-    assert f"packforcing models convert {CONVERTED}" in refused.err
-    converted = run_command("models", "convert", CONVERTED)
+    assert f"packforcing models convert {name}" in refused.err
+    converted = run_command("models", "convert", name)
     assert converted.code == 0, converted.err
     assert converted.out == pulled.out
-    assert listed(run_command, CONVERTED)["state"] == "installed"
-    manifest = packages.read_manifest(Path(pulled.out.strip()))
-    assert (
-        manifest.provenance["group"] == "generator"
-    )  # Causal-Forcing runs its last weights, not the averaged ones
-    assert manifest.provenance["pickled"][0]["file"] == "chunkwise/causal_forcing.pt"
-    assert (manifest.license, manifest.base_model) == ("Apache-2.0", "Wan-AI/Wan2.1-T2V-1.3B")
-    made = generate(run_command, CONVERTED, tmp_path)
+    assert listed(run_command, name)["state"] == "installed"
+    folder = Path(pulled.out.strip())
+    manifest = packages.read_manifest(folder)
+    assert [entry["file"] for entry in manifest.provenance["pickled"]] == files
+    facts = catalog.get(name)
+    assert (manifest.license, manifest.base_model) == (facts.license, "Wan-AI/Wan2.1-T2V-1.3B")
+    assert manifest.schedule.timesteps == facts.schedule.steps
+    made = generate(run_command, name, tmp_path)
     assert made.code == 0, made.err
-    assert "0 B to download" in pull(CONVERTED).err  # and what was converted stays
-    assert listed(run_command, CONVERTED)["state"] == "installed"
-    assert run_command("models", "convert", CONVERTED, "-o", "elsewhere").code == 2
+    assert "0 B to download" in pull(name).err  # and what was converted stays
+    assert listed(run_command, name)["state"] == "installed"
+    # Causal-Forcing runs its last weights, not the averaged ones; LongLive has no other.
+    assert manifest.provenance["group"] == "generator"
+    expected = stand_in.network().state_dict()
+    if name == MERGED:
+        assert (manifest.provenance["lora"], manifest.provenance["lora_scale"]) == ("lora.pt", 1)
+        pairs = stand_in.lora_pairs()
+        for key in expected:
+            module = "base_model.model." + original_name(key).removesuffix(".weight")
+            if f"{module}.lora_A.weight" in pairs:
+                a, b = pairs[f"{module}.lora_A.weight"], pairs.pop(f"{module}.lora_B.weight")
+                expected[key] = expected[key] + b @ a
+        assert len(pairs) == 10  # each of the ten linears was changed
+    found = safetensors.torch.load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == expected.keys()
+    assert all(((found[key] - expected[key]).abs() < 1e-6).all() for key in expected)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--output x", "--base demo", "--lora x", "--lora-alpha 2", "--kind full", "--frames-per-block 4"],
+)
+def test_what_the_catalog_decides_cannot_be_given_to_a_conversion(run_command: Command, given: str) -> None:
+    result = run_command("models", "convert", CONVERTED, *given.split())
+    assert (result.code, f"{given.split()[0]} does not go with {CONVERTED}" in result.err) == (2, True)
 
 
 def test_parts_that_models_share_are_downloaded_once(pull: Command, server: HubServer) -> None:
@@ -224,13 +263,14 @@ def test_no_network_is_exit_code_8(server: HubServer, run_command: Command) -> N
     assert not packages.models_folder().exists()
 
 
+@pytest.mark.parametrize("name", [NAME, CONVERTED])  # a commit, and a branch
 def test_what_the_hubs_cache_has_is_installed_without_a_network(
-    pull: Command, run_command: Command, server: HubServer
+    pull: Command, run_command: Command, server: HubServer, name: str
 ) -> None:
-    first = packages.read_manifest(Path(pull().out.strip()))
-    assert run_command("models", "remove", NAME, "--yes").code == 0
+    first = packages.read_manifest(Path(pull(name).out.strip()))
+    assert run_command("models", "remove", name, "--yes").code == 0
     asked = len(server.requests)
-    again = pull(NAME, "--offline")
+    again = pull(name, "--offline")
     assert again.code == 0, again.err
     assert packages.read_manifest(Path(again.out.strip())) == first
     assert len(server.requests) == asked
@@ -288,6 +328,41 @@ def test_an_interrupted_pull_goes_on_where_it_stopped(
     assert [h["range"] for h in server.asked("GET /cdn") if "range" in h][-1] == "bytes=10000-"
 
 
+def test_an_interrupted_pull_does_not_hash_again_what_it_finished(
+    pull: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetch = hub.Hub.fetch
+    finished: list[str] = []
+
+    def interrupted(at: hub.Hub, repo: str, commit: str, file: hub.RepoFile, *more: Any) -> Path:
+        if len(finished) == 4:
+            raise KeyboardInterrupt
+        finished.append(file.path)
+        return fetch(at, repo, commit, file, *more)
+
+    hashed: list[str] = []
+    same_content = hub.same_content
+
+    def counted(path: Path, file: hub.RepoFile) -> bool:
+        hashed.append(file.path)
+        return same_content(path, file)
+
+    monkeypatch.setattr(packages, "REMEMBERED_FROM", 1)
+    monkeypatch.setattr(hub, "same_content", counted)
+    with monkeypatch.context() as patched:
+        patched.setattr(hub.Hub, "fetch", interrupted)
+        assert pull().code == 130
+    again = pull()
+    assert again.code == 0, again.err
+    # Git's files are small and are hashed each time.
+    assert hashed == [path for path in finished if path.endswith("config.json")]
+    assert len(hashed) < len(finished)
+    (packages.models_folder().parent / "verified.json").unlink()
+    third = pull()
+    assert "checking what is here (0.0 GB)" in third.err
+    assert "checking what is here" not in pull(NAME, "--quiet").err
+
+
 def test_a_newer_revision_is_told_before_it_is_taken(
     pull: Command, server: HubServer, released: dict[str, dict[str, bytes]], run_command: Command
 ) -> None:
@@ -303,6 +378,43 @@ def test_a_newer_revision_is_told_before_it_is_taken(
     assert listed(run_command, CONVERTED)["state"] == "installed"
     assert pull(CONVERTED, "--update").code == 0
     assert listed(run_command, CONVERTED)["state"] == "to be converted"
+
+
+def test_a_converted_transformer_outlives_an_update_of_other_parts(
+    pull: Command, server: HubServer, released: dict[str, dict[str, bytes]], run_command: Command
+) -> None:
+    convert(pull(CONVERTED).out)
+    folder = packages.install_folder(CONVERTED)
+    before = packages.read_manifest(folder)
+    other = stand_in.changed(released[BASE], "vae/config.json")
+    server.add(BASE, other, commit=catalog.get(CONVERTED).parts["vae"].revision)
+    server.add(PICKLED, released[PICKLED] | {"README.md": b"new"})  # another commit, the same weights
+    assert "vae/config.json would become another file" in pull(CONVERTED).err
+    updated = pull(CONVERTED, "--update")
+    assert updated.code == 0, updated.err
+    assert listed(run_command, CONVERTED)["state"] == "installed"
+    after = packages.read_manifest(folder)
+    assert after.part_hash("transformer") == before.part_hash("transformer")
+    assert after.part_hash("vae") != before.part_hash("vae")
+    assert after.provenance["pickled"][0]["revision"] == server.repos[PICKLED].refs["main"]
+    packages.verify_package(folder, after)
+
+
+def test_an_update_that_cannot_be_recorded_changes_nothing(
+    pull: Command, server: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(pull(CONVERTED).out)
+    folder = packages.install_folder(CONVERTED)
+    server.add(PICKLED, {"chunkwise/causal_forcing.pt": stand_in.checkpoint(seed=9)})
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(packages, "write_text", full)
+        assert pull(CONVERTED, "--update").code != 0
+    packages.verify_package(folder, packages.read_manifest(folder))
+    assert (folder / "transformer").is_dir()
 
 
 def test_damage_is_found_by_verify_and_mended_by_the_next_pull(
@@ -411,7 +523,7 @@ def test_a_package_on_the_hub_is_pulled_by_its_manifest(
     convert(pull(CONVERTED).out)
     assert run_command("models", "pack", CONVERTED, "-o", tmp_path / "folder").code == 0
     card = (tmp_path / "folder" / "README.md").read_text("utf-8")
-    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert card.startswith('---\nlicense: "apache-2.0"\n')
     assert "| vae | Wan-AI/Wan2.1-T2V-1.3B-Diffusers at 0fad780a534b, vae |" in card
     server.add("me/mine", stand_in.files_of(tmp_path / "folder"))
     pulled = pull("hf:me/mine")
