@@ -19,7 +19,7 @@ from pathlib import Path
 from packforcing_cli.errors import DiskFullError, PackforcingError
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-BINARY = getattr(os, "OBINARY", 0)
+BINARY = getattr(os, "O_BINARY", 0)
 
 
 def temporary_path(path: Path) -> Path:

@@ -886,7 +886,7 @@ def _whole_blocks(fd: int, start: int, *, frame_ticks: int) -> Iterator[tuple[in
 def _open_part(path: Path, *, exists: bool) -> int:
     """Open and lock NAME.part.mp4, whether it `exists` or must be new; the lock goes with the process."""
     part = part_path(path)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDWR | os.O_CREAT | durable.BINARY | getattr(os, "O_CLOEXEC", 0)
     try:
         fd = os.open(part, flags if exists else flags | os.O_EXCL, 0o666)
     except FileExistsError as error:

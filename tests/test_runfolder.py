@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import socket
 import time
 from dataclasses import replace
@@ -360,6 +361,11 @@ def test_a_torn_last_block_is_dropped_and_an_inner_one_refused_by_name(five: Pat
     with pytest.raises(RunFolderError, match=r"000002.safetensors is missing"):
         RunFolder.open(five)
     assert not runfolder.look(five).is_live
+
+
+def test_files_are_opened_as_bytes_where_the_system_has_text_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "O_BINARY", 0x8000, raising=False)
+    assert runpy.run_path(durable.__file__)["BINARY"] == 0x8000
 
 
 def test_a_torn_line_of_the_trace_and_temporary_files_are_removed(five: Path) -> None:
