@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import runpy
@@ -353,6 +354,9 @@ def test_a_torn_last_block_is_dropped_and_an_inner_one_refused_by_name(five: Pat
     hurt(4)
     with RunFolder.open(five) as run:
         assert (run.blocks, run.dropped) == (4, "000004.safetensors")
+        assert (five / "latents" / "000004.safetensors.torn").is_file()  # put aside, until it is made again
+        run.append(torch.zeros(1, 4, 4, 8, 8), torch.zeros(2, 4, dtype=torch.int64), trace={})
+        assert not list(five.rglob("*.torn"))
         hurt(1)
         with pytest.raises(RunFolderError, match=r"000001.safetensors is damaged") as caught:
             list(run.entries())
@@ -361,6 +365,51 @@ def test_a_torn_last_block_is_dropped_and_an_inner_one_refused_by_name(five: Pat
     with pytest.raises(RunFolderError, match=r"000002.safetensors is missing"):
         RunFolder.open(five)
     assert not runfolder.look(five).is_live
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_block_that_cannot_be_read_now_is_not_taken_for_torn(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = contents(five), Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "000004.safetensors":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path)
+
+    for open_run in (RunFolder.open, RunFolder.open_to_read):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", fail)
+            with pytest.raises(
+                RunFolderError, match=r"000004.safetensors cannot be read: Too many open files"
+            ):
+                open_run(five)
+        assert contents(five) == before
+    with RunFolder.open(five) as run:
+        assert run.blocks == 5
+
+
+def test_opened_to_read_nothing_changes_and_what_is_whole_is_there(five: Path) -> None:
+    last = five / "latents" / "000004.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    durable.temporary_path(five / "run.json").write_bytes(b"{")
+    before = contents(five)
+    with RunFolder.open_to_read(five) as run, RunFolder.open_to_read(five) as other:
+        assert (run.blocks, run.dropped, run.missing) == (4, "000004.safetensors", "")
+        assert other.blocks == 4
+        if os.name != "nt":
+            with pytest.raises(LockedError):  # nobody may change it meanwhile
+                RunFolder.open(five)
+    assert contents(five) == before
+    (five / "latents" / "000002.safetensors").unlink()
+    (five / "lock").unlink()
+    with RunFolder.open_to_read(five) as run:
+        assert (run.blocks, run.missing) == (2, "000002.safetensors")
+    assert not (five / "lock").exists()
 
 
 def test_files_are_opened_as_bytes_where_the_system_has_text_files(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -100,7 +100,9 @@ def extend(
         options.refuse(source)
         if run is not None:
             check_new(run)
-        with RunFolder.open(found) as old:
+        with RunFolder.open_to_read(found) as old:
+            if old.dropped:
+                shown.warn(f"{old.dropped} of {old.record.id} is torn and left out")
             blocks, total = _lengths(old, seconds, start)
             before = GenerateRequest.from_values(old.record.request)
             changes: dict[str, Any] = {"seed": seed, "device": device}
@@ -141,11 +143,17 @@ def extend(
 
 
 def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, float]:
-    """(blocks that are kept, seconds of the whole new video). Raises: UsageError."""
+    """(blocks that are kept, seconds of the whole new video).
+
+    Raises: UsageError; RunFolderError if a block of the kept part is missing.
+    """
+    from fractions import Fraction
+
     from packforcing_cli.cli.progress import clock
     from packforcing_cli.config import PlanRequest
-    from packforcing_cli.errors import UsageError
+    from packforcing_cli.errors import RunFolderError, UsageError
     from packforcing_cli.layout import TEMPORAL_STRIDE
+    from packforcing_cli.timeline import clock as exact_clock
     from packforcing_cli.timeline import parse_time
 
     record = old.record
@@ -157,8 +165,16 @@ def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, fl
         except ValueError as error:
             raise UsageError(f"--from: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
         blocks = max(1, round((wanted * record.fps + TEMPORAL_STRIDE - 1) / frames))
+    length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
+    if old.missing and (start is None or not 0 < blocks <= old.blocks):
+        whole = exact_clock(Fraction(max(0, frames * old.blocks - TEMPORAL_STRIDE + 1), record.fps))
+        raise RunFolderError(
+            f"{old.missing} of {record.id} is missing, and {whole} before it is whole",
+            hint=f"Branch off before it, at the latest with --from {whole}."
+            if old.blocks
+            else "Restore the file.",
+        )
     if not 0 < blocks <= old.blocks:
-        length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
         raise UsageError(
             f"{record.id} has {length}" + (f", so there is nothing at {start}" if start else ""),
             hint=f"To finish it first: packforcing resume {record.id}",
