@@ -22,12 +22,13 @@ from tiny import embeds, video_model
 from torch import Tensor
 
 from packforcing_cli import __version__, durable, rollout, runfolder
+from packforcing_cli.cli import extend as extending
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
-from packforcing_cli.timeline import Script
+from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
 from packforcing_cli.video import VideoReader, part_path
 
 torch.set_num_threads(1)
@@ -469,6 +470,33 @@ def test_any_header_is_read_or_refused_with_our_error(found: Any, repaired: bool
     except PackforcingError:  # and no other
         return
     assert runfolder.parse(read.to_json().encode()) == read
+
+
+# -- what a branch shows -----------------------------------------------------------------------------------------
+
+
+def branch_of(
+    *,
+    prompt: str | None = None,
+    at: tuple[str, ...] = (),
+    scenes: tuple[str, ...] = (),
+    pins: tuple[str, ...] = (),
+) -> Timeline:
+    """The timeline of a branch after three blocks, 0:02.8125, of a run that had `scenes` and `pins`; six blocks long."""
+    had = Timeline(parse_at([text.split(" ", 1) for text in scenes]), parse_pins(pins))
+    request = GenerateRequest(prompt="made up", seed=3, seconds=9.0, timeline=had)
+    return extending._timeline(record(request=request.to_values()), 3, 93 / 16, prompt, list(at), None)
+
+
+def test_what_is_made_already_cannot_be_told_otherwise() -> None:
+    for text in ("0:00 red", "0:01 red", "0:02.3 red"):
+        with pytest.raises(UsageError, match="the old part is made already") as caught:
+            branch_of(at=(text,), scenes=("0:01 blue",))
+        assert "0:02.8125" in caught.value.hint
+    assert [scene.prompt for scene in branch_of(at=("0:02.8 red",), scenes=("0:01 blue",)).scenes] == [
+        "blue",
+        "red",
+    ]
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------

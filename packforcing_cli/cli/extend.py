@@ -189,7 +189,7 @@ def _timeline(
     """What the old part had, and what is asked for from there on.
 
     Scenes of the source behind the branch stay as far as they fit, unless new prompts are given.
-    Raises: UsageError for mistakes in `at` and `pin`, also a pin in the old part, whose memory is made already.
+    Raises: UsageError for mistakes in `at` and `pin`, also one in the old part, which is made already.
     """
     from fractions import Fraction
 
@@ -205,6 +205,12 @@ def _timeline(
     new = timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ())
     if prompt is not None:
         new = (timelines.Scene(begins, prompt), *new)
+    for scene in new:
+        if scene.seconds < begins - half_a_block:
+            raise UsageError(
+                f"--at {timelines.clock(scene.seconds)}: the old part is made already",
+                hint=f"The first possible time is {timelines.clock(begins)}; to branch off earlier: --from.",
+            )
     pins = timelines.parse_pins(pin or ())
     early = [span.text for span in pins if span.start < begins]
     if early:
