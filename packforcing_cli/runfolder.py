@@ -367,7 +367,7 @@ class RunFolder:
         folder = folder.absolute()
         check_new(folder)
         try:
-            (folder / LATENTS).mkdir(parents=True, exist_ok=True)
+            durable.make_folder(folder / LATENTS)
         except OSError as error:
             raise durable.failure(error, folder, kind=UsageError, hint=_ELSEWHERE) from error
         run = cls(folder, record, _Lock(folder))
@@ -377,7 +377,7 @@ class RunFolder:
                 run._take_over(source, blocks)
             run._write(HEADER, record.to_json().encode())  # last: without it the folder is no run
             if folder.parent != default_root().absolute():
-                default_root().mkdir(parents=True, exist_ok=True)
+                durable.make_folder(default_root())
                 durable.write(default_root() / f"{record.id}{MOVED}", str(folder).encode())
         except (OSError, PackforcingError) as error:
             run.discard()

@@ -907,6 +907,11 @@ def _open_part(path: Path, *, exists: bool) -> int:
             ) from error
         except OSError:  # a file system without locks
             pass
+    try:
+        durable.sync_folder(part.parent)  # the file's name lasts from here on
+    except OSError as error:
+        os.close(fd)
+        raise _write_error(error, part, plays=None) from error
     return fd
 
 

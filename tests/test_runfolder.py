@@ -29,7 +29,7 @@ from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
-from packforcing_cli.video import VideoReader, part_path
+from packforcing_cli.video import VideoReader, VideoWriter, part_path
 
 torch.set_num_threads(1)
 
@@ -470,6 +470,28 @@ def test_any_header_is_read_or_refused_with_our_error(found: Any, repaired: bool
     except PackforcingError:  # and no other
         return
     assert runfolder.parse(read.to_json().encode()) == read
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot sync folders")
+def test_new_folders_and_files_are_entered_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    real = durable.sync_folder
+
+    def note(folder: Path) -> None:
+        synced.append(Path(folder))
+        real(folder)
+
+    monkeypatch.setattr(durable, "sync_folder", note)
+    durable.make_folder(tmp_path / "a" / "b")
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+    durable.make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
+    RunFolder.create(tmp_path / "runs" / "one", record()).close()
+    assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "one"} <= set(synced)
+    synced.clear()
+    (tmp_path / "out").mkdir()
+    VideoWriter(tmp_path / "out" / "a.mp4", fps=16, width=64, height=64).abort()
+    assert synced == [tmp_path / "out"]
 
 
 # -- what a branch shows -----------------------------------------------------------------------------------------
