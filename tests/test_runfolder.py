@@ -521,6 +521,25 @@ def test_what_is_made_already_cannot_be_told_otherwise() -> None:
     ]
 
 
+@pytest.mark.parametrize("more", [(), ("--prompt", "a square"), ("--at", "0:03 a square")])
+def test_files_of_the_source_are_not_used_for_what_is_new(
+    more: tuple[str, ...], five: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder.open(five) as run:
+        run.update(request={**run.record.request, "frames": "pictures", "embeddings": "texts"})
+    asked: list[GenerateRequest] = []
+
+    def stop(request: GenerateRequest) -> None:
+        asked.append(request)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("packforcing_cli.cli.generate.prepare", stop)
+    arguments = ("extend", str(five), "--from", "0:02.8125", "--seconds", "2", *more)
+    assert "far enough" in run_command(*arguments).err
+    assert asked[0].frames is None
+    assert asked[0].embeddings == (None if more else Path("texts"))
+
+
 # -- the lock ----------------------------------------------------------------------------------------------------
 
 

@@ -112,6 +112,9 @@ def extend(
                     **old.record.request,
                     "image": None,  # it is in the first block
                     "frames": None,  # those of the source stay as they are
+                    **(
+                        {} if prompt is None and not at else {"embeddings": None}
+                    ),  # it has not the new prompts
                     **{name: value for name, value in changes.items() if value is not None},
                     "seconds": total,
                     "timeline": timeline,
