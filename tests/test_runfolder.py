@@ -521,6 +521,13 @@ def test_what_is_made_already_cannot_be_told_otherwise() -> None:
     ]
 
 
+def test_a_pin_over_the_branch_point_ends_there() -> None:
+    pins = ("0:01-0:04", "0:02-0:08", "0:03-0:04")
+    cut = [span.text for span in branch_of(prompt="red", pins=pins).pins]
+    assert cut == ["0:01-0:02.8125", "0:02-0:02.8125"]
+    assert [span.text for span in branch_of(pins=pins).pins] == ["0:01-0:04", "0:02-0:05.8125", "0:03-0:04"]
+
+
 @pytest.mark.parametrize("more", [(), ("--prompt", "a square"), ("--at", "0:03 a square")])
 def test_files_of_the_source_are_not_used_for_what_is_new(
     more: tuple[str, ...], five: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch

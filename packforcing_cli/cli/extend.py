@@ -191,9 +191,10 @@ def _timeline(
 ) -> Timeline:
     """What the old part had, and what is asked for from there on.
 
-    Scenes of the source behind the branch stay as far as they fit, unless new prompts are given.
+    Scenes and pins of the source behind the branch stay as far as they fit, unless new prompts are given.
     Raises: UsageError for mistakes in `at` and `pin`, also one in the old part, which is made already.
     """
+    from dataclasses import replace
     from fractions import Fraction
 
     from packforcing_cli import timeline as timelines
@@ -204,7 +205,7 @@ def _timeline(
     before = GenerateRequest.from_values(record.request).timeline
     begins = Fraction(TEMPORAL_STRIDE * (record.frames_per_block * blocks - 1) + 1, record.fps)
     half_a_block = Fraction(TEMPORAL_STRIDE * record.frames_per_block, 2 * record.fps)
-    ends = Fraction(total) if prompt is None and not at else begins
+    ends = Fraction(round(total * record.fps), record.fps) if prompt is None and not at else begins
     new = timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ())
     if prompt is not None:
         new = (timelines.Scene(begins, prompt), *new)
@@ -223,7 +224,7 @@ def _timeline(
         )
     return timelines.Timeline(
         (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
-        (*(span for span in before.pins if span.end <= ends), *pins),
+        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *pins),
     )
 
 
