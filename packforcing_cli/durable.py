@@ -19,7 +19,7 @@ from pathlib import Path
 from packforcing_cli.errors import DiskFullError, PackforcingError
 
 FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
-BINARY = getattr(os, "OBINARY", 0)
+BINARY = getattr(os, "O_BINARY", 0)
 
 
 def temporary_path(path: Path) -> Path:
@@ -85,6 +85,14 @@ def sync_file(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it that are missing, so that they last. Raises: OSError."""
+    new = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in new:
+        sync_folder(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

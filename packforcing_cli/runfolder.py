@@ -50,6 +50,7 @@ TRACE = "trace.jsonl"
 SNAPSHOT = "snapshot.safetensors"
 LOCK = "lock"
 _ELSEWHERE = "Give --run a new folder, or keep no run folder with --no-run."
+TORN = ".torn"  # what a block that cannot be read is called until it is made again
 MOVED = ".where"  # a file of this ending in the folder of all runs says where a run with --run DIR is
 
 
@@ -345,11 +346,12 @@ class RunFolder:
 
     Attributes: folder; record; blocks: how many it has; is_new: whether this process made it;
         dropped: name of a torn last block that was left out, empty if there was none.
+        missing: name of a missing block, of a folder opened to be read whose later blocks are there.
     """
 
     def __init__(self, folder: Path, record: Record, lock: _Lock) -> None:
         self.folder, self.record = folder, record
-        self.blocks, self.is_new, self.dropped = 0, False, ""
+        self.blocks, self.is_new, self.dropped, self.missing = 0, False, "", ""
         self._lock = lock
         self._trace: int | None = None
 
@@ -365,7 +367,7 @@ class RunFolder:
         folder = folder.absolute()
         check_new(folder)
         try:
-            (folder / LATENTS).mkdir(parents=True, exist_ok=True)
+            durable.make_folder(folder / LATENTS)
         except OSError as error:
             raise durable.failure(error, folder, kind=UsageError, hint=_ELSEWHERE) from error
         run = cls(folder, record, _Lock(folder))
@@ -375,7 +377,7 @@ class RunFolder:
                 run._take_over(source, blocks)
             run._write(HEADER, record.to_json().encode())  # last: without it the folder is no run
             if folder.parent != default_root().absolute():
-                default_root().mkdir(parents=True, exist_ok=True)
+                durable.make_folder(default_root())
                 durable.write(default_root() / f"{record.id}{MOVED}", str(folder).encode())
         except (OSError, PackforcingError) as error:
             run.discard()
@@ -388,19 +390,43 @@ class RunFolder:
     def open(cls, folder: Path) -> Self:
         """Take over an existing run folder, its journal checked at the end.
 
-        Raises: UsageError, RunFolderError as `read`; RunFolderError if a block is missing or the last whole one
-            is damaged; LockedError if another process is at work on it.
+        Raises: UsageError, RunFolderError as `read`; RunFolderError if a block is missing or the last one cannot be
+            read; LockedError if another process is at work on it.
         """
+        run = cls._opened(folder, shared=False)
+        try:
+            run._tidy()
+        except PackforcingError:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def open_to_read(cls, folder: Path) -> Self:
+        """Open a run folder to take blocks from: nothing in it changes.
+
+        It has the blocks from the first one on of which none is missing; a torn last one is left out.
+        Raises: as `open`, but not for a missing block.
+        """
+        run = cls._opened(folder, shared=True)
+        try:
+            run._count()
+            run.dropped = run._torn_last()
+        except PackforcingError:
+            run.close()
+            raise
+        return run
+
+    @classmethod
+    def _opened(cls, folder: Path, *, shared: bool) -> Self:
         folder = folder.absolute()
         read(folder)
-        lock = _Lock(folder)
+        lock = _Lock(folder, shared=shared)
         try:
-            run = cls(folder, read(folder), lock)
-            run._tidy()
+            return cls(folder, read(folder), lock)
         except PackforcingError:
             lock.release()
             raise
-        return run
 
     def append(self, latents: Tensor, selected: Tensor, *, retry: int = 0, trace: Mapping[str, Any]) -> None:
         """Keep the next block; it is safe on disk when this returns.
@@ -416,7 +442,10 @@ class RunFolder:
         tensors = {"latents": latents.cpu().contiguous(), "selected": selected.cpu().contiguous()}
         metadata = {"block": str(self.blocks), "retry": str(retry)}
         metadata["sha256"] = _digest(metadata, tensors)
-        self._write(f"{LATENTS}/{_entry_name(self.blocks)}", save(tensors, metadata))
+        name = f"{LATENTS}/{_entry_name(self.blocks)}"
+        self._write(name, save(tensors, metadata))
+        with contextlib.suppress(OSError):
+            (self.folder / (name + TORN)).unlink(missing_ok=True)
         line = json.dumps({"block": self.blocks, **trace}) + "\n"
         self.blocks += 1
         try:
@@ -427,22 +456,31 @@ class RunFolder:
             raise self._failure(error, self.folder / TRACE) from error
 
     def entry(self, index: int) -> Entry:
-        """One block. Raises: RunFolderError, with its name, if it is missing or damaged."""
-        from safetensors import SafetensorError, safe_open
+        """One block. Raises: RunFolderError, with its name, if it is missing, damaged or cannot be read."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
 
         path = self.folder / LATENTS / _entry_name(index)
-        hint = f"`packforcing extend {shlex.quote(str(self.folder))} --from T` can branch off before it."
+        hint = self._way_round(index)
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+            data = path.read_bytes()
         except FileNotFoundError as error:
             raise RunFolderError(f"{path} is missing", hint=hint) from error
-        except (SafetensorError, OSError) as error:
-            raise RunFolderError(f"{path} is damaged: {error}", hint=hint) from error
+        except OSError as error:  # says nothing of the block itself
+            raise RunFolderError(
+                f"{path} cannot be read: {error.strerror or error}", hint="Nothing was changed; try again."
+            ) from error
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise _TornError(f"{path} is damaged: {error}", hint=hint) from error
+        header = json.loads(
+            data[8 : 8 + int.from_bytes(data[:8], "little")]
+        )  # `load` has found it well formed
+        metadata = dict(header.get("__metadata__", {}))
         said = metadata.pop("sha256", "")
         if metadata.get("block") != str(index) or said != _digest(metadata, tensors):
-            raise RunFolderError(f"{path} is damaged: its contents are not what was written", hint=hint)
+            raise _TornError(f"{path} is damaged: its contents are not what was written", hint=hint)
         return Entry(index, tensors["latents"], tensors["selected"], int(metadata["retry"]))
 
     def entries(self, start: int = 0, stop: int | None = None) -> Iterator[Entry]:
@@ -538,34 +576,55 @@ class RunFolder:
         self.blocks = blocks
 
     def _tidy(self) -> None:
-        """Count the blocks, drop a torn last one, remove what a kill left half-written."""
+        """Count the blocks, put a torn last one aside, remove what a kill left half-written."""
         latents = self.folder / LATENTS
         try:
             for name in (HEADER, SNAPSHOT, f"{LATENTS}/x"):
                 for stray in (self.folder / name).parent.glob(".*.tmp"):
                     stray.unlink()
-            found = sorted(path.name for path in latents.glob("*.safetensors"))
-            count = len(found)
-            if found != [_entry_name(index) for index in range(count)]:
-                missing = next(name for n in range(count) if (name := _entry_name(n)) not in found)
+            self._count()
+            if self.missing:
                 raise RunFolderError(
-                    f"{latents / missing} is missing and later blocks are there",
-                    hint=f"`packforcing extend {shlex.quote(str(self.folder))} --from T` can branch off before it.",
+                    f"{latents / self.missing} is missing and later blocks are there",
+                    hint=self._way_round(self.blocks),
                 )
-            self.blocks = count
-            if count:
-                try:
-                    self.entry(count - 1)
-                except RunFolderError:
-                    self.dropped = found[-1]
-                    (latents / found[-1]).unlink()
-                    self.blocks = count - 1
+            self.dropped = self._torn_last()
+            if self.dropped:
+                (latents / self.dropped).replace(latents / (self.dropped + TORN))
+                durable.sync_folder(latents)
             trace = self.folder / TRACE
             lines = trace.read_bytes().splitlines(keepends=True) if trace.exists() else []
             if lines and not lines[-1].endswith(b"\n"):
                 durable.write(trace, b"".join(lines[:-1]))
         except OSError as error:
             raise self._failure(error, self.folder) from error
+
+    def _count(self) -> None:
+        """Find the blocks from the first one on, and whether one is `missing` before others."""
+        try:
+            found = {path.name for path in (self.folder / LATENTS).glob("*.safetensors")}
+        except OSError as error:
+            raise RunFolderError(
+                f"{self.folder} cannot be read: {error.strerror or error}", hint="Check its permissions."
+            ) from error
+        self.blocks = next(n for n in range(len(found) + 1) if _entry_name(n) not in found)
+        self.missing = _entry_name(self.blocks) if self.blocks < len(found) else ""
+
+    def _torn_last(self) -> str:
+        """Leave the last block out if it is torn, and say its name. Raises: RunFolderError if it cannot be read."""
+        if self.blocks and not self.missing:
+            try:
+                self.entry(self.blocks - 1)
+            except _TornError:
+                self.blocks -= 1
+                return _entry_name(self.blocks)
+        return ""
+
+    def _way_round(self, index: int) -> str:
+        """What to do about a block that is missing or damaged."""
+        if not index:
+            return "Nothing before it is left. Make the video again, or restore the file."
+        return f"`packforcing extend {shlex.quote(str(self.folder))} --from T` can branch off before it."
 
     def _write(self, name: str, data: bytes) -> None:
         try:
@@ -576,6 +635,10 @@ class RunFolder:
     def _failure(self, error: OSError, path: Path) -> PackforcingError:
         hint = f"The {self.blocks} blocks before are safe." if self.blocks else ""
         return durable.failure(error, path, kind=RunFolderError, hint=hint)
+
+
+class _TornError(RunFolderError):
+    """A block's file was read and is not what was written."""
 
 
 def _entry_name(index: int) -> str:
@@ -604,17 +667,23 @@ class _Lock:
     The file is locked by the system, which lets go when the process ends, and says who holds it for people and for
     other machines. A text that was left behind by a process of this machine is taken over; one of another machine
     cannot be judged from here, so it stands until somebody removes the file.
+
+    shared: the right to read, for many at a time; the file is not changed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        path = folder / LOCK
+    def __init__(self, folder: Path, *, shared: bool = False) -> None:
+        path, self._shared = folder / LOCK, shared
         hint = f"If that process is gone: {'del' if os.name == 'nt' else 'rm'} {shlex.quote(str(path))}"
+        mode = os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT
         try:
-            self._fd: int | None = os.open(path, os.O_RDWR | os.O_CREAT | durable.BINARY, 0o666)
+            self._fd: int | None = os.open(path, mode | durable.BINARY, 0o666)
         except OSError as error:
+            if shared and isinstance(error, FileNotFoundError):  # nobody ever worked on it
+                self._fd = None
+                return
             raise durable.failure(error, path, kind=RunFolderError) from error
         try:
-            guarded = _flock(self._fd)
+            guarded = _flock(self._fd, shared=shared)
             holder = _holder(os.read(self._fd, 4096))
             if guarded is False:
                 raise LockedError(
@@ -622,6 +691,8 @@ class _Lock:
                 )
             if holder and not (guarded and _is_here(holder)):
                 raise LockedError(f"{folder} is locked by {holder}", hint=hint)
+            if shared:
+                return
             os.ftruncate(self._fd, 0)
             durable.append(
                 self._fd,
@@ -637,8 +708,9 @@ class _Lock:
 
     def release(self) -> None:
         if self._fd is not None:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, 0)
+            if not self._shared:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(self._fd, 0)
             self._abandon()
 
     def _abandon(self) -> None:
@@ -648,12 +720,12 @@ class _Lock:
             self._fd = None
 
 
-def _flock(fd: int) -> bool | None:
+def _flock(fd: int, *, shared: bool = False) -> bool | None:
     """True: this process has it now. False: another one has it. None: this system cannot tell."""
     if fcntl is not None:
         with contextlib.suppress(OSError):  # a file system without locks
             try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError:
                 return False
             return True

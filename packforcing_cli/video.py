@@ -889,7 +889,7 @@ def _whole_blocks(fd: int, start: int, *, frame_ticks: int) -> Iterator[tuple[in
 def _open_part(path: Path, *, exists: bool) -> int:
     """Open and lock NAME.part.mp4, whether it `exists` or must be new; the lock goes with the process."""
     part = part_path(path)
-    flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+    flags = os.O_RDWR | os.O_CREAT | durable.BINARY | getattr(os, "O_CLOEXEC", 0)
     try:
         fd = os.open(part, flags if exists else flags | os.O_EXCL, 0o666)
     except FileExistsError as error:
@@ -910,6 +910,11 @@ def _open_part(path: Path, *, exists: bool) -> int:
             ) from error
         except OSError:  # a file system without locks
             pass
+    try:
+        durable.sync_folder(part.parent)  # the file's name lasts from here on
+    except OSError as error:
+        os.close(fd)
+        raise _write_error(error, part, plays=None) from error
     return fd
 
 

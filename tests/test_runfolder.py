@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import runpy
 import socket
 import time
 from dataclasses import replace
@@ -20,13 +22,14 @@ from tiny import embeds, video_model
 from torch import Tensor
 
 from packforcing_cli import __version__, durable, rollout, runfolder
+from packforcing_cli.cli import extend as extending
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
-from packforcing_cli.timeline import Script
-from packforcing_cli.video import VideoReader, part_path
+from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
+from packforcing_cli.video import VideoReader, VideoWriter, part_path
 
 torch.set_num_threads(1)
 
@@ -352,6 +355,9 @@ def test_a_torn_last_block_is_dropped_and_an_inner_one_refused_by_name(five: Pat
     hurt(4)
     with RunFolder.open(five) as run:
         assert (run.blocks, run.dropped) == (4, "000004.safetensors")
+        assert (five / "latents" / "000004.safetensors.torn").is_file()  # put aside, until it is made again
+        run.append(torch.zeros(1, 4, 4, 8, 8), torch.zeros(2, 4, dtype=torch.int64), trace={})
+        assert not list(five.rglob("*.torn"))
         hurt(1)
         with pytest.raises(RunFolderError, match=r"000001.safetensors is damaged") as caught:
             list(run.entries())
@@ -360,6 +366,56 @@ def test_a_torn_last_block_is_dropped_and_an_inner_one_refused_by_name(five: Pat
     with pytest.raises(RunFolderError, match=r"000002.safetensors is missing"):
         RunFolder.open(five)
     assert not runfolder.look(five).is_live
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_block_that_cannot_be_read_now_is_not_taken_for_torn(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, real = contents(five), Path.read_bytes
+
+    def fail(path: Path) -> bytes:
+        if path.name == "000004.safetensors":
+            raise OSError(errno.EMFILE, "Too many open files")
+        return real(path)
+
+    for open_run in (RunFolder.open, RunFolder.open_to_read):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_bytes", fail)
+            with pytest.raises(
+                RunFolderError, match=r"000004.safetensors cannot be read: Too many open files"
+            ):
+                open_run(five)
+        assert contents(five) == before
+    with RunFolder.open(five) as run:
+        assert run.blocks == 5
+
+
+def test_opened_to_read_nothing_changes_and_what_is_whole_is_there(five: Path) -> None:
+    last = five / "latents" / "000004.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    durable.temporary_path(five / "run.json").write_bytes(b"{")
+    before = contents(five)
+    with RunFolder.open_to_read(five) as run, RunFolder.open_to_read(five) as other:
+        assert (run.blocks, run.dropped, run.missing) == (4, "000004.safetensors", "")
+        assert other.blocks == 4
+        if os.name != "nt":
+            with pytest.raises(LockedError):  # nobody may change it meanwhile
+                RunFolder.open(five)
+    assert contents(five) == before
+    (five / "latents" / "000002.safetensors").unlink()
+    (five / "lock").unlink()
+    with RunFolder.open_to_read(five) as run:
+        assert (run.blocks, run.missing) == (2, "000002.safetensors")
+    assert not (five / "lock").exists()
+
+
+def test_files_are_opened_as_bytes_where_the_system_has_text_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "O_BINARY", 0x8000, raising=False)
+    assert runpy.run_path(durable.__file__)["BINARY"] == 0x8000
 
 
 def test_a_torn_line_of_the_trace_and_temporary_files_are_removed(five: Path) -> None:
@@ -414,6 +470,81 @@ def test_any_header_is_read_or_refused_with_our_error(found: Any, repaired: bool
     except PackforcingError:  # and no other
         return
     assert runfolder.parse(read.to_json().encode()) == read
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows cannot sync folders")
+def test_new_folders_and_files_are_entered_for_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    real = durable.sync_folder
+
+    def note(folder: Path) -> None:
+        synced.append(Path(folder))
+        real(folder)
+
+    monkeypatch.setattr(durable, "sync_folder", note)
+    durable.make_folder(tmp_path / "a" / "b")
+    assert sorted(synced) == [tmp_path, tmp_path / "a"]
+    durable.make_folder(tmp_path / "a" / "b")
+    assert len(synced) == 2
+    RunFolder.create(tmp_path / "runs" / "one", record()).close()
+    assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "one"} <= set(synced)
+    synced.clear()
+    (tmp_path / "out").mkdir()
+    VideoWriter(tmp_path / "out" / "a.mp4", fps=16, width=64, height=64).abort()
+    assert synced == [tmp_path / "out"]
+
+
+# -- what a branch shows -----------------------------------------------------------------------------------------
+
+
+def branch_of(
+    *,
+    prompt: str | None = None,
+    at: tuple[str, ...] = (),
+    scenes: tuple[str, ...] = (),
+    pins: tuple[str, ...] = (),
+) -> Timeline:
+    """The timeline of a branch after three blocks, 0:02.8125, of a run that had `scenes` and `pins`; six blocks long."""
+    had = Timeline(parse_at([text.split(" ", 1) for text in scenes]), parse_pins(pins))
+    request = GenerateRequest(prompt="made up", seed=3, seconds=9.0, timeline=had)
+    return extending._timeline(record(request=request.to_values()), 3, 93 / 16, prompt, list(at), None)
+
+
+def test_what_is_made_already_cannot_be_told_otherwise() -> None:
+    for text in ("0:00 red", "0:01 red", "0:02.3 red"):
+        with pytest.raises(UsageError, match="the old part is made already") as caught:
+            branch_of(at=(text,), scenes=("0:01 blue",))
+        assert "0:02.8125" in caught.value.hint
+    assert [scene.prompt for scene in branch_of(at=("0:02.8 red",), scenes=("0:01 blue",)).scenes] == [
+        "blue",
+        "red",
+    ]
+
+
+def test_a_pin_over_the_branch_point_ends_there() -> None:
+    pins = ("0:01-0:04", "0:02-0:08", "0:03-0:04")
+    cut = [span.text for span in branch_of(prompt="red", pins=pins).pins]
+    assert cut == ["0:01-0:02.8125", "0:02-0:02.8125"]
+    assert [span.text for span in branch_of(pins=pins).pins] == ["0:01-0:04", "0:02-0:05.8125", "0:03-0:04"]
+
+
+@pytest.mark.parametrize("more", [(), ("--prompt", "a square"), ("--at", "0:03 a square")])
+def test_files_of_the_source_are_not_used_for_what_is_new(
+    more: tuple[str, ...], five: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with RunFolder.open(five) as run:
+        run.update(request={**run.record.request, "frames": "pictures", "embeddings": "texts"})
+    asked: list[GenerateRequest] = []
+
+    def stop(request: GenerateRequest) -> None:
+        asked.append(request)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("packforcing_cli.cli.generate.prepare", stop)
+    arguments = ("extend", str(five), "--from", "0:02.8125", "--seconds", "2", *more)
+    assert "far enough" in run_command(*arguments).err
+    assert asked[0].frames is None
+    assert asked[0].embeddings == (None if more else Path("texts"))
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------

@@ -100,7 +100,9 @@ def extend(
         options.refuse(source)
         if run is not None:
             check_new(run)
-        with RunFolder.open(found) as old:
+        with RunFolder.open_to_read(found) as old:
+            if old.dropped:
+                shown.warn(f"{old.dropped} of {old.record.id} is torn and left out")
             blocks, total = _lengths(old, seconds, start)
             before = GenerateRequest.from_values(old.record.request)
             changes: dict[str, Any] = {"seed": seed, "device": device}
@@ -110,6 +112,9 @@ def extend(
                     **old.record.request,
                     "image": None,  # it is in the first block
                     "frames": None,  # those of the source stay as they are
+                    **(
+                        {} if prompt is None and not at else {"embeddings": None}
+                    ),  # it has not the new prompts
                     **{name: value for name, value in changes.items() if value is not None},
                     "seconds": total,
                     "timeline": timeline,
@@ -141,11 +146,17 @@ def extend(
 
 
 def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, float]:
-    """(blocks that are kept, seconds of the whole new video). Raises: UsageError."""
+    """(blocks that are kept, seconds of the whole new video).
+
+    Raises: UsageError; RunFolderError if a block of the kept part is missing.
+    """
+    from fractions import Fraction
+
     from packforcing_cli.cli.progress import clock
     from packforcing_cli.config import PlanRequest
-    from packforcing_cli.errors import UsageError
+    from packforcing_cli.errors import RunFolderError, UsageError
     from packforcing_cli.layout import TEMPORAL_STRIDE
+    from packforcing_cli.timeline import clock as exact_clock
     from packforcing_cli.timeline import parse_time
 
     record = old.record
@@ -157,8 +168,16 @@ def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, fl
         except ValueError as error:
             raise UsageError(f"--from: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
         blocks = max(1, round((wanted * record.fps + TEMPORAL_STRIDE - 1) / frames))
+    length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
+    if old.missing and (start is None or not 0 < blocks <= old.blocks):
+        whole = exact_clock(Fraction(max(0, frames * old.blocks - TEMPORAL_STRIDE + 1), record.fps))
+        raise RunFolderError(
+            f"{old.missing} of {record.id} is missing, and {whole} before it is whole",
+            hint=f"Branch off before it, at the latest with --from {whole}."
+            if old.blocks
+            else "Restore the file.",
+        )
     if not 0 < blocks <= old.blocks:
-        length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
         raise UsageError(
             f"{record.id} has {length}" + (f", so there is nothing at {start}" if start else ""),
             hint=f"To finish it first: packforcing resume {record.id}",
@@ -172,9 +191,10 @@ def _timeline(
 ) -> Timeline:
     """What the old part had, and what is asked for from there on.
 
-    Scenes of the source behind the branch stay as far as they fit, unless new prompts are given.
-    Raises: UsageError for mistakes in `at` and `pin`, also a pin in the old part, whose memory is made already.
+    Scenes and pins of the source behind the branch stay as far as they fit, unless new prompts are given.
+    Raises: UsageError for mistakes in `at` and `pin`, also one in the old part, which is made already.
     """
+    from dataclasses import replace
     from fractions import Fraction
 
     from packforcing_cli import timeline as timelines
@@ -185,10 +205,16 @@ def _timeline(
     before = GenerateRequest.from_values(record.request).timeline
     begins = Fraction(TEMPORAL_STRIDE * (record.frames_per_block * blocks - 1) + 1, record.fps)
     half_a_block = Fraction(TEMPORAL_STRIDE * record.frames_per_block, 2 * record.fps)
-    ends = Fraction(total) if prompt is None and not at else begins
+    ends = Fraction(round(total * record.fps), record.fps) if prompt is None and not at else begins
     new = timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ())
     if prompt is not None:
         new = (timelines.Scene(begins, prompt), *new)
+    for scene in new:
+        if scene.seconds < begins - half_a_block:
+            raise UsageError(
+                f"--at {timelines.clock(scene.seconds)}: the old part is made already",
+                hint=f"The first possible time is {timelines.clock(begins)}; to branch off earlier: --from.",
+            )
     pins = timelines.parse_pins(pin or ())
     early = [span.text for span in pins if span.start < begins]
     if early:
@@ -198,7 +224,7 @@ def _timeline(
         )
     return timelines.Timeline(
         (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
-        (*(span for span in before.pins if span.end <= ends), *pins),
+        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *pins),
     )
 
 

@@ -300,6 +300,22 @@ def test_what_cannot_be_extended_is_one_message(
     assert len(runfolder.all_runs()) == 1
 
 
+def test_a_run_with_a_missing_block_is_branched_before_it(
+    generate: Any, run_command: Any, tmp_path: Path
+) -> None:
+    generate("-o", "a.mp4", "--run", "kept", "--seconds", "4")
+    (tmp_path / "kept" / "latents" / "000002.safetensors").unlink()
+    refused = run_command("resume", "kept")
+    assert_one_message(refused, 1, "000002.safetensors is missing", "--from T` can branch off before it")
+    for where in ([], ["--from", "0:03"]):
+        said = "000002.safetensors of "
+        assert_one_message(
+            run_command("extend", "kept", "--seconds", "1", *where), 1, said, "--from 0:01.8125."
+        )
+    made = run_command("extend", "kept", "--seconds", "1", "--from", "0:01.8125", "-o", "b.mp4", "-q")
+    assert (made.code, num_frames(tmp_path / "b.mp4")) == (0, 45)
+
+
 # -- runs --------------------------------------------------------------------------------------------------------
 
 
