@@ -6,7 +6,7 @@ _packforcing() {
         --bank) COMPREPLY=($(compgen -W "unlimited" -- "$current")); return ;;
         --codec) COMPREPLY=($(compgen -W "h264 hevc h264_nvenc hevc_nvenc" -- "$current")); return ;;
         --compressed-context) COMPREPLY=($(compgen -W "sinks history" -- "$current")); return ;;
-        --compressor) COMPREPLY=($(compgen -W "auto hr+lr hr lr pool identity" -- "$current")); return ;;
+        --compressor) COMPREPLY=($(compgen -W "auto none hr+lr hr lr pool identity" -- "$current")); return ;;
         --device) COMPREPLY=($(compgen -W "auto cpu cuda" -- "$current")); return ;;
         --dtype) COMPREPLY=($(compgen -W "auto bf16 fp16 fp32" -- "$current")); return ;;
         --fit) COMPREPLY=($(compgen -W "crop pad stretch" -- "$current")); return ;;

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -281,9 +282,16 @@ def check_sampling(
         )
 
 
+def names_weights(text: str) -> bool:
+    """Whether a text can be a place of weights: a path, an hf: source, a known model. Others `packages` may know."""
+    known = find(text)
+    is_path = text.startswith((".", "~", "hf:")) or os.sep in text or Path(text).is_dir()
+    return is_path or (known is not None and known.kind == "package")
+
+
 def check_compressor(name: str, branches: str, wanted: str) -> None:
     """Raises: UsageError if a compressor needs the HR branch (`wanted`) and the model has none (`branches`)."""
-    if "hr" in wanted and "hr" not in branches:
+    if wanted in ("hr", "hr+lr") and "hr" not in branches:
         raise UsageError(
             f"{name} has no trained HR branch, which --compressor {wanted} needs",
             hint="Use --compressor lr.",
@@ -479,6 +487,31 @@ def of_package(folder: Path, places: Mapping[str, Path] | None = None) -> ModelF
 def _branches(folder: Path) -> str:
     branches: str = json.loads((folder / "config.json").read_text("utf-8"))["branches"]
     return branches
+
+
+def with_compressor(facts: ModelFacts, folder: Path) -> ModelFacts:
+    """The facts of a model with the compressor of a part's folder.
+
+    Raises: WeightsError if the folder holds none, or one for another width or other latents.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        if config["_class_name"] != "Compressor":
+            raise ValueError(f"it holds {config['_class_name']}")
+        found = replace(facts, branches=config["branches"], compressor_params=_stored_params(folder))
+        sizes = (config["dim"], config["in_channels"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{folder} is no compressor: {type(error).__name__}: {error}",
+            hint="Give --compressor a package that has one, or a folder with its config.json and safetensors.",
+        ) from error
+    if sizes != (facts.dim, facts.latent_channels):
+        raise WeightsError(
+            f"the compressor in {folder} is for a model of width {sizes[0]} with {sizes[1]} latent channels;"
+            f" {facts.name} has width {facts.dim} and {facts.latent_channels}",
+            hint="Use a compressor that was trained for this model, or --compressor lr.",
+        )
+    return found
 
 
 def _text_embedding_params(folder: Path) -> int:

@@ -33,12 +33,13 @@ from pydantic import (
     field_validator,
 )
 
+from packforcing_cli import catalog
 from packforcing_cli.errors import ConfigError
 from packforcing_cli.layout import POLICIES, Grid, Layout, Span
 from packforcing_cli.timeline import Timeline
 
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
-COMPRESSORS = ("auto", "hr+lr", "hr", "lr", "pool", "identity")
+COMPRESSORS = ("auto", "none", "hr+lr", "hr", "lr", "pool", "identity")
 COMPRESSED_CONTEXTS = ("sinks", "history")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
@@ -90,7 +91,8 @@ class MemoryOptions(Options):
     select:             how the active blocks are chosen; none = sink and recent only.
     mid_span:           slots a compressed block takes: a number, a fraction, "block" (frames_per_block), "fit" (what
                         is left of the trained range), or None = as the model was trained.
-    compressor:         hr+lr, hr, lr, the baselines pool and identity, or auto = the package's own.
+    compressor:         hr+lr, hr, lr, the baselines pool and identity, none = old blocks are forgotten, auto = the
+                        package's own; or other weights: an installed package's name, a package or a part's folder.
     compressed_context: what a compressed block saw when its keys were made: the sinks, or the block's history.
     """
 
@@ -117,7 +119,8 @@ class MemoryOptions(Options):
     @field_validator("compressor")
     @classmethod
     def _compressor(cls, value: str) -> str:
-        return _one_of(value, COMPRESSORS)
+        value = value.strip()
+        return value if catalog.names_weights(value) else _one_of(value, COMPRESSORS)
 
     @field_validator("compressed_context")
     @classmethod
@@ -169,7 +172,7 @@ class MemoryOptions(Options):
             num_blocks=num_blocks,
             sink_blocks=self.sink_blocks,
             recent_blocks=self.recent_blocks,
-            top_k=0 if self.select == "none" else self.top_k,
+            top_k=0 if "none" in (self.select, self.compressor) else self.top_k,
             bank=self.bank,
             mid_span=self.span(grid.frames_per_block, default_span),
             trained_frames=trained_frames,

@@ -18,7 +18,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fractions import Fraction
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from packforcing_cli import catalog, hub
 from packforcing_cli.catalog import ModelFacts
+from packforcing_cli.config import COMPRESSORS
 from packforcing_cli.errors import OfflineError, UsageError, WeightsError
 
 MANIFEST = "packforcing.json"
@@ -244,8 +245,7 @@ class Manifest(_Frozen):
 
     def part_hash(self, part: Part) -> str:
         """One hash that changes with any file of a part."""
-        lines = [f"{name} {record.sha256}" for name, record in sorted(self.part_files(part).items())]
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hash_of(self.part_files(part))
 
     def to_json(self) -> str:
         """The text of packforcing.json. What a package does not use is left out."""
@@ -253,6 +253,12 @@ class Manifest(_Frozen):
         if not self.references:
             del values["references"]
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def hash_of(files: Mapping[str, FileRecord]) -> str:
+    """One hash that changes with any of some files: name -> size and hash."""
+    lines = [f"{name} {record.sha256}" for name, record in sorted(files.items())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -430,6 +436,64 @@ def part_folder(folder: Path, manifest: Manifest, part: Part) -> Path:
         raise WeightsError(f"{folder} has no {part}", hint=_unfinished_hint(manifest))
     reference = manifest.references[part]
     return hub.snapshot_folder(reference.repo, reference.revision) / reference.subfolder
+
+
+@dataclass(frozen=True)
+class CompressorPlace:
+    """Compressor weights that belong to no model, or to another one.
+
+    folder:   of the part.
+    package:  the folder of the package it is a part of, and its manifest; None for a part's folder alone.
+    """
+
+    folder: Path
+    package: tuple[Path, Manifest] | None
+
+    def verify(self) -> str:
+        """Check every file against the manifest where there is one. Returns: one hash over the files.
+
+        Raises: WeightsError, OfflineError as `verify_package`.
+        """
+        if self.package is None:
+            files = sorted(path for path in self.folder.iterdir() if path.is_file())
+            return hash_of({path.name: record_of(path) for path in files})
+        folder, manifest = self.package
+        own = manifest.part_files("compressor")
+        place = manifest.parts.get("compressor")
+        changes = {
+            "parts": {} if place is None else {"compressor": place},
+            "references": {p: ref for p, ref in manifest.references.items() if p == "compressor"},
+            "files": {} if place is None else {f"{place}/{name}": record for name, record in own.items()},
+        }
+        verify_package(folder, manifest.model_copy(update=changes), trust=True)
+        return manifest.part_hash("compressor")
+
+
+def find_compressor(name_or_folder: str) -> CompressorPlace:
+    """Compressor weights by an installed package's name, a package's folder, or the folder of the part itself.
+
+    Raises: UsageError for an unknown name or folder; WeightsError if there is no compressor; OfflineError for a known
+        model that is not installed.
+    """
+    folder = find_package(name_or_folder)
+    if not (folder / MANIFEST).is_file():
+        return CompressorPlace(folder, None)
+    manifest = read_manifest(folder)
+    if "compressor" not in manifest.parts and "compressor" not in manifest.references:
+        raise WeightsError(
+            f"{name_or_folder} has no trained compressor", hint="Use --compressor lr, which needs no weights."
+        )
+    return CompressorPlace(part_folder(folder, manifest, "compressor"), (folder, manifest))
+
+
+def with_compressor(facts: ModelFacts, wanted: str) -> ModelFacts:
+    """The facts of a model with the compressor that is asked for; the same ones for a compressor by kind.
+
+    Raises: as `find_compressor`, and WeightsError if it does not fit the model.
+    """
+    if wanted in COMPRESSORS:
+        return facts
+    return catalog.with_compressor(facts, find_compressor(wanted).folder)
 
 
 def require_complete(folder: Path, manifest: Manifest) -> None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from packforcing_cli import catalog, durable, packages, weights
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
+from packforcing_cli.config import COMPRESSORS
 from packforcing_cli.errors import DiskFullError, EnvironmentProblem, OfflineError, UsageError, WeightsError
 from packforcing_cli.packages import (
     MANIFEST,
@@ -36,6 +37,7 @@ from packforcing_cli.packages import (
     SCHEMA,
     CacheDefaults,
     CodecFactsRecord,
+    CompressorPlace,
     FileRecord,
     HubReference,
     Manifest,
@@ -155,6 +157,7 @@ def load_model(
     quantize: str = "none",
     quantize_text: str = "none",
     offload: str = "none",
+    compressor: str = "auto",
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
     return open_model(
@@ -165,6 +168,7 @@ def load_model(
         quantize=quantize,
         quantize_text=quantize_text,
         offload=offload,
+        compressor=compressor,
     ).load()
 
 
@@ -177,6 +181,7 @@ def open_model(
     quantize: str = "none",
     quantize_text: str = "none",
     offload: str = "none",
+    compressor: str = "auto",
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
 
@@ -188,6 +193,8 @@ def open_model(
         quantize_text: "none" or "int8", for those of the text encoder.
         offload:       "none"; "text" runs the text encoder on the CPU; "all" also keeps the transformer's layers in
                        host memory and copies each to the GPU while it runs.
+        compressor:    a kind, which loads the package's own weights where it has any, or the weights to use instead:
+                       an installed package's name, a package's folder or a part's folder.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
     """
@@ -199,14 +206,24 @@ def open_model(
         catalog.check_cpu(quantize, offload)
     require_support(quantize, chosen_device)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
+    other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
     if facts is not None:
         return _open_random(
-            facts, chosen_device, chosen_dtype, vae=vae, quantize=quantize, stream_layers=offload == "all"
+            facts,
+            chosen_device,
+            chosen_dtype,
+            vae=vae,
+            quantize=quantize,
+            stream_layers=offload == "all",
+            compressor=other,
         )
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)
     verify_package(folder, manifest, trust=True)
+    hashes = _part_hashes(manifest, vae_folder, own_vae=part_folder(folder, manifest, "vae"))
+    if other is not None:
+        hashes["compressor"] = other.verify()
     text = TextIdentity(
         encoder=_combined(manifest.part_hash("text_encoder"), manifest.part_hash("tokenizer")),
         length=manifest.text_length,
@@ -233,14 +250,16 @@ def open_model(
             quantize=quantize,
             stream_layers=offload == "all",
         )
-        compressor = None
-        if "compressor" in manifest.parts or "compressor" in manifest.references:
-            compressor = load_compressor(
+        network = None
+        if other is not None:
+            network = _other_compressor(other, transformer.config, chosen_device, chosen_dtype)
+        elif "compressor" in manifest.parts or "compressor" in manifest.references:
+            network = load_compressor(
                 part_folder(folder, manifest, "compressor"), device=chosen_device, dtype=chosen_dtype
             )
-            if compressor.config.dim != transformer.config.dim:
+            if network.config.dim != transformer.config.dim:
                 raise WeightsError(
-                    f"the compressor of {folder} makes tokens of width {compressor.config.dim}, "
+                    f"the compressor of {folder} makes tokens of width {network.config.dim}, "
                     f"its transformer has {transformer.config.dim}",
                     hint=_AGAIN,
                 )
@@ -252,14 +271,14 @@ def open_model(
             manifest=manifest,
             folder=folder,
             transformer=transformer,
-            compressor=compressor,
+            compressor=network,
             codec=codec,
             load_text_encoder=load_text_encoder,
             text=text,
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
-            hashes=_part_hashes(manifest, None if own else vae_folder),
+            hashes=hashes,
         )
 
     return ModelSource(
@@ -282,6 +301,7 @@ def _open_random(
     vae: str | Path | None,
     quantize: str,
     stream_layers: bool,
+    compressor: CompressorPlace | None,
 ) -> ModelSource:
     """A model of true shape with random weights made on the device, and random embeddings: for bench and tests."""
     if vae is not None:
@@ -327,6 +347,7 @@ def _open_random(
         freq_dim=catalog.TIME_EMBEDDING,
         patch_size=facts.patch,
     )
+    hashes = {} if compressor is None else {"compressor": compressor.verify()}
     encoder = RandomTextEncoder(length=facts.text_length, width=facts.text_dim, device=device, dtype=dtype)
     text = TextIdentity(encoder="", length=facts.text_length, width=facts.text_dim, numerics="")
 
@@ -337,6 +358,7 @@ def _open_random(
         weights.randomise(transformer, device=device, dtype=dtype, change=change)
         if stream_layers:
             transformer.stream_layers(device)
+        network = None if compressor is None else _other_compressor(compressor, config, device, dtype)
         codec: Codec
         if kind not in ("tiny", "wan"):
             codec = load_codec(Path(kind), device=device, dtype=dtype)
@@ -359,13 +381,14 @@ def _open_random(
             manifest=manifest,
             folder=Path(),
             transformer=transformer,
-            compressor=None,
+            compressor=network,
             codec=codec,
             load_text_encoder=lambda: encoder,
             text=text,
             device=device,
             dtype=dtype,
             quantize=quantize,
+            hashes=hashes,
         )
 
     return ModelSource(
@@ -384,10 +407,10 @@ def _combined(*hashes: str) -> str:
     return hashlib.sha256(" ".join(hashes).encode()).hexdigest()
 
 
-def _part_hashes(manifest: Manifest, other_vae: Path | None) -> dict[str, str]:
+def _part_hashes(manifest: Manifest, vae: Path, *, own_vae: Path) -> dict[str, str]:
     hashes = {str(part): manifest.part_hash(part) for part in (*manifest.parts, *manifest.references)}
-    if other_vae is not None:
-        files = sorted(path for path in other_vae.iterdir() if path.is_file())
+    if vae != own_vae:
+        files = sorted(path for path in vae.iterdir() if path.is_file())
         hashes["vae"] = _combined(*(_record(path).sha256 for path in files))
     return hashes
 
@@ -482,6 +505,21 @@ def _transformer_config(folder: Path) -> TransformerConfig:
 def load_compressor(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Compressor:
     """Read a compressor from its folder. Raises: WeightsError for another architecture or wrong tensors."""
     return _filled(_empty_compressor(folder), folder, device, dtype)
+
+
+def _other_compressor(
+    place: CompressorPlace, model: TransformerConfig, device: torch.device, dtype: torch.dtype
+) -> Compressor:
+    """A compressor that is not the model's own. Raises: WeightsError if it is for another width or other latents."""
+    network = load_compressor(place.folder, device=device, dtype=dtype)
+    found = (network.config.dim, network.config.in_channels)
+    if found != (model.dim, model.in_channels):
+        raise WeightsError(
+            f"the compressor in {place.folder} is for a model of width {found[0]} with {found[1]} latent channels,"
+            f" this one has width {model.dim} and {model.in_channels}",
+            hint="Use a compressor that was trained for this model, or --compressor lr.",
+        )
+    return network
 
 
 def _empty_compressor(folder: Path) -> Compressor:

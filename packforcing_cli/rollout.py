@@ -39,9 +39,9 @@ from torch import Tensor
 from packforcing_cli import __version__, catalog, config, provenance, runfolder
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
-from packforcing_cli.config import GenerateRequest, MemoryOptions
+from packforcing_cli.config import COMPRESSORS, GenerateRequest, MemoryOptions
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
-from packforcing_cli.errors import GenerationError, VideoError
+from packforcing_cli.errors import GenerationError, UsageError, VideoError
 from packforcing_cli.layout import TEMPORAL_STRIDE, Grid, Layout
 from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
@@ -353,7 +353,7 @@ def stream_generate(
         seed=seed,
         compressed_context=memory.compressed_context,
     )
-    compress = BlockCompressor(model, memory.compressor) if layout.top_k else None
+    compress = BlockCompressor(model, compressor_kind(model, memory.compressor)) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
     texts, history = StoryText(transformer, story), iter(past)
     if state is not None:
@@ -501,6 +501,21 @@ class BlockCompressor:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state_dict`."""
         self._pooled = state["pooled"].to(self._model.device) if "pooled" in state else None
+
+
+def compressor_kind(model: VideoModel, wanted: str) -> str:
+    """The kind of compressor an option means: of weights given by name or folder, the branches they have.
+
+    Raises: UsageError if the model was loaded without them.
+    """
+    if wanted in COMPRESSORS:
+        return wanted
+    if model.compressor is None:
+        raise UsageError(
+            f"{model.name} was loaded without the compressor {wanted}",
+            hint="Give it to load_model(compressor=…), too.",
+        )
+    return model.compressor.config.branches
 
 
 def branches(model: VideoModel, kind: str) -> Compressor:
@@ -731,7 +746,8 @@ def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
         "model": model.name,
         **{f"weights of {part}": sha256 for part, sha256 in model.hashes.items()},
         **{f"layout {name}": value for name, value in layout.items()},
-        **{name: getattr(memory, name) for name in ("select", "compressor", "compressed_context")},
+        **{name: getattr(memory, name) for name in ("select", "compressed_context")},
+        "compressor": compressor_kind(model, memory.compressor),
         "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": "torch scaled_dot_product_attention",

@@ -142,6 +142,18 @@ def test_paper_parity_sets_selection_and_span_but_not_over_a_flag() -> None:
 # ---------------------------------------------------------------------------------------------------------- sources
 
 
+def test_a_compressor_may_be_none_or_weights_by_name_or_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert layout_of(compressor="none").top_k == 0
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").mkdir()
+    for name in ("./here", "a/b", "~/a", "hf:owner/repo", "plain", "demo"):
+        assert MemoryOptions(compressor=name).compressor == name
+    with pytest.raises(ConfigError, match="--compressor lrr: must be one of"):
+        MemoryOptions(compressor="lrr")
+
+
 def write(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path

@@ -199,6 +199,46 @@ def test_a_package_without_compressor_loads(parts: dict[str, Any], pristine: Pat
     assert load_model(tmp_path / "p", device="cpu").compressor is None
 
 
+def test_compressor_weights_of_another_place_take_the_place_of_the_models_own(
+    parts: dict[str, Any], pristine: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(5)
+    other = Compressor(CompressorConfig(dim=32, widths=(4, 8, 8, 16), branches="hr"))
+    write_package(tmp_path / "other", manifest(), compressor=other, base=pristine)
+    own = load_model(pristine, device="cpu")
+    for place in (tmp_path / "other", tmp_path / "other" / "compressor"):
+        model = load_model(pristine, device="cpu", compressor=str(place))
+        assert model.compressor is not None
+        assert same_weights(model.compressor, other)
+        assert model.compressor.config.branches == "hr"
+        assert model.hashes["compressor"] == read_manifest(tmp_path / "other").part_hash("compressor")
+        assert model.hashes["compressor"] != own.hashes["compressor"]
+        assert {k: v for k, v in model.hashes.items() if k != "compressor"} == {
+            k: v for k, v in own.hashes.items() if k != "compressor"
+        }
+
+
+def test_compressor_weights_of_another_place_are_checked(
+    parts: dict[str, Any], pristine: Path, tmp_path: Path, no_tensor_is_read: None
+) -> None:
+    bare = {k: v for k, v in parts.items() if k != "compressor"}
+    write_package(tmp_path / "bare", manifest(), tokenizer_dir=pristine / "tokenizer", **bare)
+    with pytest.raises(WeightsError, match="has no trained compressor"):
+        load_model(pristine, device="cpu", compressor=str(tmp_path / "bare"))
+    write_package(tmp_path / "other", manifest(), compressor=parts["compressor"], base=pristine)
+    weights_file = tmp_path / "other" / "compressor" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:-1] + b"x")
+    with pytest.raises(WeightsError, match=r"model\.safetensors is damaged"):
+        load_model(pristine, device="cpu", compressor=str(tmp_path / "other"))
+
+
+def test_a_compressor_for_another_width_is_refused(pristine: Path, tmp_path: Path) -> None:
+    wide = Compressor(CompressorConfig(dim=48, widths=(4, 8, 8, 16)))
+    write_package(tmp_path / "wide", manifest(), compressor=wide, base=pristine)
+    with pytest.raises(WeightsError, match=r"is for a model of width 48 .* this one has width 32"):
+        load_model(pristine, device="cpu", compressor=str(tmp_path / "wide"))
+
+
 def test_a_compressor_of_the_low_resolution_branch_alone_has_no_weights(
     parts: dict[str, Any], pristine: Path, tmp_path: Path
 ) -> None:

@@ -222,6 +222,7 @@ def _run(
                 quantize=request.quantize,
                 quantize_text=request.quantize_text,
                 offload=request.offload,
+                compressor=request.memory.compressor,
             )
             schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
             # The text encoder is gone before the transformer takes memory.

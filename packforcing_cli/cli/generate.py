@@ -267,7 +267,7 @@ def generate(
                 "image": image,
                 "pin_images": tuple(pin_image) if pin_image else None,
                 "frames": frames,
-                **flags,
+                **settings.with_places(flags),
             }
             if at or timeline or pin:
                 changes["prompt"], changes["timeline"] = story.gather(
@@ -410,6 +410,7 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
     if not facts.is_random:
         folder = packages.find_package(request.model)  # refused early when it is not here
         packages.require_complete(folder, packages.read_manifest(folder))
+    facts = packages.with_compressor(facts, request.memory.compressor)
     _check_abilities(request, facts)
     new, path = path is None, path or _output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
@@ -653,6 +654,12 @@ def _introduce(job: Job, shown: Display, *, verbose: bool) -> None:
         f" {plan.seconds:g} s in whole blocks: {plan.blocks} = {plan.frames} frames = {plan.exact_seconds:.2f} s"
         f" at {plan.fps} fps; {job.why}"
     )
+    if (
+        plan.layout.top_k
+        and job.facts.branches == "lr"
+        and plan.options.compressor not in ("pool", "identity")
+    ):
+        shown.note("no trained compressor: old blocks are kept by the training-free LR path")
     for warning in plan.warnings:
         shown.warn(warning)
     if verbose:
@@ -731,6 +738,10 @@ def recorded(job: Job) -> GenerateRequest:
         changes["model"] = str(Path(job.place).expanduser().absolute())
     if request.vae is not None and Path(request.vae).is_dir():
         changes["vae"] = str(Path(request.vae).absolute())
+    compressor = request.memory.compressor
+    if os.sep in compressor or compressor.startswith("~") or Path(compressor).is_dir():
+        place = str(Path(compressor).expanduser().absolute())
+        changes["memory"] = request.changed(compressor=place).memory
     for name in ("image", "embeddings", "frames"):
         path = getattr(request, name)
         changes |= {} if path is None else {name: path.absolute()}
@@ -786,6 +797,7 @@ def run_job(
                 quantize=request.quantize,
                 quantize_text=request.quantize_text,
                 offload=request.offload,
+                compressor=request.memory.compressor,
             )
             if job.image is not None and not source.manifest.start_image:
                 shown.warn(

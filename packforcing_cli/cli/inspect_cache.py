@@ -72,7 +72,8 @@ def inspect_cache(
     request = settings.gather(flags).plan_request()
     if request.model == "auto":  # what generate would take; whether it fits is not asked here
         request = request.changed(model=catalog.RECOMMENDED if machine.has_nvidia_driver() else "demo")
-    plan = planner.plan(request, facts=packages.facts(request.model))
+    facts = packages.with_compressor(packages.facts(request.model), request.memory.compressor)
+    plan = planner.plan(request, facts=facts)
     if as_json:
         console.result_json(plan.to_json())
         return

@@ -70,7 +70,8 @@ Compressor = Annotated[
         "--compressor",
         metavar="NAME",
         rich_help_panel=PANEL,
-        help="auto (the model's own), hr+lr, hr, lr, or the baselines pool and identity.",
+        help="auto (the model's own), hr+lr, hr, lr (needs no training), none (old blocks are forgotten), the baselines"
+        " pool and identity; or other weights: an installed model's name, or a folder.",
     ),
 ]
 CompressedContext = Annotated[

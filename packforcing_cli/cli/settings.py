@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,4 +26,19 @@ def gather(flags: Mapping[str, Any]) -> Settings:
 
     from packforcing_cli import config
 
-    return config.resolve(flags, env=os.environ, files=(Path(FILE_NAME), user_file()))
+    found = config.resolve(flags, env=os.environ, files=(Path(FILE_NAME), user_file()))
+    return replace(found, values=with_places(found.values))
+
+
+def with_places(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings in which the name of an installed package, given as the compressor, is its folder.
+
+    The settings themselves do not know what is installed.
+    """
+    from packforcing_cli import config, packages
+
+    name = values.get("compressor")
+    for folder in packages.installed() if isinstance(name, str) and name not in config.COMPRESSORS else ():
+        if folder.name == name:
+            return {**values, "compressor": str(folder)}
+    return values

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,18 @@ from typing import Any
 import pytest
 import torch
 
-from packforcing_cli import planner, registry, rollout
+from packforcing_cli import packages, planner, registry, rollout, runfolder
+from packforcing_cli.cli.generate import Outcome
 from packforcing_cli.compressor import Compressor, CompressorConfig
-from packforcing_cli.registry import CacheDefaults, CodecFactsRecord, Manifest, Schedule, write_package
+from packforcing_cli.registry import (
+    CacheDefaults,
+    CodecFactsRecord,
+    Manifest,
+    Schedule,
+    read_manifest,
+    write_package,
+)
+from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.text import build_encoder
 from packforcing_cli.training.demo_text import build_demo_tokenizer, tiny_umt5_config
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
@@ -461,6 +471,65 @@ def test_what_a_package_cannot_do_is_refused_before_anything_is_loaded(
 def test_a_few_step_package_without_a_compressor_generates(student: Path, run_command: Any) -> None:
     same = ("--steps", "2", "--guidance", "1", "--compressor", "lr")
     assert run_command("generate", PROMPT, "--model", str(student), "--seconds", "5", *same, "-q").code == 0
+
+
+LR_PATH = "no trained compressor: old blocks are kept by the training-free LR path"
+
+
+def test_a_model_without_a_trained_compressor_says_what_keeps_old_blocks(
+    student: Path, package: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("packforcing_cli.cli.generate.run_job", lambda *_, **__: Outcome(None, 0.0, 0))
+    assert run_command("generate", PROMPT, "--model", str(student)).err.count(LR_PATH) == 1
+    for other in (["--compressor", "none"], ["--compressor", "pool"], ["--policy", "window"]):
+        assert LR_PATH not in run_command("generate", PROMPT, "--model", str(student), *other).err
+    assert LR_PATH not in run_command("generate", PROMPT, "--model", str(package)).err
+    with_weights = ["--compressor", str(package / "compressor")]
+    assert LR_PATH not in run_command("generate", PROMPT, "--model", str(student), *with_weights).err
+
+
+def test_a_compressor_may_be_the_name_of_an_installed_package(
+    student: Path, package: Path, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    shutil.copytree(package, packages.install_folder("mine"))
+    plan = run_command(
+        "generate", PROMPT, "--model", str(student), "--compressor", "mine", "--dry-run", "--json"
+    )
+    assert plan.code == 0, plan.err
+    assert json.loads(plan.out)["weight_bytes"]["compressor"] > 0
+    wrong = run_command("generate", PROMPT, "--model", str(student), "--compressor", "mien", "--dry-run")
+    assert_one_message(wrong, 2, "--compressor mien: must be one of", "--compressor")
+
+
+def test_compressor_none_forgets_old_blocks(generate: Any) -> None:
+    plan = json.loads(generate("--compressor", "none", "--dry-run", "--json").out)
+    assert plan["tokens"]["mid"] == plan["bytes"]["bank"] == 0
+    assert generate("--compressor", "none", "-q").code == 0
+
+
+def test_a_compressor_of_another_package_is_used_and_recorded(
+    student: Path, package: Path, run_command: Any, tmp_path: Path
+) -> None:
+    same = ("--model", str(student), "--compressor", str(package / "compressor"))
+    result = run_command("generate", PROMPT, *same, "--seconds", "5", "--seed", "1", "--json")
+    assert result.code == 0, result.err
+    made = json.loads(result.out)
+    assert f"--compressor {package / 'compressor'}" in made["command"]
+    with RunFolder.open(runfolder.find(made["run"])) as run:
+        assert run.record.must["weights of compressor"] == read_manifest(package).part_hash("compressor")
+        assert run.record.must["compressor"] == "hr+lr"
+
+
+def test_a_compressor_that_does_not_fit_is_refused_before_anything_is_loaded(
+    student: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "open_model", lambda *_, **__: 1 / 0)
+    result = run_command("generate", PROMPT, "--model", str(student), "--compressor", "demo")
+    assert_one_message(result, 7, "tiny has width 16", "--compressor lr")
+    (tmp_path / "empty").mkdir()
+    result = run_command("generate", PROMPT, "--model", str(student), "--compressor", "empty")
+    assert_one_message(result, 7, "empty is no compressor", "--compressor")
 
 
 def test_an_empty_prompt_is_refused(generate: Any) -> None:
