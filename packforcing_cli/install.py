@@ -23,7 +23,7 @@ from pydantic import ValidationError
 
 from packforcing_cli import catalog, hub, packages
 from packforcing_cli.catalog import ModelFacts, PartSource
-from packforcing_cli.errors import OfflineError, UsageError, WeightsError
+from packforcing_cli.errors import REINSTALL, OfflineError, UsageError, WeightsError
 from packforcing_cli.hub import Hub, RepoFile, Snapshot
 from packforcing_cli.packages import (
     MANIFEST,
@@ -177,7 +177,7 @@ def _matching(snapshot: Snapshot, place: PartSource, at: Hub) -> tuple[RepoFile,
         if not hits:
             raise WeightsError(
                 f"{place.repo} at {snapshot.commit[:12]} has no file {pattern} in {place.subfolder or 'it'}",
-                hint="Look at its page on the Hub; pip install --upgrade packforcing may know its new form.",
+                hint=f"Look at its page on the Hub; to have a packforcing that knows its new form, {REINSTALL}.",
             )
         found |= hits
     for name, pinned in place.sha256.items():
