@@ -338,7 +338,7 @@ def model_card(manifest: Manifest) -> str:
     ]
     lines += [
         "",
-        f"A model package for [packforcing](https://pypi.org/project/packforcing/), version {m.version}:"
+        f"A model package for packforcing, version {m.version}:"
         f" {m.size[0]}x{m.size[1]} pixels at {m.fps} fps, blocks of {m.cache.frames_per_block} latent frames.",
         "",
         "```sh",

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError, WeightsError
+from packforcing_cli.errors import REINSTALL, DiskFullError, PackforcingError, UsageError, WeightsError
 from packforcing_cli.text import Encoder, TextIdentity, clean
 
 FORMAT = "packforcing-embeddings"  # the key of the metadata, which is one JSON text: its bytes have one order
@@ -266,7 +266,7 @@ def read(path: Path) -> EmbeddingFile:
             if values["schema"] != SCHEMA:
                 raise WeightsError(
                     f"{path} has schema {values['schema']}; this program reads {SCHEMA}",
-                    hint="pip install --upgrade packforcing",
+                    hint=f"{REINSTALL.capitalize()}.",
                 )
             encoder, length = str(values["encoder"]), int(values["length"])
             texts: dict[str, Encoded] = {}

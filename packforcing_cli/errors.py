@@ -20,6 +20,9 @@ The remaining exit codes are no errors of this tree: 3 batch partly failed, 130 
 
 from __future__ import annotations
 
+REINSTALL = "install packforcing again from a fresh checkout"
+"""The step that mends or updates the program itself: it is on no package index."""
+
 
 class PackforcingError(Exception):
     """Base of all expected failures.

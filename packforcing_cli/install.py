@@ -9,6 +9,7 @@ what it is; one without is a package when the catalog knows it. Prints nothing, 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from packforcing_cli import catalog, hub, packages
 from packforcing_cli.catalog import ModelFacts, PartSource
-from packforcing_cli.errors import OfflineError, UsageError, WeightsError
+from packforcing_cli.errors import REINSTALL, OfflineError, UsageError, WeightsError
 from packforcing_cli.hub import Hub, RepoFile, Snapshot
 from packforcing_cli.packages import (
     MANIFEST,
@@ -174,7 +177,7 @@ def _matching(snapshot: Snapshot, place: PartSource, at: Hub) -> tuple[RepoFile,
         if not hits:
             raise WeightsError(
                 f"{place.repo} at {snapshot.commit[:12]} has no file {pattern} in {place.subfolder or 'it'}",
-                hint="Look at its page on the Hub; pip install --upgrade packforcing may know its new form.",
+                hint=f"Look at its page on the Hub; to have a packforcing that knows its new form, {REINSTALL}.",
             )
         found |= hits
     for name, pinned in place.sha256.items():
@@ -555,12 +558,14 @@ class Removal:
 
     folder:    the package's folder, with its bytes in own_bytes.
     hub_files: files in the Hub's cache that no other installed package refers to, with their bytes.
+    unread:    an installed package that cannot be read; what it shares is not known, so hub_files is empty.
     """
 
     folder: Path
     own_bytes: int
     hub_files: tuple[Path, ...]
     hub_bytes: int
+    unread: Path | None = None
 
 
 def plan_removal(name: str) -> Removal:
@@ -578,10 +583,8 @@ def plan_removal(name: str) -> Removal:
         if other != folder:
             try:
                 theirs = _hub_paths(packages.read_manifest(other))
-            except WeightsError as error:
-                raise WeightsError(
-                    f"{other} cannot be read, so it is not known which files it shares", hint=error.hint
-                ) from error
+            except WeightsError:
+                return Removal(folder, own, (), 0, unread=other)
             mine = {content: path for content, path in mine.items() if content not in theirs}
     size = sum(content.stat().st_size for content in mine)
     return Removal(folder, own, tuple(mine.values()), size)
@@ -591,6 +594,10 @@ def _hub_paths(manifest: Manifest) -> dict[Path, Path]:
     """Content -> name in the cache, of every file a package refers to or was made of."""
     named = [(w.repo, w.commit, w.file.path) for w in _reference_files(manifest)]
     named += [(e["repo"], e["revision"], e["file"]) for e in manifest.provenance.get("pickled", ())]
+    for part in manifest.parts:  # made of bare weights, by `_with_own_config`
+        with contextlib.suppress(ValidationError):  # other packages say other things of their parts
+            made_of = HubReference.model_validate(manifest.provenance.get(part))
+            named += [(made_of.repo, made_of.revision, made_of.path_in_repo(name)) for name in made_of.files]
     found = (hub.cached(*one) for one in named)
     return {path.resolve(): path for path in found if path is not None}
 

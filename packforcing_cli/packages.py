@@ -30,7 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from packforcing_cli import catalog, hub
 from packforcing_cli.catalog import ModelFacts
 from packforcing_cli.config import COMPRESSORS
-from packforcing_cli.errors import OfflineError, UsageError, WeightsError
+from packforcing_cli.errors import REINSTALL, OfflineError, UsageError, WeightsError
 
 MANIFEST = "packforcing.json"
 SCHEMA = 1
@@ -38,7 +38,7 @@ SCHEMA = 1
 Part = Literal["transformer", "vae", "text_encoder", "tokenizer", "compressor"]
 REQUIRED_PARTS: tuple[Part, ...] = ("transformer", "vae", "text_encoder", "tokenizer")
 
-_AGAIN = "Get the package again; for the demo, install packforcing again from a fresh checkout."
+_AGAIN = f"Get the package again; for the demo, {REINSTALL}."
 REMEMBERED_FROM = 16 << 20  # bytes; smaller files are hashed every time
 
 
@@ -291,7 +291,7 @@ def parse_manifest(text: str, path: str) -> Manifest:
     if schema > SCHEMA:
         raise WeightsError(
             f"{path} has schema {schema}; this program reads up to {SCHEMA}",
-            hint="pip install --upgrade packforcing",
+            hint=f"{REINSTALL.capitalize()}.",
         )
     try:
         return Manifest.model_validate(values)

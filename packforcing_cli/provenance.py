@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from packforcing_cli.config import GenerateRequest
-from packforcing_cli.errors import UsageError
+from packforcing_cli.errors import REINSTALL, UsageError
 from packforcing_cli.layout import Layout
 
 SCHEMA = 1
@@ -120,7 +120,7 @@ def from_tags(tags: Mapping[str, str], *, source: str) -> Provenance:
         if isinstance(schema, int) and schema > SCHEMA:
             raise UsageError(
                 f"{source} was made by a newer packforcing (metadata of schema {schema})",
-                hint="pip install --upgrade packforcing",
+                hint=f"{REINSTALL.capitalize()}.",
             )
         return Provenance.model_validate(values)
     except (ValueError, RecursionError) as error:

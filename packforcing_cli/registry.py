@@ -30,7 +30,14 @@ from packforcing_cli import catalog, durable, packages, weights
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.config import COMPRESSORS
-from packforcing_cli.errors import DiskFullError, EnvironmentProblem, OfflineError, UsageError, WeightsError
+from packforcing_cli.errors import (
+    REINSTALL,
+    DiskFullError,
+    EnvironmentProblem,
+    OfflineError,
+    UsageError,
+    WeightsError,
+)
 from packforcing_cli.packages import (
     MANIFEST,
     REQUIRED_PARTS,
@@ -98,7 +105,7 @@ __all__ = [
 LAYERS = "blocks."  # of a transformer, in its state dict
 
 M = TypeVar("M", bound=nn.Module)
-_AGAIN = "Get the package again; for the demo, install packforcing again from a fresh checkout."
+_AGAIN = f"Get the package again; for the demo, {REINSTALL}."
 
 
 # -------------------------------------------------------------------------------------------------- loading

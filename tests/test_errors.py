@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,3 +111,13 @@ def test_tracebacks_show_only_when_asked_for(
 def test_a_prompt_that_looks_like_a_flag_does_not_ask_for_tracebacks() -> None:
     assert not cli.wants_traceback(["generate", "--", "-v"])
     assert cli.wants_traceback(["generate", "-v"])
+
+
+def test_no_hint_sends_a_person_to_a_package_index_for_the_program_itself() -> None:
+    """It is installed from a checkout; what a person is told to do must work."""
+    for path in sorted(Path(errors.__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".toml"):
+            text = path.read_text("utf-8")
+            assert not re.search(r"pip install[^\"']* packforcing|pypi\.org", text), path
+            if path.suffix == ".py" and path.name != "errors.py":
+                assert errors.REINSTALL not in text, f"{path}: use errors.REINSTALL"

@@ -84,12 +84,12 @@ def doctor(
 
 def _run(name: str, check: Check) -> Iterator[Finding]:
     """What a check finds; a library that cannot be loaded and a GPU that does not answer are findings too."""
-    from packforcing_cli.errors import PackforcingError
+    from packforcing_cli.errors import REINSTALL, PackforcingError
 
     try:
         yield from check()
     except (ImportError, OSError) as error:
-        yield Finding(name, "broken", _said(error), "pip install --force-reinstall packforcing")
+        yield Finding(name, "broken", _said(error), REINSTALL)
     except RuntimeError as error:  # PyTorch's, of which running out of GPU memory is one
         yield Finding(name, "broken", _said(error), "nvidia-smi shows what uses the GPU and whether it works")
     except PackforcingError as error:
@@ -384,11 +384,9 @@ def model_finding(name: str, folder: Path) -> Finding:
     """Whether an installed model is whole. Large files that were verified before, and have not changed, count."""
     from packforcing_cli import packages
     from packforcing_cli.cli import console
-    from packforcing_cli.errors import PackforcingError
+    from packforcing_cli.errors import REINSTALL, PackforcingError
 
-    again = (
-        "pip install --force-reinstall packforcing" if name == "demo" else f"packforcing models pull {name}"
-    )
+    again = REINSTALL if name == "demo" else f"packforcing models pull {name}"
     try:
         manifest = packages.read_manifest(folder)
         absent = packages.absent_files(manifest)

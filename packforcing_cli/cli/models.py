@@ -471,6 +471,10 @@ def remove(
         if not typer.confirm(f"Delete {console.gb(size)} of {name}?", err=True):
             raise typer.Exit(1)
     install.remove(removal, hub_files=hub_files)
+    if removal.unread is not None and (hub_files or not quiet):
+        console.say(
+            f"The files of {name} in the Hub's cache stay: {removal.unread} cannot be read and may share them"
+        )
     if not quiet:
         kept = 0 if hub_files else removal.hub_bytes
         console.say(

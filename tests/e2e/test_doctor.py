@@ -13,7 +13,7 @@ import torch
 from packforcing_cli import catalog, config, registry
 from packforcing_cli.cli import doctor
 from packforcing_cli.cli.doctor import Finding
-from packforcing_cli.errors import WeightsError
+from packforcing_cli.errors import REINSTALL, WeightsError
 
 INDEX = "https://download.pytorch.org/whl/"
 UPDATE = "update the NVIDIA driver"
@@ -77,7 +77,7 @@ def test_a_library_that_cannot_be_loaded_is_a_finding(
     result = run_command("doctor")
     assert result.code == 4
     assert "✗  video  libx264.so: cannot open" in result.out
-    assert "pip install" in result.out
+    assert f"→ {REINSTALL}" in result.out
 
 
 def torch_finding(**changes: Any) -> Finding:

@@ -478,6 +478,22 @@ def test_remove_frees_its_own_and_asks_first(pull: Command, run_command: Command
     assert run_command("models", "remove", "demo", "--yes").code == 2
 
 
+def test_a_broken_package_keeps_no_other_from_being_removed(
+    pull: Command, run_command: Command, tmp_path: Path
+) -> None:
+    pull()
+    other = packages.models_folder() / "other"
+    other.mkdir()
+    (other / "packforcing.json").write_text("{")
+    removed = run_command("models", "remove", NAME, "--yes", "--hub-files", "--quiet")
+    assert removed.code == 0, removed.err
+    assert f"in the Hub's cache stay: {other} cannot be read and may share them" in removed.err
+    assert listed(run_command, NAME)["state"] == "not installed"
+    assert list((tmp_path / "hub").glob("models--wlsaidhi*/blobs/*"))
+    assert run_command("models", "remove", "other", "--yes").code == 0
+    assert not other.exists()
+
+
 def test_a_bundle_with_parts_installs_where_there_is_no_network(
     pull: Command, run_command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -593,6 +609,10 @@ def test_the_tiny_vae_stands_in_for_the_wan_vae(
     assert made.code == 0, made.err
     assert run_command("models", "verify", "taew2_1", "--deep").code == 0
     assert generate(run_command, "taew2_1", tmp_path).code == 2
+    blobs = tmp_path / "hub" / "models--ionden--taew2.1" / "blobs"
+    assert list(blobs.iterdir())
+    assert run_command("models", "remove", "taew2_1", "--yes", "--hub-files").code == 0
+    assert list(blobs.iterdir()) == []
 
 
 def test_json_and_quiet_are_kept(pull: Command, run_command: Command) -> None:
