@@ -247,7 +247,10 @@ def test_a_timeline_is_resumed_and_goes_on_in_a_branch(
     assert run_command(*same, "-o", "b.mp4", "--run", "same", "-q").code == 0
     assert torch.equal(latents(tmp_path / "same"), latents(tmp_path / "whole"))
     assert run_command(*same, "--at", "0:05 blue", "-o", "c.mp4", "--run", "other", "-q").code == 0
-    assert runfolder.read(tmp_path / "other").request["timeline"]["at"][-1] == ["0:05", "blue"]
+    assert runfolder.read(tmp_path / "other").request["timeline"]["at"][-1] == {
+        "time": "0:05",
+        "prompt": "blue",
+    }
 
 
 def test_a_branch_has_the_old_blocks_and_new_ones(
@@ -267,7 +270,7 @@ def test_a_branch_has_the_old_blocks_and_new_ones(
     assert num_frames(tmp_path / "b.mp4") == 61
     record = runfolder.read(tmp_path / "branch")
     assert (record.prompt, record.request["seed"]) == (PROMPT, 9)
-    assert record.request["timeline"]["at"] == [["0:01.8125", "a circle"]]
+    assert record.request["timeline"]["at"] == [{"time": "0:01.8125", "prompt": "a circle"}]
     assert record.parent == runfolder.read(tmp_path / "source").id
 
 
