@@ -503,8 +503,9 @@ def _transport_errors() -> tuple[type[Exception], ...]:
 
 def _status(error: Exception) -> tuple[int | None, Mapping[str, str]]:
     """HTTP status and headers of a failure, (None, {}) if there was no answer."""
+    headers: Mapping[str, str]
     if isinstance(error, urllib.error.HTTPError):
-        status, headers = error.code, error.headers or {}
+        status, headers = error.code, dict(error.headers or {})
     else:
         response = getattr(error, "response", None)
         if response is None:

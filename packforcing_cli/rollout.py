@@ -47,10 +47,10 @@ from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.timeline import Script
+from packforcing_cli.timeline import Script, frames_before
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
 from packforcing_cli.vae import StreamingDecoder, WanCodec, encode_lr, lr_pixels
-from packforcing_cli.video import PipeWriter, VideoReader, VideoWriter, part_path
+from packforcing_cli.video import FrameFolder, PipeWriter, VideoReader, VideoWriter, part_path
 
 
 @dataclass(frozen=True)
@@ -397,7 +397,7 @@ def stream_generate(
             latents=x0,
             selected=selected,
             recalled=tuple(sorted(set(selected.flatten().tolist()))),
-            cache=cache.stats(),
+            cache=replace(cache.stats(), active=tuple(tuple(ids) for ids in selected.tolist())),
             seconds=watch.seconds,
             replayed=old is not None,
             state=partial(state_of, cache, decoder, compress),
@@ -583,6 +583,7 @@ def generate(
     overwrite: bool = False,
     run: RunFolder | None = None,
     snapshot_every: int | None = None,
+    frames: FrameFolder | None = None,
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -598,6 +599,8 @@ def generate(
         run:          where every block is kept before it is written; the blocks it has already are not made again,
                       and what its video has of them is not encoded again. Not with a stream.
         snapshot_every: blocks between two exact snapshots in the run folder; None = none.
+        frames:       gets every frame as a picture, too, before its block is kept; of blocks that are there already
+                      those that are missing.
         on_block:     called after every block with it and its wall-clock seconds.
         should_stop:  asked after every block; True ends the video there, finished and playable.
     Returns: what was made. Raises: as `stream_generate`, `video.VideoWriter` and `RunFolder`; what was written
@@ -624,6 +627,8 @@ def generate(
         if run is not None:
             snapshot = run.snapshot_blocks()
             start = snapshot if snapshot <= min(written, num_blocks - 1) else 0
+            if frames is not None and frames.lacks(frames_before(grid, start)):
+                start = 0
             known = (PastBlock(entry.latents, entry.selected) for entry in run.entries(start))
             past = chain(known, islice(past, run.blocks, None))
         stream = stream_generate(
@@ -639,6 +644,9 @@ def generate(
             state=run.load_snapshot() if run is not None and start else None,
         )
         for block in stream:
+            if frames is not None:
+                begins = frames_before(grid, block.index)
+                frames.write(block.frames, first=begins, only_missing=block.replayed and run is not None)
             if run is not None and not block.replayed:
                 figures = {"seconds": block.seconds, "cache": asdict(block.cache), "recalled": block.recalled}
                 run.append(block.latents, block.selected, trace=figures)
@@ -867,18 +875,21 @@ def replay_cost(run: RunFolder) -> Remaining:
 
 
 def finish(run: RunFolder) -> bool:
-    """Finish the file of a run whose blocks are all made and encoded; needs no model.
+    """Finish the file of a run whose blocks are all made and encoded, its pictures too; needs no model.
 
     Returns: whether the file is finished now. Raises: as `video.VideoWriter`.
     """
     record, output = run.record, Path(run.record.output)
     if run.blocks < record.blocks:
         return False
+    request = GenerateRequest.from_values(record.request)
+    frames = sum(block_frames(record, n) for n in range(record.blocks))
+    if request.frames is not None and FrameFolder(request.frames).lacks(frames):
+        return False
     if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
         if record.status != "finished":
-            run.update(status="finished", frames=sum(block_frames(record, n) for n in range(record.blocks)))
+            run.update(status="finished", frames=frames)
         return True
-    request = GenerateRequest.from_values(record.request)
     grid = Grid(record.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
     script = request.timeline.script(request.prompt, grid, fps=record.fps, num_blocks=record.blocks)
     encoding = Encoding(

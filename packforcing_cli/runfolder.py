@@ -49,6 +49,7 @@ LATENTS = "latents"
 TRACE = "trace.jsonl"
 SNAPSHOT = "snapshot.safetensors"
 LOCK = "lock"
+_PIECE_BYTES = 1 << 24  # of a snapshot in one write
 _ELSEWHERE = "Give --run a new folder, or keep no run folder with --no-run."
 TORN = ".torn"  # what a block that cannot be read is called until it is made again
 MOVED = ".where"  # a file of this ending in the folder of all runs says where a run with --run DIR is
@@ -490,18 +491,17 @@ class RunFolder:
 
     def save_snapshot(self, state: Mapping[str, Tensor]) -> None:
         """Keep the exact state after the newest block in place of an older one. Raises: as `append`."""
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
         path = self.folder / SNAPSHOT
         try:
             with durable.replacing(path) as temporary:
-                save_file(dict(state), temporary, {"blocks": str(self.blocks)})
+                fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | durable.BINARY, 0o666)
+                try:
+                    for data in _safetensors(state, {"blocks": str(self.blocks)}):
+                        durable.write_all(fd, data)
+                finally:
+                    os.close(fd)
         except OSError as error:
             raise self._failure(error, path) from error
-        except SafetensorError as error:  # its own writer hides the number of the error in the text
-            number = re.search(r"os error (\d+)", str(error))
-            raise self._failure(OSError(int(number[1]) if number else 0, str(error)), path) from error
 
     def snapshot_blocks(self) -> int:
         """After how many blocks the snapshot was made; 0 without one that can be used."""
@@ -639,6 +639,44 @@ class RunFolder:
 
 class _TornError(RunFolderError):
     """A block's file was read and is not what was written."""
+
+
+def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The bytes of a safetensors file in pieces, so that a large one is in memory but once.
+
+    The library's own `save_file` tells of a full disk in words alone, and its `save` holds all of it again.
+    """
+    import torch
+
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+        torch.int32: "I32",
+        torch.uint8: "U8",
+        torch.bool: "BOOL",
+    }
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned like this
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    at = 0
+    for name in ordered:
+        tensor = tensors[name]
+        end = at + tensor.nbytes
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [at, end],
+        }
+        at = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in ordered:
+        data = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
+        for start in range(0, len(data), _PIECE_BYTES):
+            yield bytes(data[start : start + _PIECE_BYTES])
 
 
 def _entry_name(index: int) -> str:

@@ -14,6 +14,8 @@ A timeline file is one of (by its ending; anything else is text):
     [cut]       recent frames are left behind, sinks and compressed memory stay
     [pin]       the first block that has the prompt alone is always recalled; [pin 2s] pins that much from there
 
+A prompt that itself ends in brackets has a backslash before them: "a sign \\[cut]". In TOML it needs none.
+
 A prompt takes over at the block boundary nearest to its time. Block n of a blend over N blocks (n = 1..N) reads
 
     (1 - w) * embeddings before + w * embeddings of this prompt,   w = n / (N + 1)
@@ -44,8 +46,9 @@ MAX_SHOWN = 20  # problems in one message
 MAX_FILE_BYTES = 10_000_000
 OPTIONS = ("blend", "cut", "pin")
 
-_CLOCK = re.compile(r"(?:(?:([0-9]{1,4}):)?([0-9]{1,6}):)?([0-9]{1,8}(?:[.,][0-9]{1,9})?)(s?)")
-_LAST_OPTION = re.compile(r"\[([^\[\]]*)\]\s*$")
+_CLOCK = re.compile(r"(?:(?:([0-9]{1,6}):)?([0-9]{1,6}):)?([0-9]{1,8}(?:[.,][0-9]{1,9})?)(s?)")
+_LAST_OPTION = re.compile(r"(?<!\\)\[([^\[\]]*)\]\s*$")
+_BRACKETS_BEHIND = re.compile(r"\[[^\[\]]*\]$")
 _ARROW = re.compile(r"\s*(\S+)\s+-->\s+(\S+)")
 _TOML_ENTRY = re.compile(r"^[ \t]*\[\[[ \t]*at[ \t]*\]\]", re.MULTILINE)
 _TOML_PLACE = re.compile(r"\(at line ([0-9]+), column ([0-9]+)\)")
@@ -76,6 +79,7 @@ class Scene:
     """A prompt from some time on.
 
     seconds: when it takes over.
+    prompt:  its text; white space of any kind and length becomes one space.
     blend:   seconds over which it does so.
     cut:     whether recent frames are left behind.
     pin:     seconds to pin from where the prompt stands alone; 0 = its first block; None = nothing.
@@ -88,10 +92,13 @@ class Scene:
     pin: Fraction | None = None
     place: Place = field(default=Place("--at"), compare=False)
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt", " ".join(self.prompt.split()))
+
     @property
     def text(self) -> str:
         """Prompt and options as they are written behind the time."""
-        words = [self.prompt]
+        words = [_BRACKETS_BEHIND.sub(r"\\\g<0>", self.prompt)]
         if self.blend:
             words.append(f"[blend {clock(self.blend)}]")
         if self.cut:
@@ -99,6 +106,14 @@ class Scene:
         if self.pin is not None:
             words.append(f"[pin {clock(self.pin)}]" if self.pin else "[pin]")
         return " ".join(words)
+
+    def to_json(self) -> dict[str, str | bool]:
+        """What a TOML timeline has under [[at]]."""
+        values: dict[str, str | bool] = {"time": clock(self.seconds), "prompt": self.prompt}
+        values |= {"blend": clock(self.blend)} if self.blend else {}
+        values |= {"cut": True} if self.cut else {}
+        values |= {} if self.pin is None else {"pin": clock(self.pin) if self.pin else True}
+        return values
 
 
 @dataclass(frozen=True)
@@ -225,22 +240,20 @@ class Timeline:
         return Script(tuple(prompts), tuple(starts), tuple(blends), tuple(cuts), frozenset(pins))
 
     def to_json(self) -> dict[str, Any]:
-        """Plain lists of what `--at` and `--pin` take, for `from_json`."""
-        return {
-            "at": [[clock(scene.seconds), scene.text] for scene in self.scenes],
-            "pins": [span.text for span in self.pins],
-        }
+        """Plain values, for `from_json`: scenes as in a TOML timeline, pins as `--pin` takes them."""
+        return {"at": [scene.to_json() for scene in self.scenes], "pins": [span.text for span in self.pins]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Timeline:
         """Read back `to_json`. Raises: UsageError if it is something else."""
-        pairs, pins = values.get("at", []), values.get("pins", [])
-        lists = isinstance(pairs, list) and isinstance(pins, list)
-        if not lists or not all(
-            isinstance(pair, list) and [type(x) for x in pair] == [str, str] for pair in pairs
-        ):
-            raise UsageError("this is no timeline: it needs lists of [time, prompt] and of pins")
-        return cls(parse_at(pairs), parse_pins(str(pin) for pin in pins))
+        entries, pins = values.get("at", []), values.get("pins", [])
+        lists = isinstance(entries, list) and isinstance(pins, list)
+        if not lists or not all(isinstance(entry, dict) for entry in entries):
+            raise UsageError("this is no timeline: it needs a list of scenes and a list of pins")
+        problems: list[Problem] = []
+        scenes = [_toml_scene(entry, Place("--at"), problems) for entry in entries]
+        raise_if_any(problems)
+        return cls(tuple(scene for scene in scenes if scene is not None), parse_pins(map(str, pins)))
 
 
 # ---------------------------------------------------------------------------------------------- seconds and blocks
@@ -305,6 +318,7 @@ def parse_scene(seconds: Fraction, text: str, place: Place, problems: list[Probl
         if name not in OPTIONS:
             near = difflib.get_close_matches(name, OPTIONS, n=1)
             meant = f"; did you mean [{near[0]}]?" if near else "; known are [blend 1s], [cut] and [pin]"
+            meant += "" if near else "; brackets that belong to the prompt are written as \\[…]"
             problems.append(Problem(at, f"unknown option {_shown(option[0])}{meant}"))
         elif name in found:
             problems.append(Problem(at, f"[{name}] is there twice"))
@@ -322,9 +336,8 @@ def parse_scene(seconds: Fraction, text: str, place: Place, problems: list[Probl
         problems.append(Problem(place, "[cut] and [blend] contradict each other"))
     if len(problems) > before:
         return None
-    return Scene(
-        seconds, text.strip(), found.get("blend", Fraction(0)), "cut" in found, found.get("pin"), place
-    )
+    said = re.sub(r"\\(?=\[[^\[\]]*\]\s*$)", "", text)
+    return Scene(seconds, said, found.get("blend", Fraction(0)), "cut" in found, found.get("pin"), place)
 
 
 def parse_at(pairs: Iterable[Sequence[str]]) -> tuple[Scene, ...]:
@@ -518,7 +531,7 @@ def _toml_scene(entry: dict[str, Any], place: Place, problems: list[Problem]) ->
             return Fraction(0)
         try:
             return parse_time(value.strip() if isinstance(value, str) else f"{value:.9f}")
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             problems.append(Problem(place, f"{name}: {error}"))
             return Fraction(0)
 
@@ -542,7 +555,7 @@ def _toml_scene(entry: dict[str, Any], place: Place, problems: list[Problem]) ->
         problems.append(Problem(place, "cut and blend contradict each other"))
     if len(problems) > before:
         return None
-    return Scene(time, " ".join(prompt.split()), blend, bool(cut), pin, place)
+    return Scene(time, prompt, blend, bool(cut), pin, place)
 
 
 def _toml_place(text: str, source: str, name: str) -> Place:

@@ -709,21 +709,40 @@ def check_frames(folder: Path, *, overwrite: bool = False) -> None:
 
 
 class FrameFolder:
-    """A folder of numbered PNG files, frame-000000.png and on; see `check_frames` for what it may have in it."""
+    """A folder of numbered PNG files, frame-000000.png and on; see `check_frames` for what it may have in it.
+
+    Every file is there whole or not at all, also after a kill.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
 
-    def write(self, frames: Tensor | NDArray[np.uint8], *, first: int) -> None:
-        """Write [T, H, W, 3] uint8 RGB, numbered from `first`. Raises: DiskFullError, VideoError."""
+    def lacks(self, count: int) -> bool:
+        """Whether one of the first `count` files is missing."""
+        return not all(self._path(number).exists() for number in range(count))
+
+    def write(self, frames: Tensor | NDArray[np.uint8], *, first: int, only_missing: bool = False) -> None:
+        """Write [T, H, W, 3] uint8 RGB, numbered from `first`; they are safe on disk when this returns.
+
+        Args:
+            only_missing: leave the files that are there.
+        Raises: DiskFullError, VideoError.
+        """
         from PIL import Image
 
         try:
             self.folder.mkdir(exist_ok=True)
             for number, pixels in enumerate(np.asarray(frames), start=first):
-                Image.fromarray(pixels).save(self.folder / f"frame-{number:06}.png", format="PNG")
+                if only_missing and self._path(number).exists():
+                    continue
+                file = io.BytesIO()
+                Image.fromarray(pixels).save(file, format="PNG")
+                durable.write(self._path(number), file.getvalue())
         except OSError as error:
             raise _write_error(error, self.folder, plays=None) from error
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"frame-{number:06}.png"
 
 
 def check_encoder(
@@ -761,14 +780,19 @@ def remux(
     Raises: DiskFullError; VideoError if `source` cannot be read or lacks frames, or `target` has appeared.
     """
     count = 0
+    errors: list[OSError] = []
     try:
         with durable.replacing(target, overwrite=overwrite) as temporary:
             with (
                 contextlib.ExitStack() as opened,
                 av.open(_file_url(source)) as reader,
+                _RawFile(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, errors) as file,
                 av.open(
-                    _file_url(temporary),
+                    file,
                     "w",
+                    io_open=lambda *_: _RawFile(
+                        temporary, os.O_RDONLY, errors
+                    ),  # to move what is behind the index
                     format=CONTAINERS[target.suffix.lower()],
                     container_options=_index_in_front(target),
                 ) as writer,
@@ -791,10 +815,57 @@ def remux(
             f"{target} appeared while the video was being made", hint=f"The new one plays: {source}"
         ) from error
     except _IO_ERRORS as error:
-        raise _write_error(error, target, plays=source) from error
+        raise _write_error(errors[0] if errors else error, target, plays=source) from error
     except IndexError as error:
         raise VideoError(f"there is no video in {source}") from error
     return count
+
+
+class _RawFile(io.RawIOBase):
+    """A file for FFmpeg's muxers, every write of which is one of this process, whole or an OSError.
+
+    Args:
+        errors: gets every OSError of a write: FFmpeg goes on to its trailer and tells of another one then.
+    """
+
+    def __init__(self, path: Path, flags: int, errors: list[OSError]) -> None:
+        super().__init__()
+        self.name, self._errors = str(path), errors
+        self._fd: int | None = os.open(path, flags | durable.BINARY, 0o666)
+
+    def write(self, data: Any) -> int:
+        assert self._fd is not None
+        try:
+            durable.write_all(self._fd, bytes(data))
+        except OSError as error:
+            self._errors.append(error)
+            raise
+        return len(data)
+
+    def readinto(self, buffer: Any) -> int:
+        assert self._fd is not None
+        data = os.read(self._fd, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        assert self._fd is not None
+        return os.lseek(self._fd, offset, whence)
+
+    def readable(self) -> bool:
+        return True
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        fd, self._fd = self._fd, None
+        super().close()
+        if fd is not None:
+            os.close(fd)
 
 
 def _index_in_front(target: Path) -> dict[str, str]:

@@ -34,7 +34,8 @@ def test_no_write_can_fail_so_that_anything_is_lost() -> None:
 
 
 def test_six_kills_of_the_command_change_nothing() -> None:
-    assert run("generate", "6")["kills"] == 6
+    found = run("generate", "6")
+    assert found["kills"] == 6 and found["inside"] >= 3
 
 
 @pytest.mark.slow
@@ -44,4 +45,5 @@ def test_no_write_can_fail_anywhere_so_that_anything_is_lost() -> None:
 
 @pytest.mark.slow
 def test_a_thousand_kills_of_the_command_change_nothing() -> None:
-    assert run("generate", "1000")["kills"] == 1000
+    found = run("generate", "1000")
+    assert found["kills"] == 1000 and found["inside"] >= 500

@@ -188,6 +188,7 @@ def test_what_was_recalled_is_in_the_bank_and_ascending(model: VideoModel) -> No
     for block in stream(model, MemoryOptions(top_k=2, bank=4, mid_span="1"), num_blocks=10):
         mids = range(2, block.index - 1)  # two sinks, one recent
         assert block.selected.shape == (2, min(2, len(mids)))
+        assert block.cache.active == tuple(tuple(ids) for ids in block.selected.tolist())
         assert set(block.recalled) == set(block.selected.flatten().tolist()) <= set(mids[-4:])
         assert all(a < b for layer in block.selected.tolist() for a, b in pairwise(layer))
 

@@ -504,7 +504,7 @@ def branch_of(
     scenes: tuple[str, ...] = (),
     pins: tuple[str, ...] = (),
 ) -> Timeline:
-    """The timeline of a branch after three blocks, 0:02.8125, of a run that had `scenes` and `pins`; six blocks long."""
+    """The timeline of a branch after three blocks, 0:02.8125, of a run that had `scenes` and `pins`; six blocks."""
     had = Timeline(parse_at([text.split(" ", 1) for text in scenes]), parse_pins(pins))
     request = GenerateRequest(prompt="made up", seed=3, seconds=9.0, timeline=had)
     return extending._timeline(record(request=request.to_values()), 3, 93 / 16, prompt, list(at), None)
@@ -644,3 +644,24 @@ def test_what_changed_is_named(model: VideoModel) -> None:
         "weights of transformer: null then, ab now"
     ]
     assert runfolder.differences(then, then) == []
+
+
+def test_a_snapshot_is_a_file_of_the_safetensors_library(tmp_path: Path) -> None:
+    """Written through this process's own calls, its bytes are those the library itself would write."""
+    from safetensors.torch import load, save
+
+    state = {
+        "a": torch.arange(6, dtype=torch.bfloat16).reshape(2, 3),
+        "b": torch.tensor(7),
+        "c": torch.randn(3, 4).T,
+        "d": torch.empty(0, 4),
+        "e": torch.tensor([True, False]),
+    }
+    data = b"".join(runfolder._safetensors(state, {"blocks": "3"}))
+    assert len(data) == len(
+        save({name: tensor.contiguous() for name, tensor in state.items()}, {"blocks": "3"})
+    )
+    found = load(data)
+    assert found.keys() == state.keys()
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)

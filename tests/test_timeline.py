@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from fractions import Fraction
 from pathlib import Path
 
@@ -168,16 +169,49 @@ def test_files_that_are_no_text_are_one_message(tmp_path: Path) -> None:
             timeline.read(path)
 
 
+@pytest.mark.parametrize(
+    "prompt", ["a sign [cut]", "a poster [hello]", r"a slash \[x]", "a  blue\tsquare\u2003x"]
+)
+def test_a_prompt_is_the_same_wherever_it_is_kept(prompt: str) -> None:
+    """In TOML brackets are just text; a run folder and a file's metadata keep it, a command line can say it."""
+    (scene,) = parse(f"[[at]]\ntime = 3\nprompt = {json.dumps(prompt)}\n", source="x", kind=".toml")
+    assert scene == Scene(Fraction(3), " ".join(prompt.split()))
+    request = GenerateRequest(prompt="a", timeline=Timeline((scene,)))
+    values = json.loads(json.dumps(request.to_values()))
+    assert GenerateRequest.from_values(values).timeline.scenes == (scene,)
+    assert at(("3s", scene.text)) == (scene,)
+    assert parse(f"0:03 {scene.text}", source="x") == (scene,)
+
+
+def test_brackets_in_a_prompt_are_written_with_a_backslash() -> None:
+    assert at(("3s", r"a sign \[cut] [cut]")) == (Scene(Fraction(3), "a sign [cut]", cut=True),)
+    with pytest.raises(UsageError, match=r"are written as \\\["):
+        at(("3s", "a poster [hello]"))
+
+
 PIECES = st.sampled_from(
     ["0:12", "12s", "-->", "00:00:01,000", " ", "\n", "\n\n", "[", "]", "[blend 1s]", "[cut]", "[pin]", "[[at]]",
      "time = ", "prompt = ", '"', '"""', "=", "a blue square", "1", "\t", "#", "[pin 2s]", "{", "}", "\r", "\0", "é",
-     "1e400", "9999999999999999999", "inf", "1979-05-27T07:32:00Z", "-"]
+     "1e400", "9999999999999999999", "9" * 400, "[hello]", "\\", "9999:59", "inf", "1979-05-27T07:32:00Z", "-"]
 )  # fmt: skip
 TEXTS = st.one_of(
     st.text(max_size=200),
     st.lists(PIECES, max_size=30).map("".join),
     st.lists(st.tuples(PIECES, PIECES, st.text(max_size=20)).map(" ".join), max_size=8).map("\n".join),
 )
+PROMPTS = st.lists(
+    st.sampled_from(["a", "b\tc", " ", "\u2003", "[hello]", "[cut]", "\\[cut]", "[x", "]", "\\"]), min_size=1
+).map("".join)
+TIMES = st.integers(0, 10**8 - 1).map(str) | st.sampled_from(
+    ["999999:59.123456789", "0:12.5", "9999:59:59,5", "12s"]
+)
+SCENES = {
+    "": st.tuples(TIMES, PROMPTS).map(lambda scene: f"{scene[0]} {scene[1]}\n"),
+    ".toml": st.tuples(TIMES, PROMPTS).map(
+        lambda scene: f'[[at]]\ntime = "{scene[0]}"\npin = "{scene[0]}"\nprompt = {json.dumps(scene[1])}\n'
+    ),
+    ".srt": st.tuples(TIMES, PROMPTS).map(lambda scene: f"{scene[0]} --> 999999:00:00\n{scene[1]}\n"),
+}
 many = settings(max_examples=2000, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -187,7 +221,7 @@ def test_any_text_gives_scenes_or_one_usage_error(kind: str) -> None:
     complete: list[bool] = []
 
     @many
-    @given(TEXTS)
+    @given(TEXTS | st.lists(SCENES[kind], max_size=3).map("\n".join))
     def check(text: str) -> None:
         try:
             scenes = parse(text, source="x", kind=kind)
@@ -197,6 +231,8 @@ def test_any_text_gives_scenes_or_one_usage_error(kind: str) -> None:
         assert scenes
         for scene in scenes:
             assert scene.seconds >= 0 and scene.prompt.strip()
+            assert at((clock(scene.seconds), scene.text)) == (scene,)
+        assert Timeline.from_json(json.loads(json.dumps(Timeline(scenes).to_json()))) == Timeline(scenes)
         try:
             found = script(scenes)
         except UsageError:

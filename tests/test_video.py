@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import random
+import shutil
 import signal
 import struct
 import subprocess
@@ -785,3 +786,34 @@ def test_a_finished_file_of_any_kind_can_be_gone_on_with(codec: str, ending: str
         writer.write(blocks[2])
     whole = write_video(tmp_path / f"whole{ending}", blocks, codec=codec)
     assert packets(tmp_path / f"second{ending}") == packets(whole)
+
+
+@pytest.mark.parametrize("ending", [".mp4", ".mkv", ".mov"])
+def test_a_copy_through_this_process_is_what_ffmpeg_itself_would_write(ending: str, tmp_path: Path) -> None:
+    """Byte for byte; also every byte of it goes through os.write, where a full disk is an OSError."""
+    with open_writer(tmp_path / "a.mp4") as writer:
+        writer.write(make_frames(0, 13))
+        writer.flush()
+        part = tmp_path / "part.mp4"
+        shutil.copy(writer.part_path, part)
+    target, direct = tmp_path / f"b{ending}", tmp_path / f"direct{ending}"
+    assert video.remux(part, target, metadata={"a": "b"}) == 13
+    with (
+        av.open(str(part)) as reader,
+        av.open(
+            str(direct),
+            "w",
+            format=video.CONTAINERS[ending],
+            container_options=video._index_in_front(target),
+        ) as writer_,
+    ):
+        writer_.metadata.update({"a": "b"})
+        stream = reader.streams.video[0]
+        copy = writer_.add_stream_from_template(stream)
+        for packet in video._picture_packets(reader, stream, copy):
+            writer_.mux(packet)
+    ours, theirs = target.read_bytes(), direct.read_bytes()
+    if ending == ".mkv":  # its track has a random number
+        assert len(ours) == len(theirs) and packets(target) == packets(direct)
+    else:
+        assert ours == theirs

@@ -123,7 +123,7 @@ def extend(
                     "keep_run": True,
                 }
             )
-            job = runner.prepare(request)
+            job = runner.prepare(request, blocks=blocks)
             job.plan.require_fit()
             shown.note(
                 f"{old.record.id}: {runner.count(job.plan.blocks - blocks, 'new block')} after"

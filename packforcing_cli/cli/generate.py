@@ -390,12 +390,15 @@ def _check_run_options(request: GenerateRequest, folder: Path | None) -> Path | 
     return folder
 
 
-def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: Path | None = None) -> Job:
+def prepare(
+    request: GenerateRequest, again: Provenance | None = None, *, path: Path | None = None, blocks: int = 0
+) -> Job:
     """Decide all that is open.
 
     torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
     Args:
         path: the output where that is decided and checked already.
+        blocks: how many are there already; pictures that are in them are not read again.
     Raises: PackforcingError of any kind; no weights are read for it.
     """
     from packforcing_cli import catalog, config, packages, planner
@@ -441,18 +444,22 @@ def prepare(request: GenerateRequest, again: Provenance | None = None, *, path: 
         plan = replace(plan, warnings=(said, *plan.warnings))
     _check_file(request, plan, new=new)
     image = None
-    if request.image is not None:
+    if request.image is not None and not blocks:
         from packforcing_cli.video import read_image
 
         image = read_image(request.image, plan.size, request.fit)
-    stills = _stills(request, plan)
+    stills = _stills(request, plan, blocks)
     command = _command(request)
     why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
     return Job(request, facts, place, path, on.device, why, on.machine, plan, image, stills, again, command)
 
 
-def _stills(request: GenerateRequest, plan: Plan) -> tuple[NDArray[np.uint8], ...]:
-    """The pinned pictures, in the size of the video. Raises: UsageError."""
+def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:
+    """The pinned pictures, in the size of the video; none if they all are in blocks that are there already.
+
+    As long as one is not, all are needed: they are encoded as one stream.
+    Raises: UsageError.
+    """
     from packforcing_cli import video
     from packforcing_cli.errors import UsageError
 
@@ -463,6 +470,8 @@ def _stills(request: GenerateRequest, plan: Plan) -> tuple[NDArray[np.uint8], ..
             f"{len(request.pin_images)} pinned pictures take a block each, and the video has {plan.blocks}",
             hint="Make it longer with --seconds.",
         )
+    if len(request.pin_images) <= blocks:
+        return ()
     return tuple(video.read_image(path, plan.size, request.fit) for path in request.pin_images)
 
 
@@ -766,18 +775,14 @@ def run_job(
     """
     from packforcing_cli import embeddings, registry, rollout
     from packforcing_cli.errors import GenerationError, PackforcingError
-    from packforcing_cli.timeline import frames_before
     from packforcing_cli.video import FrameFolder
 
     request = job.request
     blocks = 0
-    folder: FrameFolder | None = None
 
     def on_block(block: Block, seconds: float) -> None:
         nonlocal blocks
         blocks += 1
-        if folder is not None:
-            folder.write(block.frames, first=frames_before(job.plan.layout.grid, block.index))
         shown.block(block, seconds)
 
     def kept() -> str:
@@ -814,8 +819,6 @@ def run_job(
             if job.again is not None:
                 _compare(job.again, rollout.provenance_of(model, request, job.plan.layout), shown)
             run = open_run(model)
-            if request.frames is not None:
-                folder = FrameFolder(request.frames)
             load_seconds = time.perf_counter() - started
             if verbose:
                 _describe(model, schedule, load_seconds, shown)
@@ -837,10 +840,11 @@ def run_job(
                 codec=request.codec,
                 crf=request.crf,
                 preset=request.preset,
-                metadata=tags_of(job, model),
+                metadata=tags_of(job, model) if run is None else run.record.tags,
                 overwrite=request.overwrite,
                 run=run,
                 snapshot_every=request.snapshot_every,
+                frames=None if request.frames is None else FrameFolder(request.frames),
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,
             )

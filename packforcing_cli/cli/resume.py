@@ -82,7 +82,7 @@ def resume(
                 else:
                     console.result(str(request.output))
                 return
-            job = runner.prepare(request, path=request.output)
+            job = runner.prepare(request, path=request.output, blocks=opened.blocks)
             job.plan.require_fit()
             outcome = runner.run_job(
                 job,

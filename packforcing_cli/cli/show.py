@@ -57,6 +57,8 @@ def _values(file: Path, reader: VideoReader, made: Provenance) -> dict[str, Any]
 
 
 def _rows(file: Path, reader: VideoReader, made: Provenance) -> list[tuple[str, str]]:
+    from packforcing_cli.timeline import Timeline, clock
+
     request = made.request
     rows = [
         (
@@ -68,8 +70,9 @@ def _rows(file: Path, reader: VideoReader, made: Provenance) -> list[tuple[str, 
     ]
     timeline = request.get("timeline")
     if isinstance(timeline, dict):
-        rows += [("at", " ".join(str(word) for word in scene)) for scene in timeline.get("at", ())]
-        rows += [("pin", str(span)) for span in timeline.get("pins", ())]
+        asked = Timeline.from_json(timeline)
+        rows += [("at", f"{clock(scene.seconds)} {scene.text}") for scene in asked.scenes]
+        rows += [("pin", span.text) for span in asked.pins]
     rows += [
         (name, str(request[name]))
         for name in ("seed", "image", "steps", "guidance", "dtype", "device", "vae")

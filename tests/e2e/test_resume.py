@@ -13,11 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
+from PIL import Image
 from test_generate import PROMPT, assert_one_message, num_frames, send_in_block, whole_blocks, write_tiny
 
-from packforcing_cli import registry, runfolder
+from packforcing_cli import durable, registry, runfolder
 from packforcing_cli.runfolder import RunFolder
 
 
@@ -40,6 +42,11 @@ def generate(run_command: Any, package: Path) -> Callable[..., Any]:
 def latents(folder: Path) -> torch.Tensor:
     with RunFolder.open(folder) as run:
         return torch.cat([entry.latents for entry in run.entries()])
+
+
+def packets(path: Path) -> list[bytes]:
+    with av.open(str(path)) as container:
+        return [bytes(packet) for packet in container.demux(video=0) if packet.size]
 
 
 def only_run() -> runfolder.Run:
@@ -224,6 +231,52 @@ def test_snapshots_make_resuming_instant(
     assert torch.equal(latents(tmp_path / "kept"), latents(tmp_path / "whole"))
 
 
+def test_pictures_are_whole_and_complete_after_a_kill_and_a_resume(
+    generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the pictures of a block, with a snapshot before it; and a picture lost afterwards."""
+    options = ("--seconds", "3", "--snapshot-every", "1")
+    assert generate("-o", "whole.mp4", "--frames", "whole", *options).code == 0
+    write = durable.write
+
+    def stop(path: Path, data: bytes) -> None:
+        if path.name == "frame-000020.png":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write", stop)
+        assert generate("-o", "a.mp4", "--frames", "made", "--run", "kept", *options).code == 130
+
+    def pictures(name: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+
+    assert len(pictures("made")) == 20
+    (tmp_path / "made" / "frame-000003.png").unlink()  # of a block before the snapshot
+    assert run_command("resume", "kept", "-q").code == 0
+    assert pictures("made") == pictures("whole")
+    (tmp_path / "made" / "frame-000044.png").unlink()
+    before = packets(tmp_path / "a.mp4")
+    assert run_command("resume", "kept", "-q").code == 0
+    assert pictures("made") == pictures("whole") and packets(tmp_path / "a.mp4") == before
+    assert "was already finished" in run_command("resume", "kept").err
+
+
+def test_a_pinned_picture_is_not_needed_once_its_block_is_there(
+    generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (80, 80), "red").save(picture)
+    with monkeypatch.context() as patch:
+        send_in_block(patch, 2, signal.SIGINT)
+        stopped = generate("--pin-image", "a.png", "-o", "a.mp4", "--run", "kept", "--seconds", "4")
+    assert stopped.code == 130
+    picture.unlink()
+    assert run_command("resume", "kept", "-q").code == 0
+    assert num_frames(tmp_path / "a.mp4") == 61
+    assert run_command("extend", "kept", "--seconds", "1", "-o", "b.mp4", "-q").code == 0
+
+
 # -- extend ------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +308,10 @@ def test_a_timeline_is_resumed_and_goes_on_in_a_branch(
     assert run_command(*same, "-o", "b.mp4", "--run", "same", "-q").code == 0
     assert torch.equal(latents(tmp_path / "same"), latents(tmp_path / "whole"))
     assert run_command(*same, "--at", "0:05 blue", "-o", "c.mp4", "--run", "other", "-q").code == 0
-    assert runfolder.read(tmp_path / "other").request["timeline"]["at"][-1] == ["0:05", "blue"]
+    assert runfolder.read(tmp_path / "other").request["timeline"]["at"][-1] == {
+        "time": "0:05",
+        "prompt": "blue",
+    }
 
 
 def test_a_branch_has_the_old_blocks_and_new_ones(
@@ -275,7 +331,7 @@ def test_a_branch_has_the_old_blocks_and_new_ones(
     assert num_frames(tmp_path / "b.mp4") == 61
     record = runfolder.read(tmp_path / "branch")
     assert (record.prompt, record.request["seed"]) == (PROMPT, 9)
-    assert record.request["timeline"]["at"] == [["0:01.8125", "a circle"]]
+    assert record.request["timeline"]["at"] == [{"time": "0:01.8125", "prompt": "a circle"}]
     assert record.parent == runfolder.read(tmp_path / "source").id
 
 

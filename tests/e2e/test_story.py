@@ -130,7 +130,10 @@ def test_a_file_says_how_it_was_made_and_is_made_again(
     assert other.code == 0 and frames(tmp_path / "c.mp4") != frames(tmp_path / "a.mp4")
     values = json.loads(run_command("show", "c.mp4", "--json").out)
     assert (values["request"]["seed"], values["request"]["memory"]["select"]) == (2, "fifo")
-    assert values["request"]["timeline"] == {"at": [["0:02", "a circle [cut]"]], "pins": []}
+    assert values["request"]["timeline"] == {
+        "at": [{"time": "0:02", "prompt": "a circle", "cut": True}],
+        "pins": [],
+    }
     assert values["layout"]["top_k"] == 3 and values["layout"]["cuts"] == [2]
     assert len(values["model"]["files"]) > 4 and [c["title"] for c in values["chapters"]] == [
         "a red circle",
