@@ -911,6 +911,8 @@ def _open_part(path: Path, *, exists: bool) -> int:
         durable.sync_folder(part.parent)  # the file's name lasts from here on
     except OSError as error:
         os.close(fd)
+        if not exists:
+            part.unlink(missing_ok=True)
         raise _write_error(error, part, plays=None) from error
     return fd
 

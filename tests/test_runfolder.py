@@ -23,6 +23,8 @@ from torch import Tensor
 
 from packforcing_cli import __version__, durable, rollout, runfolder
 from packforcing_cli.cli import extend as extending
+from packforcing_cli.cli import resume as resuming
+from packforcing_cli.cli.progress import Display
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
 from packforcing_cli.registry import VideoModel
@@ -504,7 +506,7 @@ def branch_of(
     scenes: tuple[str, ...] = (),
     pins: tuple[str, ...] = (),
 ) -> Timeline:
-    """The timeline of a branch after three blocks, 0:02.8125, of a run that had `scenes` and `pins`; six blocks long."""
+    """The timeline of a branch after block 3 (0:02.8125), six blocks long, of a run that had `scenes` and `pins`."""
     had = Timeline(parse_at([text.split(" ", 1) for text in scenes]), parse_pins(pins))
     request = GenerateRequest(prompt="made up", seed=3, seconds=9.0, timeline=had)
     return extending._timeline(record(request=request.to_values()), 3, 93 / 16, prompt, list(at), None)
@@ -545,6 +547,45 @@ def test_files_of_the_source_are_not_used_for_what_is_new(
     assert "far enough" in run_command(*arguments).err
     assert asked[0].frames is None
     assert asked[0].embeddings == (None if more else Path("texts"))
+
+
+# -- what resume notes -------------------------------------------------------------------------------------------
+
+
+def request_of(**changes: Any) -> GenerateRequest:
+    """A request for the video that `make` makes with the tiny model."""
+    values = {"prompt": "made up", "seed": 3, "seconds": (16 * BLOCKS - 3) / 16, "memory": MEMORY, **changes}
+    return GenerateRequest(**values)
+
+
+def test_resume_notes_nothing_before_it_knows_that_it_goes_on(
+    model: VideoModel, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(output=tmp_path / "a.mp4")
+    made = rollout.new_record(model, request, tags={})
+    made = made.model_copy(update={"status": "stopped", "frames": 29, "must": {"model": "other"}})
+    run = RunFolder.create(tmp_path / "run", made)
+    elsewhere = request.model_copy(update={"output": tmp_path / "b.mp4"})
+    before = contents(run.folder)
+    with pytest.raises(UsageError, match="was made with something else"):
+        resuming._go_on(run, model, elsewhere, Display(quiet=True), force=False)
+    assert contents(run.folder) == before
+    run.close()
+    before = contents(run.folder)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("packforcing_cli.cli.generate.prepare", stop)
+    assert "far enough" in run_command("resume", str(run.folder), "-o", "b.mp4").err
+    assert contents(run.folder) == before
+    with RunFolder.open(run.folder) as run:
+        run.update(must=rollout.must_be_same(model, request))
+        for output, frames in ((tmp_path / "a.mp4", 29), (tmp_path / "b.mp4", 0)):
+            now = request.model_copy(update={"output": output})
+            resuming._go_on(run, model, now, Display(quiet=True), force=False)
+            noted = runfolder.read(run.folder)
+            assert (noted.status, noted.output, noted.frames) == ("running", str(output), frames)
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------

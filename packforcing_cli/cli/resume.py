@@ -63,16 +63,17 @@ def resume(
         with RunFolder.open(_folder(run, last=last)) as opened:
             if opened.dropped:
                 shown.warn(f"{opened.dropped} was torn when the run ended; that block is made again")
+            path = Path(opened.record.output)
             if output is not None:
-                opened.update(output=str(runner.checked_output(output).absolute()), frames=0)
+                path = runner.checked_output(output).absolute()
             request = GenerateRequest.from_values(opened.record.request)
-            request = request.model_copy(update={"output": Path(opened.record.output)})
+            request = request.model_copy(update={"output": path})
             if device is not None:
                 request = request.model_copy(update={"device": device})
             if opened.blocks:  # the start image is in the first of them
                 request = request.model_copy(update={"image": None})
             was_finished = opened.record.status == "finished"
-            if rollout.finish(opened):
+            if output is None and rollout.finish(opened):
                 done = (
                     "was already finished" if was_finished else "is finished now: only the file was missing"
                 )
@@ -80,9 +81,9 @@ def resume(
                 if as_json:
                     console.result_json(_finished(opened))
                 else:
-                    console.result(str(request.output))
+                    console.result(str(path))
                 return
-            job = runner.prepare(request, path=request.output)
+            job = runner.prepare(request, path=path)
             job.plan.require_fit()
             outcome = runner.run_job(
                 job,
@@ -135,7 +136,10 @@ def find_run(name: str) -> Path:
 def _go_on(
     run: RunFolder, model: VideoModel, request: GenerateRequest, shown: Display, *, force: bool
 ) -> RunFolder:
-    """Compare with what it was, and say what is ahead. Raises: UsageError if results would differ."""
+    """Compare with what it was, say what is ahead, and note that it is being worked on.
+
+    Raises: UsageError if results would differ; as `RunFolder.update`.
+    """
     from packforcing_cli import rollout, runfolder
 
     check_same(run, rollout.must_be_same(model, request), shown, force=force)
@@ -151,6 +155,8 @@ def _go_on(
         f"{run.record.id}: {run.blocks} of {run.record.blocks} blocks are there;"
         f" {cost.blocks} to go through again ({_about(cost.seconds)}), {rest} to make ({_about(cost.rest_seconds)})"
     )
+    is_same = run.record.output == str(request.output)
+    run.update(status="running", output=str(request.output), frames=run.record.frames if is_same else 0)
     return run
 
 
