@@ -492,8 +492,9 @@ def test_new_folders_and_files_are_entered_for_good(tmp_path: Path, monkeypatch:
     assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "one"} <= set(synced)
     synced.clear()
     (tmp_path / "out").mkdir()
-    VideoWriter(tmp_path / "out" / "a.mp4", fps=16, width=64, height=64).abort()
+    writer = VideoWriter(tmp_path / "out" / "a.mp4", fps=16, width=64, height=64)
     assert synced == [tmp_path / "out"]
+    writer.abort()
 
 
 # -- what a branch shows -----------------------------------------------------------------------------------------
