@@ -607,9 +607,12 @@ def generate(
         written, start = writer.blocks_written, 0
         past: Iterable[PastBlock] = still_blocks(model, stills, grid)
         if run is not None:
-            snapshot = run.snapshot_blocks()
-            start = snapshot if snapshot <= min(written, num_blocks - 1) else 0
-            known = (PastBlock(entry.latents, entry.selected) for entry in run.entries(start))
+            snapshot, other = run.snapshot_blocks(), run.record.other_memory
+            start = snapshot if other < snapshot <= min(written, num_blocks - 1) else 0
+            known = (
+                PastBlock(entry.latents, None if entry.index < other else entry.selected)
+                for entry in run.entries(start)
+            )
             past = chain(known, islice(past, run.blocks, None))
         stream = stream_generate(
             model,
@@ -743,6 +746,14 @@ def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
     return values
 
 
+def is_other_memory(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two `must_be_same` have different memories: ids and snapshots of one mean nothing in the other."""
+    names = {name for name in {*then, *now} if name.startswith("layout ")}
+    return any(
+        then.get(name) != now.get(name) for name in names | {"select", "compressor", "compressed_context"}
+    )
+
+
 def numerics(model: VideoModel) -> dict[str, Any]:
     """What equal bits depend on besides (DESIGN 3.6): the machine."""
     is_cuda = model.device.type == "cuda"
@@ -841,7 +852,8 @@ class Remaining:
 
 def replay_cost(run: RunFolder) -> Remaining:
     """What is ahead when a run is resumed."""
-    blocks = run.blocks - run.snapshot_blocks()
+    snapshot = run.snapshot_blocks()
+    blocks = run.blocks - (snapshot if snapshot > run.record.other_memory else 0)
     stages = [record["seconds"] for record in run.trace() if isinstance(record.get("seconds"), dict)][-20:]
     if not stages:
         return Remaining(blocks, None, None)

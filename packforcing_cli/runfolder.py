@@ -69,6 +69,7 @@ class Record(_Frozen):
     must:     what has to be the same to go on: model and file hashes, layout, schedule, dtype, library versions.
     numerics: what has to be the same for equal bits besides: device, threads.
     parent:   id of the run whose first blocks this one began with.
+    other_memory: so many first blocks were made with another memory: what they recalled is chosen anew.
     """
 
     schema_number: int = Field(SCHEMA, alias="schema")
@@ -88,6 +89,7 @@ class Record(_Frozen):
     must: dict[str, Any]
     numerics: dict[str, Any]
     parent: str | None = None
+    other_memory: int = Field(0, ge=0)
 
     @field_validator("request")
     @classmethod

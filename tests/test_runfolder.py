@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -587,6 +588,36 @@ def test_resume_notes_nothing_before_it_knows_that_it_goes_on(
             resuming._go_on(run, model, now, Display(quiet=True), force=False)
             noted = runfolder.read(run.folder)
             assert (noted.status, noted.output, noted.frames) == ("running", str(output), frames)
+
+
+def test_another_memory_goes_on_when_forced(model: VideoModel, tmp_path: Path) -> None:
+    nine: dict[str, Any] = {"output": tmp_path / "a.mp4", "seconds": (16 * 9 - 3) / 16}
+    request = request_of(**nine)
+    with RunFolder.create(tmp_path / "run", rollout.new_record(model, request, tags={})) as run:
+        make(model, tmp_path / "a.mp4", run, stop_after=7, snapshot_every=2, blocks=9)
+    smaller = MEMORY.model_copy(update={"top_k": 1})
+    now = request_of(**nine, memory=smaller)
+    with RunFolder.open(tmp_path / "run") as run:
+        assert run.entry(6).selected.shape[1] == 2
+        with pytest.raises(UsageError, match="layout top_k: 2 then, 1 now"):
+            resuming._go_on(run, model, now, Display(quiet=True), force=False)
+        resuming._go_on(run, model, now, Display(quiet=True), force=True)
+        assert rollout.replay_cost(run).blocks == 7  # not from the snapshot
+        make(model, tmp_path / "a.mp4", run, stop_after=8, memory=smaller, snapshot_every=1, blocks=9)
+    with RunFolder.open(tmp_path / "run") as run:
+        resuming._go_on(run, model, now, Display(quiet=True), force=False)  # it is as it was, by now
+        assert rollout.replay_cost(run).blocks == 0
+        frames, result = make(model, tmp_path / "a.mp4", run, memory=smaller, blocks=9)
+        assert result is not None and (len(frames), result.blocks) == (1, 9)
+        assert run.entry(8).selected.shape[1] == 1
+    with RunFolder.open_to_read(tmp_path / "run") as old:
+        job = SimpleNamespace(
+            request=now.model_copy(update={"metadata": False}), path=tmp_path / "b.mp4", place="x", facts=None
+        )
+        job.facts = SimpleNamespace(name="x")
+        branch = extending._branch(old, 8, job, model, tmp_path / "branch", other_memory=7)
+        make(model, tmp_path / "b.mp4", branch, memory=smaller, blocks=9)
+        branch.close()
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------

@@ -142,7 +142,10 @@ def _go_on(
     """
     from packforcing_cli import rollout, runfolder
 
-    check_same(run, rollout.must_be_same(model, request), shown, force=force)
+    now = rollout.must_be_same(model, request)
+    check_same(run, now, shown, force=force)
+    if rollout.is_other_memory(run.record.must, now):
+        run.update(other_memory=run.blocks)
     changed = runfolder.differences(run.record.numerics, rollout.numerics(model))
     if changed:
         shown.warn(
@@ -156,7 +159,8 @@ def _go_on(
         f" {cost.blocks} to go through again ({_about(cost.seconds)}), {rest} to make ({_about(cost.rest_seconds)})"
     )
     is_same = run.record.output == str(request.output)
-    run.update(status="running", output=str(request.output), frames=run.record.frames if is_same else 0)
+    frames = run.record.frames if is_same else 0
+    run.update(status="running", output=str(request.output), frames=frames, must=now)
     return run
 
 
