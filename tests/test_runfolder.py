@@ -672,6 +672,44 @@ def test_runs_are_found_by_id_beginning_and_folder_also_elsewhere(tmp_path: Path
     assert not (tmp_path / "b").exists()
 
 
+def test_a_run_is_found_without_looking_through_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, a, b = runfolder.default_root(), record(id="a-1"), record(id="b-1")
+    RunFolder.create(root / a.id, a).close()
+    RunFolder.create(tmp_path / "b", b).close()
+    (root / "old.where").write_text(str(tmp_path / "b"))  # another run has taken its place
+    (root / "renamed").mkdir()
+    RunFolder.create(root / "renamed", record(id="c-1")).close()
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(runfolder, "look", fail)
+    assert runfolder.folder_of("a-1") == runfolder.find("a-") == root / "a-1"
+    assert runfolder.folder_of("b-1") == runfolder.find("b") == tmp_path / "b"
+    assert runfolder.find("c-1") == root / "renamed"
+    for name in ("old", "a", "", "../runs/a-1", "none"):
+        assert runfolder.folder_of(name) is None
+
+
+def test_a_run_at_work_is_looked_at_while_its_files_come_and_go(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = Path.stat, set()
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        found = real(path, **options)
+        if path.name in ("trace.jsonl", "000001.safetensors") and path not in left:
+            left.add(path)
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert runfolder.look(five).size_bytes > 0
+    assert len(left) == 2
+
+
 def test_what_a_kill_left_of_a_run_it_was_making_is_swept_up() -> None:
     root = runfolder.default_root()
     fresh, old, there = root / "fresh", root / "old", record()

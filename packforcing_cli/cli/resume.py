@@ -126,11 +126,11 @@ def find_run(name: str) -> Path:
     if not os.path.isfile(name):  # noqa: PTH113  (Path's raises for a name too long)
         return runfolder.find(name)
     run_id = VideoReader(name).metadata.get("run", "")
-    known = {run.name: run.folder for run in runfolder.all_runs()}
-    if run_id not in known:
+    folder = runfolder.folder_of(run_id)
+    if folder is None:
         what = f"its run {run_id} is not here any more" if run_id else "it names no run"
         raise UsageError(f"{name} cannot be continued: {what}", hint="See `packforcing runs list`.")
-    return known[run_id]
+    return folder
 
 
 def _go_on(
