@@ -400,10 +400,17 @@ class RunFolder:
         """Make a new run folder, with the first blocks of `source` in it if wanted.
 
         Blocks taken over are linked where the file system can, else copied; `source` stays as it is.
-        Raises: UsageError if there is something there; DiskFullError, RunFolderError; nothing is left then.
+        Raises: UsageError if there is something there, or a name is not UTF-8; DiskFullError, RunFolderError; nothing is left then.
         """
         folder = folder.absolute()
         check_new(folder)
+        try:
+            header, place = record.to_json().encode(), str(folder).encode()
+        except UnicodeEncodeError as error:  # a path that was no text comes with stand-ins for its bytes
+            name = error.object[max(0, error.start - 40) : error.end + 40]
+            raise UsageError(
+                f"a run folder cannot keep a name that is not UTF-8 text: {name!r}", hint=_ELSEWHERE
+            ) from error
         try:
             durable.make_folder(folder / LATENTS)
         except OSError as error:
@@ -413,10 +420,10 @@ class RunFolder:
         try:
             if source is not None:
                 run._take_over(source, blocks)
-            run._write(HEADER, record.to_json().encode())  # last: without it the folder is no run
+            run._write(HEADER, header)  # last: without it the folder is no run
             if folder.parent != default_root().absolute():
                 durable.make_folder(default_root())
-                durable.write(default_root() / f"{record.id}{MOVED}", str(folder).encode())
+                durable.write(default_root() / f"{record.id}{MOVED}", place)
         except (OSError, PackforcingError) as error:
             run.discard()
             if isinstance(error, OSError):

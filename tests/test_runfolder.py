@@ -742,6 +742,20 @@ def test_a_run_folder_needs_an_empty_place(five: Path, tmp_path: Path) -> None:
             RunFolder.create(tmp_path / name, record())
 
 
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+def test_names_that_are_no_text_are_refused_before_anything_is_made(tmp_path: Path, run_command: Any) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    request = GenerateRequest(prompt="x", image=tmp_path / odd).to_values()
+    for folder, made in ((tmp_path / odd, record()), (tmp_path / "run", record(request=request))):
+        with pytest.raises(UsageError, match="not UTF-8"):
+            RunFolder.create(folder, made)
+    result = run_command("generate", "x", "-o", f"{odd}.mp4", "--model", "demo")
+    assert (result.code, result.out) == (2, "")
+    assert r"the output name 'caf\udce9.mp4' is not UTF-8 text" in result.err
+    assert list(tmp_path.iterdir()) == []
+    assert not runfolder.default_root().exists()
+
+
 def test_what_changed_is_named(model: VideoModel) -> None:
     request = GenerateRequest(prompt="x", output=Path("a.mp4"), seed=1, seconds=5.0)
     then = rollout.must_be_same(model, request)
