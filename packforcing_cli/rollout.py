@@ -721,13 +721,25 @@ def new_record(
     )
 
 
-def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
-    """What a block of this video depends on beside the numerics, as JSON values."""
+PICTURE = "picture of block {}"
+
+
+def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) -> dict[str, Any]:
+    """What a block of this video depends on beside the numerics, as JSON values.
+
+    made: blocks that are there already; the pictures they began as are not looked at.
+    """
     grid = grid_for(model, request.size or model.manifest.size)
     memory = request.memory.with_defaults(model.manifest.cache.model_dump())
     blocks = grid.blocks_for(request.seconds, model.manifest.fps)
     layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
     versions = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
+    if (model.quantize, request.quantize_text) != ("none", "none"):
+        versions.append("torchao")
+    pictures = request.pin_images if request.image is None else (request.image,)
+    files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
+    if request.embeddings is not None:
+        files["embeddings"] = request.embeddings
     facts = {
         "packforcing": __version__,
         **{name: importlib.metadata.version(name) for name in versions},
@@ -741,9 +753,18 @@ def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
         "quantization": model.quantize,
         "quantization of text": request.quantize_text,
         "compile": "none",
+        **{name: _file_hash(path) for name, path in files.items()},
     }
     values: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return values
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file; a word for one that is gone, which is a difference, too."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
 
 
 def is_other_memory(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

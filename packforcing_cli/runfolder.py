@@ -400,7 +400,8 @@ class RunFolder:
         """Make a new run folder, with the first blocks of `source` in it if wanted.
 
         Blocks taken over are linked where the file system can, else copied; `source` stays as it is.
-        Raises: UsageError if there is something there, or a name is not UTF-8; DiskFullError, RunFolderError; nothing is left then.
+        Raises: UsageError if there is something there, or a name is not UTF-8; DiskFullError, RunFolderError;
+            nothing is left then.
         """
         folder = folder.absolute()
         check_new(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import runpy
@@ -769,3 +770,32 @@ def test_what_changed_is_named(model: VideoModel) -> None:
         "weights of transformer: null then, ab now"
     ]
     assert runfolder.differences(then, then) == []
+
+
+def test_changed_files_and_torchao_are_named(
+    model: VideoModel, five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first.png", "last.png", "texts"):
+        (tmp_path / name).write_bytes(name.encode())
+    pictures = (tmp_path / "first.png",) * 5 + (tmp_path / "last.png",)
+    request = request_of(pin_images=pictures, embeddings=tmp_path / "texts", quantize_text="int8")
+    quiet = Display(quiet=True)
+    with RunFolder.open(five) as run:
+        run.update(must=rollout.must_be_same(model, request))
+        resuming._go_on(run, model, request, quiet, force=False)
+        (tmp_path / "first.png").unlink()  # block 4 and those before it are in the journal
+        resuming._go_on(run, model, request, quiet, force=False)
+        for name, said in (("last.png", "picture of block 5"), ("texts", "embeddings")):
+            (tmp_path / name).write_bytes(b"other")
+            with pytest.raises(UsageError, match=f"something else: {said}: "):
+                resuming._go_on(run, model, request, quiet, force=False)
+            (tmp_path / name).write_bytes(name.encode())
+        real = importlib.metadata.version
+        monkeypatch.setattr(
+            "importlib.metadata.version", lambda name: "0" if name == "torchao" else real(name)
+        )
+        with pytest.raises(UsageError, match="something else: torchao: "):
+            resuming._go_on(run, model, request, quiet, force=False)
+    start = request_of(image=tmp_path / "last.png")
+    assert "picture of block 0" in rollout.must_be_same(model, start)
+    assert "picture of block 0" not in rollout.must_be_same(model, start, made=1)

@@ -131,7 +131,7 @@ def extend(
             )
 
             def branch(model: VideoModel) -> RunFolder:
-                now = rollout.must_be_same(model, before)
+                now = rollout.must_be_same(model, before, made=old.blocks)
                 resuming.check_same(old, now, shown, force=force)
                 other = blocks if rollout.is_other_memory(old.record.must, now) else old.record.other_memory
                 return _branch(old, blocks, job, model, run, other_memory=min(other, blocks))

@@ -142,7 +142,7 @@ def _go_on(
     """
     from packforcing_cli import rollout, runfolder
 
-    now = rollout.must_be_same(model, request)
+    now = rollout.must_be_same(model, request, made=run.blocks)
     check_same(run, now, shown, force=force)
     if rollout.is_other_memory(run.record.must, now):
         run.update(other_memory=run.blocks)
@@ -160,16 +160,18 @@ def _go_on(
     )
     is_same = run.record.output == str(request.output)
     frames = run.record.frames if is_same else 0
-    run.update(status="running", output=str(request.output), frames=frames, must=now)
+    run.update(status="running", output=str(request.output), frames=frames, must={**run.record.must, **now})
     return run
 
 
 def check_same(run: RunFolder, now: dict[str, object], shown: Display, *, force: bool) -> None:
     """Raises: UsageError naming what differs from when the run was made; with `force` it is a warning."""
-    from packforcing_cli import runfolder
+    from packforcing_cli import rollout, runfolder
     from packforcing_cli.errors import UsageError
 
-    changed = runfolder.differences(run.record.must, now)
+    made = {rollout.PICTURE.format(block) for block in range(run.blocks)}
+    then = {name: value for name, value in run.record.must.items() if name not in made}
+    changed = runfolder.differences(then, now)
     if changed and not force:
         shown_first = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise UsageError(
