@@ -871,16 +871,17 @@ class Remaining:
     rest_seconds: float | None
 
 
-def replay_cost(run: RunFolder) -> Remaining:
-    """What is ahead when a run is resumed."""
-    snapshot = run.snapshot_blocks()
-    blocks = run.blocks - (snapshot if snapshot > run.record.other_memory else 0)
+def replay_cost(run: RunFolder, *, keep: int | None = None, blocks: int | None = None) -> Remaining:
+    """What is ahead when a run is resumed; or a branch of `blocks` blocks is made, of which it has `keep`."""
+    snapshot = run.snapshot_blocks() if keep is None else 0  # a branch takes none over
+    there, length = keep or run.blocks, blocks or run.record.blocks
+    again = there - (snapshot if snapshot > run.record.other_memory else 0)
     stages = [record["seconds"] for record in run.trace() if isinstance(record.get("seconds"), dict)][-20:]
     if not stages:
-        return Remaining(blocks, None, None)
+        return Remaining(again, None, None)
     whole = sum(sum(stage.values()) for stage in stages) / len(stages)
     denoise = sum(stage.get("denoise", 0.0) for stage in stages) / len(stages)
-    return Remaining(blocks, blocks * (whole - denoise), (run.record.blocks - run.blocks) * whole)
+    return Remaining(again, again * (whole - denoise), (length - there) * whole)
 
 
 def finish(run: RunFolder) -> bool:

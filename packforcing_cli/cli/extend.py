@@ -112,9 +112,7 @@ def extend(
                     **old.record.request,
                     "image": None,  # it is in the first block
                     "frames": None,  # those of the source stay as they are
-                    **(
-                        {} if prompt is None and not at else {"embeddings": None}
-                    ),  # it has not the new prompts
+                    **({"embeddings": None} if prompt is not None or at else {}),  # not for new prompts
                     **{name: value for name, value in changes.items() if value is not None},
                     "seconds": total,
                     "timeline": timeline,
@@ -133,6 +131,7 @@ def extend(
             def branch(model: VideoModel) -> RunFolder:
                 now = rollout.must_be_same(model, before, made=old.blocks)
                 resuming.check_same(old, now, shown, force=force)
+                resuming.announce(old, model, shown, keep=blocks, blocks=job.plan.blocks)
                 other = blocks if rollout.is_other_memory(old.record.must, now) else old.record.other_memory
                 return _branch(old, blocks, job, model, run, other_memory=min(other, blocks))
 

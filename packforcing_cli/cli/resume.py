@@ -140,28 +140,40 @@ def _go_on(
 
     Raises: UsageError if results would differ; as `RunFolder.update`.
     """
-    from packforcing_cli import rollout, runfolder
+    from packforcing_cli import rollout
 
     now = rollout.must_be_same(model, request, made=run.blocks)
     check_same(run, now, shown, force=force)
     if rollout.is_other_memory(run.record.must, now):
         run.update(other_memory=run.blocks)
+    announce(run, model, shown)
+    is_same = run.record.output == str(request.output)
+    frames = run.record.frames if is_same else 0
+    run.update(status="running", output=str(request.output), frames=frames, must={**run.record.must, **now})
+    return run
+
+
+def announce(
+    run: RunFolder, model: VideoModel, shown: Display, *, keep: int | None = None, blocks: int | None = None
+) -> None:
+    """Say what going on with a run takes, and whether this machine makes the same bits.
+
+    keep, blocks: of a branch: how many blocks it takes over, and its length; None = the run itself goes on.
+    """
+    from packforcing_cli import rollout, runfolder
+
     changed = runfolder.differences(run.record.numerics, rollout.numerics(model))
     if changed:
         shown.warn(
             f"this is not the machine it was ({'; '.join(changed)}): the result is not guaranteed to be the same,"
             " bit for bit"
         )
-    cost = rollout.replay_cost(run)
-    rest = run.record.blocks - run.blocks
+    cost = rollout.replay_cost(run, keep=keep, blocks=blocks)
+    there, length = keep or run.blocks, blocks or run.record.blocks
     shown.note(
-        f"{run.record.id}: {run.blocks} of {run.record.blocks} blocks are there;"
-        f" {cost.blocks} to go through again ({_about(cost.seconds)}), {rest} to make ({_about(cost.rest_seconds)})"
+        f"{run.record.id}: {there} of {length} blocks are there; {cost.blocks} to go through again"
+        f" ({_about(cost.seconds)}), {length - there} to make ({_about(cost.rest_seconds)})"
     )
-    is_same = run.record.output == str(request.output)
-    frames = run.record.frames if is_same else 0
-    run.update(status="running", output=str(request.output), frames=frames, must={**run.record.must, **now})
-    return run
 
 
 def check_same(run: RunFolder, now: dict[str, object], shown: Display, *, force: bool) -> None:
