@@ -625,11 +625,14 @@ def generate(
         written, start = writer.blocks_written, 0
         past: Iterable[PastBlock] = still_blocks(model, stills, grid)
         if run is not None:
-            snapshot = run.snapshot_blocks()
-            start = snapshot if snapshot <= min(written, num_blocks - 1) else 0
+            snapshot, other = run.snapshot_blocks(), run.record.other_memory
+            start = snapshot if other < snapshot <= min(written, num_blocks - 1) else 0
             if frames is not None and frames.lacks(frames_before(grid, start)):
                 start = 0
-            known = (PastBlock(entry.latents, entry.selected) for entry in run.entries(start))
+            known = (
+                PastBlock(entry.latents, None if entry.index < other else entry.selected)
+                for entry in run.entries(start)
+            )
             past = chain(known, islice(past, run.blocks, None))
         stream = stream_generate(
             model,
@@ -741,13 +744,25 @@ def new_record(
     )
 
 
-def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
-    """What a block of this video depends on beside the numerics, as JSON values."""
+PICTURE = "picture of block {}"
+
+
+def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) -> dict[str, Any]:
+    """What a block of this video depends on beside the numerics, as JSON values.
+
+    made: blocks that are there already; the pictures they began as are not looked at.
+    """
     grid = grid_for(model, request.size or model.manifest.size)
     memory = request.memory.with_defaults(model.manifest.cache.model_dump())
     blocks = grid.blocks_for(request.seconds, model.manifest.fps)
     layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
     versions = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
+    if (model.quantize, request.quantize_text) != ("none", "none"):
+        versions.append("torchao")
+    pictures = request.pin_images if request.image is None else (request.image,)
+    files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
+    if request.embeddings is not None:
+        files["embeddings"] = request.embeddings
     facts = {
         "packforcing": __version__,
         **{name: importlib.metadata.version(name) for name in versions},
@@ -762,9 +777,26 @@ def must_be_same(model: VideoModel, request: GenerateRequest) -> dict[str, Any]:
         "quantization": model.quantize,
         "quantization of text": request.quantize_text,
         "compile": "none",
+        **{name: _file_hash(path) for name, path in files.items()},
     }
     values: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return values
+
+
+def _file_hash(path: Path) -> str:
+    """sha256 of a file; a word for one that is gone, which is a difference, too."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"
+
+
+def is_other_memory(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two `must_be_same` have different memories: ids and snapshots of one mean nothing in the other."""
+    names = {name for name in {*then, *now} if name.startswith("layout ")}
+    return any(
+        then.get(name) != now.get(name) for name in names | {"select", "compressor", "compressed_context"}
+    )
 
 
 def numerics(model: VideoModel) -> dict[str, Any]:
@@ -863,15 +895,17 @@ class Remaining:
     rest_seconds: float | None
 
 
-def replay_cost(run: RunFolder) -> Remaining:
-    """What is ahead when a run is resumed."""
-    blocks = run.blocks - run.snapshot_blocks()
+def replay_cost(run: RunFolder, *, keep: int | None = None, blocks: int | None = None) -> Remaining:
+    """What is ahead when a run is resumed; or a branch of `blocks` blocks is made, of which it has `keep`."""
+    snapshot = run.snapshot_blocks() if keep is None else 0  # a branch takes none over
+    there, length = keep or run.blocks, blocks or run.record.blocks
+    again = there - (snapshot if snapshot > run.record.other_memory else 0)
     stages = [record["seconds"] for record in run.trace() if isinstance(record.get("seconds"), dict)][-20:]
     if not stages:
-        return Remaining(blocks, None, None)
+        return Remaining(again, None, None)
     whole = sum(sum(stage.values()) for stage in stages) / len(stages)
     denoise = sum(stage.get("denoise", 0.0) for stage in stages) / len(stages)
-    return Remaining(blocks, blocks * (whole - denoise), (run.record.blocks - run.blocks) * whole)
+    return Remaining(again, again * (whole - denoise), (length - there) * whole)
 
 
 def finish(run: RunFolder) -> bool:

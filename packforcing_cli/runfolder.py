@@ -70,6 +70,7 @@ class Record(_Frozen):
     must:     what has to be the same to go on: model and file hashes, layout, schedule, dtype, library versions.
     numerics: what has to be the same for equal bits besides: device, threads.
     parent:   id of the run whose first blocks this one began with.
+    other_memory: so many first blocks were made with another memory: what they recalled is chosen anew.
     """
 
     schema_number: int = Field(SCHEMA, alias="schema")
@@ -89,6 +90,7 @@ class Record(_Frozen):
     must: dict[str, Any]
     numerics: dict[str, Any]
     parent: str | None = None
+    other_memory: int = Field(0, ge=0)
 
     @field_validator("request")
     @classmethod
@@ -147,7 +149,11 @@ def find(name: str, *, root: Path | None = None) -> Path:
         if not (folder / HEADER).is_file():
             raise UsageError(f"{folder} is not a run folder: it has no {HEADER}", hint=hint)
         return folder.absolute()
-    fitting = {run.name: run.folder for run in all_runs(root) if run.name.startswith(name)}
+    exact = folder_of(name, root=root)
+    if exact is not None:
+        return exact
+    ids = {_id_of(place, known): place for known, place in _places(root).items()}
+    fitting = {known: place for known, place in ids.items() if known.startswith(name)}
     if name in fitting:
         return fitting[name]
     if len(fitting) == 1:
@@ -155,6 +161,17 @@ def find(name: str, *, root: Path | None = None) -> Path:
     if fitting:
         raise UsageError(f"several runs begin with {name!r}: {', '.join(sorted(fitting))}", hint=hint)
     raise UsageError(f"there is no run {name!r}", hint=hint)
+
+
+def folder_of(run_id: str, *, root: Path | None = None) -> Path | None:
+    """The folder of the run with this very id, None if it is not here; looks at no other run."""
+    root = root or default_root()
+    if not re.fullmatch(r"[a-z0-9-]{1,80}", run_id):  # it may come from a video file
+        return None
+    places = [root / run_id]
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        places.append(Path((root / f"{run_id}{MOVED}").read_text("utf-8").strip()))
+    return next((place for place in places if _has_run(place) and _id_of(place, run_id) == run_id), None)
 
 
 def check_new(folder: Path) -> None:
@@ -211,6 +228,12 @@ class Run:
 
 def all_runs(root: Path | None = None) -> list[Run]:
     """Every run of the folder of all runs, and those it knows elsewhere; oldest first."""
+    runs = [look(folder, name) for name, folder in _places(root).items()]
+    return sorted(runs, key=lambda run: (run.record.created if run.record else run.changed, run.name))
+
+
+def _places(root: Path | None) -> dict[str, Path]:
+    """Folders with a run in them, by the names they are known under."""
     root = root or default_root()
     folders = {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
@@ -219,8 +242,19 @@ def all_runs(root: Path | None = None) -> list[Run]:
                 folders[path.stem] = Path(path.read_text("utf-8").strip())
         elif path.is_dir():
             folders[path.name] = path
-    runs = [look(folder, name) for name, folder in folders.items() if (folder / HEADER).is_file()]
-    return sorted(runs, key=lambda run: (run.record.created if run.record else run.changed, run.name))
+    return {name: folder for name, folder in folders.items() if _has_run(folder)}
+
+
+def _has_run(folder: Path) -> bool:
+    return (folder / HEADER).is_file()
+
+
+def _id_of(folder: Path, name: str) -> str:
+    """The id of the run in a folder; `name` if its run.json is damaged."""
+    try:
+        return read(folder).id
+    except PackforcingError:
+        return name
 
 
 def look(folder: Path, name: str = "") -> Run:
@@ -230,7 +264,11 @@ def look(folder: Path, name: str = "") -> Run:
         record = read(folder)
     except PackforcingError as error:
         problem = error.message
-    sizes = [path.stat() for path in folder.rglob("*") if path.is_file()]
+    sizes = []
+    for inside, _, names in os.walk(folder):
+        for file in names:
+            with contextlib.suppress(OSError):  # a process at work renames and removes files meanwhile
+                sizes.append(Path(inside, file).stat())
     return Run(
         name=record.id if record else name or folder.name,
         folder=folder,
@@ -363,10 +401,18 @@ class RunFolder:
         """Make a new run folder, with the first blocks of `source` in it if wanted.
 
         Blocks taken over are linked where the file system can, else copied; `source` stays as it is.
-        Raises: UsageError if there is something there; DiskFullError, RunFolderError; nothing is left then.
+        Raises: UsageError if there is something there, or a name is not UTF-8; DiskFullError, RunFolderError;
+            nothing is left then.
         """
         folder = folder.absolute()
         check_new(folder)
+        try:
+            header, place = record.to_json().encode(), str(folder).encode()
+        except UnicodeEncodeError as error:  # a path that was no text comes with stand-ins for its bytes
+            name = error.object[max(0, error.start - 40) : error.end + 40]
+            raise UsageError(
+                f"a run folder cannot keep a name that is not UTF-8 text: {name!r}", hint=_ELSEWHERE
+            ) from error
         try:
             durable.make_folder(folder / LATENTS)
         except OSError as error:
@@ -376,10 +422,10 @@ class RunFolder:
         try:
             if source is not None:
                 run._take_over(source, blocks)
-            run._write(HEADER, record.to_json().encode())  # last: without it the folder is no run
+            run._write(HEADER, header)  # last: without it the folder is no run
             if folder.parent != default_root().absolute():
                 durable.make_folder(default_root())
-                durable.write(default_root() / f"{record.id}{MOVED}", str(folder).encode())
+                durable.write(default_root() / f"{record.id}{MOVED}", place)
         except (OSError, PackforcingError) as error:
             run.discard()
             if isinstance(error, OSError):

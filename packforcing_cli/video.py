@@ -152,11 +152,17 @@ def part_path(path: Path) -> Path:
 def check_output(path: Path, *, overwrite: bool = False) -> None:
     """Refuse an output that cannot be written, before any work is done for it. Writes nothing.
 
-    Raises: UsageError, with the next step, if the ending is not in CONTAINERS, the name is too long, the folder is
-        missing or read-only, the file exists, or an interrupted run left its unfinished video there.
+    Raises: UsageError, with the next step, if the ending is not in CONTAINERS, the name is too long or no text,
+        the folder is missing or read-only, the file exists, or an interrupted run left its unfinished video there.
     """
     if "\0" in str(path):
         raise UsageError(f"the output name {str(path)!r} has a NUL character in it")
+    try:
+        os.fsencode(path.absolute()).decode()
+    except UnicodeDecodeError as error:
+        raise UsageError(
+            f"the output name {str(path)!r} is not UTF-8 text", hint="Choose another output with -o."
+        ) from error
     if path.suffix.lower() not in CONTAINERS or not path.stem.strip(". "):
         raise UsageError(
             f"cannot write a video to {path}",
@@ -985,6 +991,8 @@ def _open_part(path: Path, *, exists: bool) -> int:
         durable.sync_folder(part.parent)  # the file's name lasts from here on
     except OSError as error:
         os.close(fd)
+        if not exists:
+            part.unlink(missing_ok=True)
         raise _write_error(error, part, plays=None) from error
     return fd
 

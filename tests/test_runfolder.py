@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import json
 import os
 import runpy
@@ -11,6 +12,7 @@ import time
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import av
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from packforcing_cli import __version__, durable, rollout, runfolder
 from packforcing_cli.cli import extend as extending
+from packforcing_cli.cli import resume as resuming
+from packforcing_cli.cli.progress import Display
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
 from packforcing_cli.registry import VideoModel
@@ -490,8 +494,9 @@ def test_new_folders_and_files_are_entered_for_good(tmp_path: Path, monkeypatch:
     assert {tmp_path, tmp_path / "runs", tmp_path / "runs" / "one"} <= set(synced)
     synced.clear()
     (tmp_path / "out").mkdir()
-    VideoWriter(tmp_path / "out" / "a.mp4", fps=16, width=64, height=64).abort()
+    writer = VideoWriter(tmp_path / "out" / "a.mp4", fps=16, width=64, height=64)
     assert synced == [tmp_path / "out"]
+    writer.abort()
 
 
 # -- what a branch shows -----------------------------------------------------------------------------------------
@@ -504,7 +509,7 @@ def branch_of(
     scenes: tuple[str, ...] = (),
     pins: tuple[str, ...] = (),
 ) -> Timeline:
-    """The timeline of a branch after three blocks, 0:02.8125, of a run that had `scenes` and `pins`; six blocks."""
+    """The timeline of a branch after block 3 (0:02.8125), six blocks long, of a run that had `scenes` and `pins`."""
     had = Timeline(parse_at([text.split(" ", 1) for text in scenes]), parse_pins(pins))
     request = GenerateRequest(prompt="made up", seed=3, seconds=9.0, timeline=had)
     return extending._timeline(record(request=request.to_values()), 3, 93 / 16, prompt, list(at), None)
@@ -545,6 +550,95 @@ def test_files_of_the_source_are_not_used_for_what_is_new(
     assert "far enough" in run_command(*arguments).err
     assert asked[0].frames is None
     assert asked[0].embeddings == (None if more else Path("texts"))
+
+
+# -- what resume notes -------------------------------------------------------------------------------------------
+
+
+def request_of(**changes: Any) -> GenerateRequest:
+    """A request for the video that `make` makes with the tiny model."""
+    values = {"prompt": "made up", "seed": 3, "seconds": (16 * BLOCKS - 3) / 16, "memory": MEMORY, **changes}
+    return GenerateRequest(**values)
+
+
+def test_resume_notes_nothing_before_it_knows_that_it_goes_on(
+    model: VideoModel, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_of(output=tmp_path / "a.mp4")
+    made = rollout.new_record(model, request, tags={})
+    made = made.model_copy(update={"status": "stopped", "frames": 29, "must": {"model": "other"}})
+    run = RunFolder.create(tmp_path / "run", made)
+    elsewhere = request.model_copy(update={"output": tmp_path / "b.mp4"})
+    before = contents(run.folder)
+    with pytest.raises(UsageError, match="was made with something else"):
+        resuming._go_on(run, model, elsewhere, Display(quiet=True), force=False)
+    assert contents(run.folder) == before
+    run.close()
+    before = contents(run.folder)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise UsageError("far enough")
+
+    monkeypatch.setattr("packforcing_cli.cli.generate.prepare", stop)
+    assert "far enough" in run_command("resume", str(run.folder), "-o", "b.mp4").err
+    assert contents(run.folder) == before
+    with RunFolder.open(run.folder) as run:
+        run.update(must=rollout.must_be_same(model, request))
+        for output, frames in ((tmp_path / "a.mp4", 29), (tmp_path / "b.mp4", 0)):
+            now = request.model_copy(update={"output": output})
+            resuming._go_on(run, model, now, Display(quiet=True), force=False)
+            noted = runfolder.read(run.folder)
+            assert (noted.status, noted.output, noted.frames) == ("running", str(output), frames)
+
+
+def test_a_branch_says_what_it_takes_and_whether_the_machine_is_another(
+    model: VideoModel, five: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunFolder.open(five) as run:
+        run.append(
+            torch.zeros(1, 4, 4, 8, 8), torch.zeros(2, 0), trace={"seconds": {"denoise": 3.0, "decode": 1.0}}
+        )
+        run.save_snapshot({"a": torch.zeros(1)})
+        resuming.announce(run, model, Display(), keep=4, blocks=9)
+        said = capsys.readouterr().err
+        assert "not the machine it was (cpu: null then, " in said
+        blocks = "4 of 9 blocks are there; 4 to go through again (about 4.0 s), 5 to make (about 20.0 s)"
+        assert f"{run.record.id}: {blocks}" in said
+        run.update(numerics=rollout.numerics(model))
+        resuming.announce(run, model, Display())
+        said = capsys.readouterr().err
+        assert "not the machine" not in said
+        assert "6 of 7 blocks are there; 0 to go through again (about 0.0 s), 1 to make (about 4.0 s)" in said
+
+
+def test_another_memory_goes_on_when_forced(model: VideoModel, tmp_path: Path) -> None:
+    nine: dict[str, Any] = {"output": tmp_path / "a.mp4", "seconds": (16 * 9 - 3) / 16}
+    request = request_of(**nine)
+    with RunFolder.create(tmp_path / "run", rollout.new_record(model, request, tags={})) as run:
+        make(model, tmp_path / "a.mp4", run, stop_after=7, snapshot_every=2, blocks=9)
+    smaller = MEMORY.model_copy(update={"top_k": 1})
+    now = request_of(**nine, memory=smaller)
+    with RunFolder.open(tmp_path / "run") as run:
+        assert run.entry(6).selected.shape[1] == 2
+        with pytest.raises(UsageError, match="layout top_k: 2 then, 1 now"):
+            resuming._go_on(run, model, now, Display(quiet=True), force=False)
+        resuming._go_on(run, model, now, Display(quiet=True), force=True)
+        assert rollout.replay_cost(run).blocks == 7  # not from the snapshot
+        make(model, tmp_path / "a.mp4", run, stop_after=8, memory=smaller, snapshot_every=1, blocks=9)
+    with RunFolder.open(tmp_path / "run") as run:
+        resuming._go_on(run, model, now, Display(quiet=True), force=False)  # it is as it was, by now
+        assert rollout.replay_cost(run).blocks == 0
+        frames, result = make(model, tmp_path / "a.mp4", run, memory=smaller, blocks=9)
+        assert result is not None and (len(frames), result.blocks) == (1, 9)
+        assert run.entry(8).selected.shape[1] == 1
+    with RunFolder.open_to_read(tmp_path / "run") as old:
+        job = SimpleNamespace(
+            request=now.model_copy(update={"metadata": False}), path=tmp_path / "b.mp4", place="x", facts=None
+        )
+        job.facts = SimpleNamespace(name="x")
+        branch = extending._branch(old, 8, job, model, tmp_path / "branch", other_memory=7)
+        make(model, tmp_path / "b.mp4", branch, memory=smaller, blocks=9)
+        branch.close()
 
 
 # -- the lock ----------------------------------------------------------------------------------------------------
@@ -599,6 +693,44 @@ def test_runs_are_found_by_id_beginning_and_folder_also_elsewhere(tmp_path: Path
     assert not (tmp_path / "b").exists()
 
 
+def test_a_run_is_found_without_looking_through_all_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, a, b = runfolder.default_root(), record(id="a-1"), record(id="b-1")
+    RunFolder.create(root / a.id, a).close()
+    RunFolder.create(tmp_path / "b", b).close()
+    (root / "old.where").write_text(str(tmp_path / "b"))  # another run has taken its place
+    (root / "renamed").mkdir()
+    RunFolder.create(root / "renamed", record(id="c-1")).close()
+
+    def fail(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(runfolder, "look", fail)
+    assert runfolder.folder_of("a-1") == runfolder.find("a-") == root / "a-1"
+    assert runfolder.folder_of("b-1") == runfolder.find("b") == tmp_path / "b"
+    assert runfolder.find("c-1") == root / "renamed"
+    for name in ("old", "a", "", "../runs/a-1", "none"):
+        assert runfolder.folder_of(name) is None
+
+
+def test_a_run_at_work_is_looked_at_while_its_files_come_and_go(
+    five: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, left = Path.stat, set()
+
+    def stat(path: Path, **options: Any) -> os.stat_result:
+        found = real(path, **options)
+        if path.name in ("trace.jsonl", "000001.safetensors") and path not in left:
+            left.add(path)
+            path.unlink()
+        return found
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert runfolder.look(five).size_bytes > 0
+    assert len(left) == 2
+
+
 def test_what_a_kill_left_of_a_run_it_was_making_is_swept_up() -> None:
     root = runfolder.default_root()
     fresh, old, there = root / "fresh", root / "old", record()
@@ -629,6 +761,20 @@ def test_a_run_folder_needs_an_empty_place(five: Path, tmp_path: Path) -> None:
     for name in ("full", "full/mine"):
         with pytest.raises(UsageError, match="not an empty folder"):
             RunFolder.create(tmp_path / name, record())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+def test_names_that_are_no_text_are_refused_before_anything_is_made(tmp_path: Path, run_command: Any) -> None:
+    odd = os.fsdecode(b"caf\xe9")
+    request = GenerateRequest(prompt="x", image=tmp_path / odd).to_values()
+    for folder, made in ((tmp_path / odd, record()), (tmp_path / "run", record(request=request))):
+        with pytest.raises(UsageError, match="not UTF-8"):
+            RunFolder.create(folder, made)
+    result = run_command("generate", "x", "-o", f"{odd}.mp4", "--model", "demo")
+    assert (result.code, result.out) == (2, "")
+    assert r"the output name 'caf\udce9.mp4' is not UTF-8 text" in result.err
+    assert list(tmp_path.iterdir()) == []
+    assert not runfolder.default_root().exists()
 
 
 def test_what_changed_is_named(model: VideoModel) -> None:
@@ -665,3 +811,32 @@ def test_a_snapshot_is_a_file_of_the_safetensors_library(tmp_path: Path) -> None
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+def test_changed_files_and_torchao_are_named(
+    model: VideoModel, five: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("first.png", "last.png", "texts"):
+        (tmp_path / name).write_bytes(name.encode())
+    pictures = (tmp_path / "first.png",) * 5 + (tmp_path / "last.png",)
+    request = request_of(pin_images=pictures, embeddings=tmp_path / "texts", quantize_text="int8")
+    quiet = Display(quiet=True)
+    with RunFolder.open(five) as run:
+        run.update(must=rollout.must_be_same(model, request))
+        resuming._go_on(run, model, request, quiet, force=False)
+        (tmp_path / "first.png").unlink()  # block 4 and those before it are in the journal
+        resuming._go_on(run, model, request, quiet, force=False)
+        for name, said in (("last.png", "picture of block 5"), ("texts", "embeddings")):
+            (tmp_path / name).write_bytes(b"other")
+            with pytest.raises(UsageError, match=f"something else: {said}: "):
+                resuming._go_on(run, model, request, quiet, force=False)
+            (tmp_path / name).write_bytes(name.encode())
+        real = importlib.metadata.version
+        monkeypatch.setattr(
+            "importlib.metadata.version", lambda name: "0" if name == "torchao" else real(name)
+        )
+        with pytest.raises(UsageError, match="something else: torchao: "):
+            resuming._go_on(run, model, request, quiet, force=False)
+    start = request_of(image=tmp_path / "last.png")
+    assert "picture of block 0" in rollout.must_be_same(model, start)
+    assert "picture of block 0" not in rollout.must_be_same(model, start, made=1)

@@ -112,9 +112,7 @@ def extend(
                     **old.record.request,
                     "image": None,  # it is in the first block
                     "frames": None,  # those of the source stay as they are
-                    **(
-                        {} if prompt is None and not at else {"embeddings": None}
-                    ),  # it has not the new prompts
+                    **({"embeddings": None} if prompt is not None or at else {}),  # not for new prompts
                     **{name: value for name, value in changes.items() if value is not None},
                     "seconds": total,
                     "timeline": timeline,
@@ -131,8 +129,11 @@ def extend(
             )
 
             def branch(model: VideoModel) -> RunFolder:
-                resuming.check_same(old, rollout.must_be_same(model, before), shown, force=force)
-                return _branch(old, blocks, job, model, run)
+                now = rollout.must_be_same(model, before, made=old.blocks)
+                resuming.check_same(old, now, shown, force=force)
+                resuming.announce(old, model, shown, keep=blocks, blocks=job.plan.blocks)
+                other = blocks if rollout.is_other_memory(old.record.must, now) else old.record.other_memory
+                return _branch(old, blocks, job, model, run, other_memory=min(other, blocks))
 
             outcome = runner.run_job(job, shown, verbose=verbose, open_run=branch)
     except PackforcingError as error:
@@ -228,12 +229,15 @@ def _timeline(
     )
 
 
-def _branch(old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None) -> RunFolder:
+def _branch(
+    old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None, *, other_memory: int
+) -> RunFolder:
     """The new run folder, with the first blocks of the old one in it; the old one is let go."""
     from packforcing_cli import rollout, runfolder
 
     tags = runner.tags_of(job, model)
     record = rollout.new_record(model, runner.recorded(job), tags=tags, parent=old.record.id)
+    record = record.model_copy(update={"other_memory": other_memory})
     where = folder or runfolder.default_root() / record.id
     new = runfolder.RunFolder.create(where, record, source=old, blocks=blocks)
     old.close()

@@ -105,7 +105,7 @@ def is_foreign(source: str, shown: Display) -> bool:
             )
         return False
     run_id = VideoReader(source).metadata.get("run")
-    if run_id in {run.name for run in runfolder.all_runs()}:
+    if run_id and runfolder.folder_of(run_id):
         return False
     if run_id:
         shown.note(f"The run of {source} ({run_id}) is not here: going on from its pictures.")

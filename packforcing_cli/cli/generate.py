@@ -383,6 +383,11 @@ def _check_run_options(request: GenerateRequest, folder: Path | None) -> Path | 
 
     if not request.keep_run:
         given = "--run" if folder else "--snapshot-every" if request.snapshot_every else ""
+        if given and str(request.output) == "-":
+            raise UsageError(
+                f"{given} needs a run folder, and a video to standard output has none",
+                hint=f"Give a file with -o, or leave {given} away.",
+            )
         if given:
             raise UsageError(f"{given} needs a run folder, and --no-run forbids it", hint="Leave one away.")
         return None

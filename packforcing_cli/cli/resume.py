@@ -63,16 +63,17 @@ def resume(
         with RunFolder.open(_folder(run, last=last)) as opened:
             if opened.dropped:
                 shown.warn(f"{opened.dropped} was torn when the run ended; that block is made again")
+            path = Path(opened.record.output)
             if output is not None:
-                opened.update(output=str(runner.checked_output(output).absolute()), frames=0)
+                path = runner.checked_output(output).absolute()
             request = GenerateRequest.from_values(opened.record.request)
-            request = request.model_copy(update={"output": Path(opened.record.output)})
+            request = request.model_copy(update={"output": path})
             if device is not None:
                 request = request.model_copy(update={"device": device})
             if opened.blocks:  # the start image is in the first of them
                 request = request.model_copy(update={"image": None})
             was_finished = opened.record.status == "finished"
-            if rollout.finish(opened):
+            if output is None and rollout.finish(opened):
                 done = (
                     "was already finished" if was_finished else "is finished now: only the file was missing"
                 )
@@ -80,9 +81,9 @@ def resume(
                 if as_json:
                     console.result_json(_finished(opened))
                 else:
-                    console.result(str(request.output))
+                    console.result(str(path))
                 return
-            job = runner.prepare(request, path=request.output, blocks=opened.blocks)
+            job = runner.prepare(request, path=path, blocks=opened.blocks)
             job.plan.require_fit()
             outcome = runner.run_job(
                 job,
@@ -125,41 +126,64 @@ def find_run(name: str) -> Path:
     if not os.path.isfile(name):  # noqa: PTH113  (Path's raises for a name too long)
         return runfolder.find(name)
     run_id = VideoReader(name).metadata.get("run", "")
-    known = {run.name: run.folder for run in runfolder.all_runs()}
-    if run_id not in known:
+    folder = runfolder.folder_of(run_id)
+    if folder is None:
         what = f"its run {run_id} is not here any more" if run_id else "it names no run"
         raise UsageError(f"{name} cannot be continued: {what}", hint="See `packforcing runs list`.")
-    return known[run_id]
+    return folder
 
 
 def _go_on(
     run: RunFolder, model: VideoModel, request: GenerateRequest, shown: Display, *, force: bool
 ) -> RunFolder:
-    """Compare with what it was, and say what is ahead. Raises: UsageError if results would differ."""
+    """Compare with what it was, say what is ahead, and note that it is being worked on.
+
+    Raises: UsageError if results would differ; as `RunFolder.update`.
+    """
+    from packforcing_cli import rollout
+
+    now = rollout.must_be_same(model, request, made=run.blocks)
+    check_same(run, now, shown, force=force)
+    if rollout.is_other_memory(run.record.must, now):
+        run.update(other_memory=run.blocks)
+    announce(run, model, shown)
+    is_same = run.record.output == str(request.output)
+    frames = run.record.frames if is_same else 0
+    run.update(status="running", output=str(request.output), frames=frames, must={**run.record.must, **now})
+    return run
+
+
+def announce(
+    run: RunFolder, model: VideoModel, shown: Display, *, keep: int | None = None, blocks: int | None = None
+) -> None:
+    """Say what going on with a run takes, and whether this machine makes the same bits.
+
+    keep, blocks: of a branch: how many blocks it takes over, and its length; None = the run itself goes on.
+    """
     from packforcing_cli import rollout, runfolder
 
-    check_same(run, rollout.must_be_same(model, request), shown, force=force)
     changed = runfolder.differences(run.record.numerics, rollout.numerics(model))
     if changed:
         shown.warn(
             f"this is not the machine it was ({'; '.join(changed)}): the result is not guaranteed to be the same,"
             " bit for bit"
         )
-    cost = rollout.replay_cost(run)
-    rest = run.record.blocks - run.blocks
+    cost = rollout.replay_cost(run, keep=keep, blocks=blocks)
+    there, length = keep or run.blocks, blocks or run.record.blocks
     shown.note(
-        f"{run.record.id}: {run.blocks} of {run.record.blocks} blocks are there;"
-        f" {cost.blocks} to go through again ({_about(cost.seconds)}), {rest} to make ({_about(cost.rest_seconds)})"
+        f"{run.record.id}: {there} of {length} blocks are there; {cost.blocks} to go through again"
+        f" ({_about(cost.seconds)}), {length - there} to make ({_about(cost.rest_seconds)})"
     )
-    return run
 
 
 def check_same(run: RunFolder, now: dict[str, object], shown: Display, *, force: bool) -> None:
     """Raises: UsageError naming what differs from when the run was made; with `force` it is a warning."""
-    from packforcing_cli import runfolder
+    from packforcing_cli import rollout, runfolder
     from packforcing_cli.errors import UsageError
 
-    changed = runfolder.differences(run.record.must, now)
+    made = {rollout.PICTURE.format(block) for block in range(run.blocks)}
+    then = {name: value for name, value in run.record.must.items() if name not in made}
+    changed = runfolder.differences(then, now)
     if changed and not force:
         shown_first = "; ".join(changed[:4]) + (f"; and {len(changed) - 4} more" if len(changed) > 4 else "")
         raise UsageError(

@@ -204,6 +204,7 @@ def test_a_run_without_a_block_leaves_no_folder(generate: Any, monkeypatch: pyte
         (["--run", "full"], "full is there and not an empty folder"),
         (["--run", "x", "--no-run"], "--run needs a run folder, and --no-run forbids it"),
         (["--snapshot-every", "2", "--no-run"], "--snapshot-every needs a run folder"),
+        (["-o", "-", "--run", "x"], "--run needs a run folder, and a video to standard output has none"),
         (["--snapshot-every", "0"], "--snapshot-every 0"),
     ],
 )
@@ -286,6 +287,7 @@ def test_extending_equals_one_longer_run(generate: Any, run_command: Any, tmp_pa
     result = run_command("extend", "a.mp4", "--seconds", "3", "-o", "b.mp4", "--run", "longer")
     assert (result.code, result.out) == (0, "b.mp4\n")
     assert "3 new blocks after 0:03 (block 3 of 3)" in result.err
+    assert "3 of 6 blocks are there; 3 to go through again (about " in result.err
     generate("-o", "c.mp4", "--run", "whole")
     assert torch.equal(latents(tmp_path / "longer"), latents(tmp_path / "whole"))
     assert num_frames(tmp_path / "b.mp4") == 93
