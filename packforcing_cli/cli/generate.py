@@ -67,8 +67,8 @@ def generate(
         str | None,
         typer.Option(
             "--model",
-            help="A model's name, a package folder, a bundle .tar, hf:owner/repo, or auto: an installed real model on a GPU that it"
-            " fits, else the demo. Default auto.",
+            help="A model's name, a package folder, a bundle .tar, hf:owner/repo, or auto: an installed real model"
+            " on a GPU that it fits, else the demo. Default auto.",
         ),
     ] = None,
     steps: Annotated[
