@@ -53,6 +53,8 @@ MAX_SECONDS = 24 * 3600
 MAX_BLOCKS = 1_000_000
 UNLIMITED = "unlimited"
 ENV_PREFIX = "PACKFORCING_"
+OTHER_VARIABLES = ("PACKFORCING_DEBUG",)
+"""Variables with that prefix that are no settings."""
 
 _EXAMPLES = {
     "size": "Write it as WIDTHxHEIGHT, for example --size 832x480.",
@@ -291,7 +293,7 @@ class PlanRequest(Options):
         """The same request with other values; the memory options among them go where they belong."""
         memory = {name: values.pop(name) for name in tuple(values) if name in MemoryOptions.model_fields}
         new_memory = MemoryOptions(**{**self.memory.model_dump(exclude_unset=True), **memory})
-        kept = {name: getattr(self, name) for name in type(self).model_fields}
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
         return type(self)(**{**kept, "memory": new_memory, **values})
 
     @property
@@ -431,9 +433,10 @@ def resolve(flags: Mapping[str, Any], *, env: Mapping[str, str], files: Sequence
 
     Args:
         flags: name -> value; None = not given.
-        env:   the process's variables; PACKFORCING_TOP_K sets top_k. Others are not looked at.
+        env:   the process's variables; PACKFORCING_TOP_K sets top_k. Those without the prefix are not looked at.
         files: TOML files; one that does not exist is skipped.
-    Raises: ConfigError if a file is not valid TOML or has an unknown name. Values are checked by the requests.
+    Raises: ConfigError if a file is not valid TOML, or a file or a PACKFORCING_* variable has an unknown name. Values
+        are checked by the requests.
     """
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
@@ -442,10 +445,14 @@ def resolve(flags: Mapping[str, Any], *, env: Mapping[str, str], files: Sequence
         values.update(found)
         sources.update(dict.fromkeys(found, source))
 
+    known = {ENV_PREFIX + name.upper(): name for name in SETTINGS}
+    for variable in env:
+        if variable.startswith(ENV_PREFIX) and variable not in (*known, *OTHER_VARIABLES):
+            near = difflib.get_close_matches(variable, known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown variable {variable}; the nearest known one is {near}")
     for path in reversed(files):
         put(read_file(path), str(path))
-    for name in SETTINGS:
-        variable = ENV_PREFIX + name.upper()
+    for variable, name in known.items():
         if env.get(variable):
             put({name: env[variable]}, variable)
     put({name: value for name, value in flags.items() if value is not None}, "flag")

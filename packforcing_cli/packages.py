@@ -401,7 +401,10 @@ def find_package(name_or_folder: str | Path) -> Path:
         name = known.name
     if source is None and known is None:
         if folder.is_file() and folder.suffix == ".tar":
-            raise UsageError(f"{name} is a bundle", hint=f"Install it: packforcing models pull {name}")
+            raise UsageError(
+                f"{name} is a bundle, which is not installed",
+                hint=f"Install it: packforcing models pull {name}",
+            )
         if folder.is_dir() or os.sep in name or name.startswith((".", "~")):
             return _existing(folder, name)
         at = models_folder() / name
@@ -529,7 +532,7 @@ def facts(model: str) -> ModelFacts:
         return catalog.of(known.name)
     folder = find_package(model)
     manifest = read_manifest(folder)
-    if known is not None and manifest.missing_parts:
+    if known is not None and (manifest.missing_parts or absent_files(manifest)):
         return known
     require_complete(folder, manifest)
     everything: tuple[Part, ...] = (*manifest.parts, *manifest.references)
@@ -545,6 +548,63 @@ def absent_files(manifest: Manifest) -> list[tuple[HubReference, str]]:
             if path is None or path.stat().st_size != record.size:
                 absent.append((reference, name))
     return absent
+
+
+@dataclass(frozen=True)
+class Download:
+    """A part that is not on this machine. part: "pickled" for weights that are to be converted."""
+
+    part: str
+    repo: str
+    size_bytes: int
+
+
+def downloads(model: str) -> list[Download]:
+    """What would have to be fetched to use a model or VAE, by what is known without a network.
+
+    Raises: as `find_package`, but not for a known model that is not installed.
+    """
+    known = catalog.find(model)
+    if known is None or known.name == "demo" or (install_folder(known.name) / MANIFEST).is_file():
+        folder = (
+            install_folder(known.name) if known is not None and known.kind == "vae" else find_package(model)
+        )
+        manifest = read_manifest(folder)
+        absent = absent_files(manifest)
+        return [
+            Download(
+                part,
+                reference.repo,
+                sum(reference.files[name].size for at, name in absent if at is reference),
+            )
+            for part, reference in manifest.references.items()
+            if any(at is reference for at, _ in absent)
+        ]
+    known_parts = [*known.parts.items(), *(("pickled", source) for source in known.pickled)]
+    here = {
+        (reference.repo, reference.revision, reference.subfolder)
+        for folder in installed()
+        for reference in _whole_references(folder)
+    }
+    return [
+        Download(part, source.repo, source.size_bytes)
+        for part, source in known_parts
+        if (source.repo, source.revision, source.subfolder) not in here
+    ]
+
+
+def _whole_references(folder: Path) -> list[HubReference]:
+    """Referenced parts of an installed package of which every file is here; none of a package that cannot be read."""
+    try:
+        manifest = read_manifest(folder)
+    except WeightsError:
+        return []
+    absent = absent_files(manifest)
+    return [
+        reference
+        for reference in manifest.references.values()
+        if not any(at is reference for at, _ in absent)
+    ]
 
 
 # --------------------------------------------------------------------------------------------- verification

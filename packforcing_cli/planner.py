@@ -267,7 +267,8 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
     # "auto", when nobody has looked at the machine, is what it is without a GPU.
     facts = facts or catalog.of("demo" if request.model == "auto" else request.model)
     own_memory = request.memory.with_defaults(facts.cache)
-    parts = _Parts(request.model_copy(update={"memory": own_memory}), facts)
+    on_gpu = machine is not None and machine.host_bytes is not None
+    parts = _Parts(request.model_copy(update={"memory": own_memory}), facts, on_gpu=on_gpu)
     fits = machine is None or (parts.fit_memory(machine) and _disk_fits(parts.disk_bytes, machine))
     grid, last = parts.layout.grid, parts.layout.view(parts.blocks - 1)
     slots = parts.layout.slots(last)
@@ -317,8 +318,8 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
 class _Parts:
     """The pieces of a plan that a suggestion has to work out again with other numbers."""
 
-    def __init__(self, request: PlanRequest, facts: ModelFacts) -> None:
-        self.request, self.facts = request, facts
+    def __init__(self, request: PlanRequest, facts: ModelFacts, *, on_gpu: bool) -> None:
+        self.request, self.facts, self.on_gpu = request, facts, on_gpu
         self.size = request.size or facts.default_size
         frames_per_block = request.frames_per_block or facts.frames_per_block
         default_span = facts.span_for(frames_per_block)
@@ -403,9 +404,10 @@ class _Parts:
         passes = 1 if (facts.schedule.guidance if guidance is None else guidance) == 1.0 else 2
         decoder = width * height * DECODER_PEAK[self.vae] * per - state
         streamed = facts.layers * self.layer_bytes if request.offload == "all" else 0
-        host = 0 if request.offload == "none" else HOST_BYTES
+        text_on_host = request.offload != "none"
+        host = HOST_BYTES if self.on_gpu or text_on_host else 0
         return (
-            StageMemory("text", text if not host else 0, host + text if host else 0),
+            StageMemory("text", 0 if text_on_host else text, host + (text if text_on_host else 0)),
             # The clean pass has each layer's keys and values and, for a moment, a copy of all of them.
             StageMemory(
                 "denoise", held + max(passes * (layer + text_kv), layer + 2 * clean_kv), host + streamed
@@ -432,7 +434,7 @@ class _Parts:
         return math.ceil(pixels * VIDEO_BITS_PER_PIXEL / 8) * VIDEO_COPIES
 
     def changed(self, **values: Any) -> _Parts:
-        return _Parts(self.request.changed(**values), self.facts)
+        return _Parts(self.request.changed(**values), self.facts, on_gpu=self.on_gpu)
 
 
 def _smallest_change(parts: _Parts, machine: Machine) -> dict[str, Any]:

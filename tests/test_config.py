@@ -179,6 +179,17 @@ def test_flags_beat_variables_beat_the_project_file_beats_the_users_file(tmp_pat
     assert (plan.seconds, plan.memory.top_k) == (4.0, 2)
 
 
+def test_an_unknown_variable_names_the_nearest_known_one() -> None:
+    with pytest.raises(ConfigError, match=r"unknown variable PACKFORCING_TOPK; .* is PACKFORCING_TOP_K"):
+        config.resolve({}, env={"PACKFORCING_TOPK": "3"})
+
+
+def test_a_changed_request_knows_what_was_set() -> None:
+    changed = GenerateRequest(prompt="a", crf=20).changed(model="demo", top_k=3)
+    assert changed.model_fields_set == {"prompt", "crf", "model", "memory"}
+    assert (changed.crf, changed.memory.top_k) == (20, 3)
+
+
 def test_files_that_are_not_there_are_skipped(tmp_path: Path) -> None:
     assert config.resolve({}, env={}, files=(tmp_path / "none.toml",)).values == {}
 

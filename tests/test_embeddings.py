@@ -305,8 +305,11 @@ def test_a_second_run_of_a_prompt_loads_no_encoder_and_makes_the_same_video(
 def test_a_file_of_embeddings_replaces_the_encoder(
     encoders: list[weakref.ref[Any]], run_command: Callable[..., Any], tmp_path: Path
 ) -> None:
-    made = run_command("models", "embed", "a red circle", "-o", "p.safetensors")
-    assert (made.code, made.out.strip(), made.err) == (0, "p.safetensors", "")
+    made = run_command(
+        "models", "embed", "a red circle", "-o", "p.safetensors", "--model", "demo", "--device", "cpu"
+    )
+    said = "text encoder of demo on cpu (fp32); model: asked for; device: asked for; precision: as on every CPU\n"
+    assert (made.code, made.out.strip(), made.err) == (0, "p.safetensors", said)
     assert run_command("models", "embed", "a red circle", "-o", "p.safetensors").code == 2
     loaded = len(encoders)
     options = ("--seconds", "0.5", "--seed", "3")
@@ -318,6 +321,19 @@ def test_a_file_of_embeddings_replaces_the_encoder(
     assert (wrong.code, "it has 'a red circle'" in wrong.err) == (2, True)
     assert run_command("generate", "--embeddings", "nothing.safetensors").code == 2
     assert run_command("models", "embed", " ", "-o", "q.safetensors").code == 2
+
+
+def test_embed_takes_variables_as_every_command(
+    run_command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKFORCING_MODEL", "demo")
+    monkeypatch.setenv("PACKFORCING_DTYPE", "bf16")
+    monkeypatch.setenv("PACKFORCING_DEVICE", "cpu")
+    made = run_command("models", "embed", "a red circle", "-o", "p.safetensors")
+    assert (made.code, made.err) == (
+        0,
+        "text encoder of demo on cpu (bf16); model: asked for; device: asked for; precision: asked for\n",
+    )
 
 
 def test_the_identity_of_an_encoder_is_in_the_manifest_and_hashes_nothing(

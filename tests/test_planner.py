@@ -158,6 +158,16 @@ def test_a_host_that_is_too_small_is_refused() -> None:
     assert error.value.hint == "Try --offload none."
 
 
+def test_the_process_beside_a_gpu_takes_host_memory_whatever_is_offloaded() -> None:
+    made = plan(paper(), Machine(140 * GB, device="cuda:0", host_bytes=64 * GB))
+    assert [stage.host_bytes for stage in made.stages] == [planner.HOST_BYTES] * 3
+    assert [stage.device_bytes for stage in made.stages] == [s.device_bytes for s in plan(paper()).stages]
+    small = plan(paper(), Machine(140 * GB, device="cuda:0", host_bytes=GB))
+    with pytest.raises(MemoryFitError, match=r"about 2\.0 GB of host memory are needed and 1\.0 GB are free"):
+        small.require_fit()
+    assert [stage.host_bytes for stage in plan(paper(), Machine(140 * GB)).stages] == [0, 0, 0]
+
+
 def test_stages_tell_where_weights_are() -> None:
     facts = catalog.get("wan2.1-1.3b")
     layers = 2 * facts.layers * facts.layer_params

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,6 +100,7 @@ def choose_model(
     """
     from packforcing_cli import planner
 
+    machine = replace(machine, disk_free_bytes=None)  # a full disk is an error later, not another model
     if machine.host_bytes is None:
         return Choice(DEMO, "no CUDA GPU is used, so the demo, a toy world")
     best = ""
@@ -139,21 +140,45 @@ def installed_models() -> Iterator[tuple[str, ModelFacts]]:
             continue  # a broken package is what `models list` and `doctor` tell of; it is not chosen here
 
 
-def resolve_model(request: GenerateRequest, on: Device) -> tuple[GenerateRequest, str]:
-    """The request with a model, and why it is that one. Asks, and downloads, where a person says yes.
+def resolve_model(
+    request: GenerateRequest, output_folder: Path, *, only_plan: bool = False
+) -> tuple[GenerateRequest, Device | None, str]:
+    """The request with a model, the device where it mattered, and why it is that one.
 
-    Raises: OfflineError when a real model should be installed and nobody is there to ask, or says no.
+    Asks, and downloads, where a person says yes; installs a bundle.
+    Args:
+        only_plan: neither ask nor install: the model that would be offered is taken.
+    Raises: OfflineError when a real model should be installed and nobody is there to ask, or says no; UsageError for
+        a bundle in a plan; as `bundle.unpack`.
     """
+    if request.model.endswith(".tar") and Path(request.model).expanduser().is_file():
+        return _install_bundle(request, only_plan=only_plan)
     if request.model != AUTO:
-        return request, "asked for"
+        return request, None, "asked for"
     from packforcing_cli import catalog
 
+    on = choose_device(request, output_folder)
     planned = request.changed(dtype=on.dtype)
     choice = choose_model(planned, on.machine, installed_models(), catalog.get(catalog.RECOMMENDED))
+    if choice.install is not None and only_plan:
+        return request.changed(model=choice.install.name), on, f"{choice.why}; a run would offer this one"
     if choice.install is not None:
         offer(choice.install, on.machine)
-        return request.changed(model=choice.install.name), "the real model, just installed"
-    return request.changed(model=choice.model), choice.why
+        return request.changed(model=choice.install.name), on, "the real model, just installed"
+    return request.changed(model=choice.model), on, choice.why
+
+
+def _install_bundle(request: GenerateRequest, *, only_plan: bool) -> tuple[GenerateRequest, None, str]:
+    from packforcing_cli import bundle, packages
+    from packforcing_cli.errors import OfflineError, UsageError
+
+    pull = f"packforcing models pull {request.model}"
+    if only_plan:
+        raise UsageError(f"{request.model} is a bundle, and a dry run installs nothing", hint=pull)
+    folder, manifest = bundle.unpack(Path(request.model).expanduser())
+    if packages.absent_files(manifest):
+        raise OfflineError(f"parts of {request.model} lie on the Hub and are not on this machine", hint=pull)
+    return request.changed(model=packages.name_of(folder)), None, f"installed from {request.model}"
 
 
 def offer(facts: ModelFacts, machine: Machine) -> None:

@@ -14,14 +14,18 @@ def embed(
         Path, typer.Option("-o", "--output", metavar="FILE", help="The .safetensors file to write.")
     ],
     model: Annotated[
-        str, typer.Option("--model", help="The model whose text encoder is used: a name or a package folder.")
-    ] = "demo",
+        str | None,
+        typer.Option(
+            "--model",
+            help="The model whose text encoder is used: a name, a package folder or auto. Default auto, as generate.",
+        ),
+    ] = None,
     dtype: Annotated[
-        str, typer.Option("--dtype", metavar="NAME", help="Of the encoder: auto, bf16, fp16 or fp32.")
-    ] = "auto",
+        str | None, typer.Option("--dtype", metavar="NAME", help="Of the encoder: auto, bf16, fp16 or fp32.")
+    ] = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
-    ] = "auto",
+        str | None, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
 ) -> None:
@@ -33,20 +37,35 @@ def embed(
     Example: packforcing models embed "a red circle" "a blue square" -o prompts.safetensors
     """
     from packforcing_cli import catalog, embeddings, registry
-    from packforcing_cli.cli import console
+    from packforcing_cli.cli import choose, console, settings
+    from packforcing_cli.cli import generate as runner
     from packforcing_cli.errors import UsageError
 
     if output.exists() and not overwrite:
         raise UsageError(f"{output} exists", hint="Choose another file, or use --overwrite.")
     if not all(prompt.strip() for prompt in prompts):
         raise UsageError("a prompt is empty", hint="Leave it out; the empty prompt is always written.")
-    if catalog.of_random(model) is not None:
+    flags = {"model": model, "dtype": dtype, "device": device}
+    request = settings.gather(flags).generate_request(prompts[0], None)
+    request, on, why_model = choose.resolve_model(request, output.absolute().parent)
+    if catalog.of_random(request.model) is not None:
         raise UsageError(
-            f"{model} has no text encoder", hint="Use --model demo, or a model that is installed."
+            f"{request.model} has no text encoder", hint="Use --model demo, or a model that is installed."
         )
-    source = registry.open_model(model, device=device, dtype=dtype)
+    on = on or choose.choose_device(request, output.absolute().parent)
+    source = registry.open_model(
+        request.model,
+        device=on.device,
+        dtype=on.dtype,
+        quantize_text=request.quantize_text,
+        offload=request.offload,
+    )
     if not quiet:
-        console.say(f"text encoder of {source.name} on {source.device} ({source.text.numerics.split()[0]})")
+        why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
+        precision, kind, smaller = source.text.numerics.split()
+        where = on.device if kind == source.device.type else kind
+        precision += "" if smaller == "none" else f" with {smaller} linears"
+        console.say(runner.model_line(f"text encoder of {source.name}", where, precision, why))
     found = embeddings.encode(
         [*prompts, embeddings.UNCONDITIONAL],
         source.text,

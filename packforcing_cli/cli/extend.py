@@ -121,8 +121,9 @@ def extend(
                     "keep_run": True,
                 }
             )
-            job = runner.prepare(request, blocks=blocks)
+            job = runner.prepare(request, blocks=blocks, why=resuming.as_before(device))
             job.plan.require_fit()
+            runner.say_model(job, shown)
             shown.note(
                 f"{old.record.id}: {runner.count(job.plan.blocks - blocks, 'new block')} after"
                 f" {display.clock(job.plan.layout.frames_for(blocks) / job.plan.fps)} (block {blocks} of {old.blocks})"

@@ -151,9 +151,8 @@ def extend_file(
     }
     _, wanted = story.gather(said, at, None, pin)
     request = settings.gather(flags).generate_request(said.strip() or f"more of {source.stem}", output)
-    if request.model == choose.AUTO:
-        on = choose.choose_device(request, (request.output or Path()).absolute().parent)
-        request, _ = choose.resolve_model(request, on)
+    output_folder = (request.output or Path()).absolute().parent
+    request, _, why_model = choose.resolve_model(request, output_folder)
     facts = packages.facts(request.model)
     size = request.size or facts.default_size
     grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)
@@ -165,8 +164,9 @@ def extend_file(
     scenes = extension.on_blocks(wanted, history, fps=facts.fps)
     script = scenes.script(said, grid, fps=facts.fps, num_blocks=blocks, start=history.blocks)
     changes = {"seconds": grid.frames_for(blocks) / facts.fps, "timeline": scenes, "keep_run": False}
-    job = runner.prepare(request.model_copy(update=changes))
+    job = runner.prepare(request.model_copy(update=changes), why={"model": why_model})
     job.plan.require_fit()
+    runner.say_model(job, shown)
     shown.note(
         f"{source}: {timeline.clock(Fraction(history.source.num_frames, facts.fps))} at {size[0]}x{size[1]},"
         f" {facts.fps} fps; {history.blocks} blocks of it are remembered, {blocks - history.blocks} follow,"

@@ -7,8 +7,8 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from packforcing_cli.cli.progress import Display, MemoryReader
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import MemoryFitError
+    from packforcing_cli.packages import Download
     from packforcing_cli.planner import Machine, Plan
     from packforcing_cli.provenance import Provenance
     from packforcing_cli.registry import VideoModel
@@ -66,8 +67,8 @@ def generate(
         str | None,
         typer.Option(
             "--model",
-            help="A model's name, a package folder, hf:owner/repo, or auto: an installed real model on a GPU that it"
-            " fits, else the demo. Default auto.",
+            help="A model's name, a package folder, a bundle .tar, hf:owner/repo, or auto: an installed real model"
+            " on a GPU that it fits, else the demo. Default auto.",
         ),
     ] = None,
     steps: Annotated[
@@ -279,7 +280,7 @@ def generate(
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
         folder = _check_run_options(request, run)
-        job = prepare(request, made_with)
+        job = prepare(request, made_with, only_plan=dry_run)
         if as_json and str(job.path) == "-" and not dry_run:
             raise UsageError("video and JSON cannot both go to standard output", hint="Leave --json away.")
         if dry_run:
@@ -313,6 +314,7 @@ class Job:
     stills:  [H,W,3] pictures of the first blocks.
     again:   how the file was made of which this is the repetition.
     command: repeats this job.
+    downloads: parts that are not on this machine; only looked for in a dry run.
     """
 
     request: GenerateRequest
@@ -327,6 +329,7 @@ class Job:
     stills: tuple[NDArray[np.uint8], ...]
     again: Provenance | None
     command: str
+    downloads: tuple[Download, ...] = ()
 
 
 def _read_prompt(prompt: str, shown: Display) -> str:
@@ -396,7 +399,13 @@ def _check_run_options(request: GenerateRequest, folder: Path | None) -> Path | 
 
 
 def prepare(
-    request: GenerateRequest, again: Provenance | None = None, *, path: Path | None = None, blocks: int = 0
+    request: GenerateRequest,
+    again: Provenance | None = None,
+    *,
+    path: Path | None = None,
+    blocks: int = 0,
+    why: Mapping[str, str] | None = None,
+    only_plan: bool = False,
 ) -> Job:
     """Decide all that is open.
 
@@ -404,18 +413,19 @@ def prepare(
     Args:
         path: the output where that is decided and checked already.
         blocks: how many are there already; pictures that are in them are not read again.
+        why:  reasons for model, device or precision that are known already.
+        only_plan: for a dry run: nothing is asked, downloaded or installed, and the model may be missing.
     Raises: PackforcingError of any kind; no weights are read for it.
     """
     from packforcing_cli import catalog, config, packages, planner
     from packforcing_cli.cli import choose, console
 
     fitted: tuple[str, ...] = ()
-    on, why_model = None, "asked for"
-    if request.model == choose.AUTO:
-        on = choose.choose_device(request, (request.output or Path()).absolute().parent)
-        request, why_model = choose.resolve_model(request, on)
+    folder_of_output = (request.output or Path()).absolute().parent
+    request, on, why_model = choose.resolve_model(request, folder_of_output, only_plan=only_plan)
     facts = packages.facts(request.model)
-    if not facts.is_random:
+    downloads = _downloads(request, facts) if only_plan else ()
+    if not facts.is_random and not downloads:
         folder = packages.find_package(request.model)  # refused early when it is not here
         packages.require_complete(folder, packages.read_manifest(folder))
     facts = packages.with_compressor(facts, request.memory.compressor)
@@ -455,8 +465,34 @@ def prepare(
         image = read_image(request.image, plan.size, request.fit)
     stills = _stills(request, plan, blocks)
     command = _command(request)
-    why = f"model: {why_model}; device: {on.why}; precision: {on.why_dtype}"
-    return Job(request, facts, place, path, on.device, why, on.machine, plan, image, stills, again, command)
+    reasons = {"model": why_model, "device": on.why, "precision": on.why_dtype, **(why or {})}
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return Job(
+        request,
+        facts,
+        place,
+        path,
+        on.device,
+        said,
+        on.machine,
+        plan,
+        image,
+        stills,
+        again,
+        command,
+        downloads,
+    )
+
+
+def _downloads(request: GenerateRequest, facts: ModelFacts) -> tuple[Download, ...]:
+    """Parts of the model, and of a VAE that stands in for its own, that are not on this machine."""
+    from packforcing_cli import packages
+
+    if request.vae == "tiny" and facts.codec == "wan":
+        vae = tuple(packages.downloads("taew2_1"))
+    else:
+        vae = ()
+    return (*(() if facts.is_random else packages.downloads(request.model)), *vae)
 
 
 def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:
@@ -495,11 +531,18 @@ def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
 def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
     """Raises: UsageError for what the model cannot do: a schedule, a branch or a VAE it was not made with."""
     from packforcing_cli import catalog
+    from packforcing_cli.errors import UsageError
 
     schedule = facts.schedule
     catalog.check_sampling(
         facts.name, schedule.kind, schedule.num_steps, steps=request.steps, guidance=request.guidance
     )
+    if request.frames_per_block not in (None, facts.frames_per_block):
+        raise UsageError(
+            f"frames_per_block {request.frames_per_block}: {facts.name} makes blocks of {facts.frames_per_block}"
+            " latent frames",
+            hint="Remove the setting; packforcing doctor --config shows where it is.",
+        )
     memory = request.memory.with_defaults(facts.cache)
     if memory.top_k and memory.policy == "packforcing" and memory.select != "none":
         catalog.check_compressor(facts.name, facts.branches, memory.compressor)
@@ -567,7 +610,7 @@ def _command(request: GenerateRequest) -> str:
     ):
         values[name] = getattr(request, name)
     for name in ("quantize", "quantize_text", "offload"):
-        if getattr(request, name) != "none":
+        if name in request.model_fields_set:
             values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
@@ -582,7 +625,8 @@ def _command(request: GenerateRequest) -> str:
     if request.snapshot_every is not None:
         options += ["--snapshot-every", str(request.snapshot_every)]
     options += [] if request.keep_run else ["--no-run"]
-    options += [] if request.metadata else ["--no-metadata"]
+    if "metadata" in request.model_fields_set:
+        options += ["--metadata" if request.metadata else "--no-metadata"]
     options += ["--overwrite"] if request.overwrite else []
     prompt = ["--", request.prompt] if request.prompt.startswith("-") else [request.prompt]
     words = [*options, *prompt] if len(prompt) == 2 else [*prompt, *options]
@@ -599,7 +643,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
             "seed": job.request.seed,
             "device": job.device,
             "output": str(job.path),
-            "downloads": [],
+            "downloads": [asdict(part) for part in job.downloads],
             "command": job.command,
         }
         console.result_json({**plan.to_json(), **extra})
@@ -620,13 +664,22 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         ("peak memory", f"about {console.gb(plan.peak_bytes)}: {_stages_text(plan)}"),
         ("disk", f"at most about {console.gb(plan.disk_bytes)}"),
         ("output", str(job.path)),
-        ("downloads", "none"),
+        ("downloads", _downloads_text(job)),
         ("fits", fits),
         ("command", job.command),
     ):
         console.result(f"{name:<12} {value}")
     for warning in plan.warnings:
         shown.warn(warning)
+
+
+def _downloads_text(job: Job) -> str:
+    from packforcing_cli.cli import console
+
+    if not job.downloads:
+        return "none"
+    parts = ", ".join(f"{part.part} {console.gb(part.size_bytes)}" for part in job.downloads)
+    return f"{console.gb(sum(part.size_bytes for part in job.downloads))}: {parts}"
 
 
 def _memory_text(job: Job) -> str:
@@ -653,6 +706,24 @@ def _introduce(job: Job, shown: Display, *, verbose: bool) -> None:
     """What will be made, said before it is begun."""
     plan = job.plan
     width, height = plan.size
+    what = (
+        f"{width}x{height}, seed {job.request.seed}; {plan.seconds:g} s in whole blocks: {plan.blocks} ="
+        f" {plan.frames} frames = {plan.exact_seconds:.2f} s at {plan.fps} fps"
+    )
+    say_model(job, shown, what)
+    for warning in plan.warnings:
+        shown.warn(warning)
+    if verbose:
+        shown.note(f"memory: {_memory_text(job)}")
+
+
+def model_line(model: str, device: str, precision: str, why: str, what: str = "") -> str:
+    """Which model, device and precision a command takes, and why: the same sentence for every command."""
+    return f"{model} on {device} ({precision}){', ' if what else ''}{what}; {why}"
+
+
+def say_model(job: Job, shown: Display, what: str = "") -> None:
+    """What every command that runs a model says of it, and of the video: `what`."""
     if job.place == "demo":
         shown.note(
             "demo is a toy world of coloured shapes that ships with packforcing. For other videos, on a GPU:"
@@ -663,21 +734,14 @@ def _introduce(job: Job, shown: Display, *, verbose: bool) -> None:
             f"{job.facts.name} has random weights and random text embeddings, for bench and tests: nothing was"
             " downloaded, and the video shows noise."
         )
-    shown.note(
-        f"{plan.model.name} on {job.device} ({_precision(job.request)}), {width}x{height}, seed {job.request.seed};"
-        f" {plan.seconds:g} s in whole blocks: {plan.blocks} = {plan.frames} frames = {plan.exact_seconds:.2f} s"
-        f" at {plan.fps} fps; {job.why}"
-    )
+    plan = job.plan
+    shown.note(model_line(plan.model.name, job.device, _precision(job.request), job.why, what))
     if (
         plan.layout.top_k
         and job.facts.branches == "lr"
         and plan.options.compressor not in ("pool", "identity")
     ):
         shown.note("no trained compressor: old blocks are kept by the training-free LR path")
-    for warning in plan.warnings:
-        shown.warn(warning)
-    if verbose:
-        shown.note(f"memory: {_memory_text(job)}")
 
 
 # -- the run ----------------------------------------------------------------------------------------------------

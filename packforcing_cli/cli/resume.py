@@ -83,8 +83,9 @@ def resume(
                 else:
                     console.result(str(path))
                 return
-            job = runner.prepare(request, path=path, blocks=opened.blocks)
+            job = runner.prepare(request, path=path, blocks=opened.blocks, why=as_before(device))
             job.plan.require_fit()
+            runner.say_model(job, shown)
             outcome = runner.run_job(
                 job,
                 shown,
@@ -100,6 +101,12 @@ def resume(
         runner.report(job, outcome, outcome.result, shown, as_json=as_json)
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
+
+
+def as_before(device: str | None) -> dict[str, str]:
+    """Why a run that goes on takes its model, device (unless one is asked for) and precision."""
+    same = dict.fromkeys(("model", "device", "precision"), "as before")
+    return same if device is None else {**same, "device": "asked for"}
 
 
 def _folder(run: str | None, *, last: bool) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,12 @@ def test_a_gpu_that_is_too_small_takes_the_demo_and_says_what_would_fit() -> Non
     fitted = choose_model(REQUEST.changed(auto_fit=True), gpu(12), [(REAL.name, REAL)], REAL)
     assert (fitted.model, fitted.why) == (REAL.name, "installed, and fits this GPU after a change")
     assert "nor would it with any option" in choose_model(REQUEST, gpu(0.5), [], REAL).why
+
+
+def test_a_full_disk_does_not_change_the_model() -> None:
+    full = replace(gpu(24), disk_free_bytes=0)
+    assert choose_model(REQUEST, full, [(REAL.name, REAL)], REAL).model == REAL.name
+    assert choose_model(REQUEST, full, [], REAL).install == REAL
 
 
 def test_a_gpu_that_is_large_enough_is_offered_the_recommended_model() -> None:
@@ -118,13 +125,43 @@ def test_a_yes_at_the_terminal_installs_it_and_goes_on(
     monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
-    first = run_command("generate", "a fox", "--size", "64x64", "--dry-run")
+    on_cpu = Device("cpu", "fp32", gpu(80), "a stand-in for the GPU", "as on every CPU")
+    monkeypatch.setattr(choose, "choose_device", lambda *_: on_cpu)
+    options = ("--size", "64x64", "--seconds", "1", "--json")
+    first = run_command("generate", "a fox", *options)
     assert first.code == 0, first.err
-    assert f"--model {REAL.name}" in first.out
+    assert json.loads(first.out)["model"] == REAL.name
+    assert "model: the real model, just installed; " in first.err
     monkeypatch.setattr(sys, "stdin", io.StringIO())
-    again = run_command("generate", "a fox", "--size", "64x64", "--dry-run")
+    again = run_command("generate", "a fox", *options)
     assert (again.code, "Download" in again.err) == (0, False)
-    assert f"--model {REAL.name}" in again.out
+    assert json.loads(again.out)["model"] == REAL.name
+    plan = run_command("generate", "a fox", "--size", "64x64", "--dry-run", "--json")
+    assert json.loads(plan.out)["downloads"] == []
+
+
+def test_a_dry_run_neither_asks_nor_downloads_and_lists_what_is_absent(
+    run_command: Any, large_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "stdin", Terminal("y\n"))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(choose, "_download", lambda name: pytest.fail("downloaded"))
+    for model in (["--model", "auto"], ["--model", REAL.name]):
+        plan = run_command("generate", "a fox", *model, "--dry-run", "--json")
+        assert plan.code == 0, plan.err
+        values = json.loads(plan.out)
+        assert values["model"] == REAL.name
+        assert [part["part"] for part in values["downloads"]] == list(REAL.parts)
+        assert sum(part["size_bytes"] for part in values["downloads"]) == REAL.download_bytes
+    text = run_command("generate", "a fox", "--model", REAL.name, "--dry-run")
+    (line,) = [line for line in text.out.splitlines() if line.startswith("downloads ")]
+    assert f"{REAL.download_bytes / 1e9:.1f} GB: transformer " in line
+    assert "Download" not in text.err
+    tiny = run_command("generate", "a fox", "--model", REAL.name, "--vae", "tiny", "--dry-run", "--json")
+    assert json.loads(tiny.out)["downloads"][-1]["repo"] == catalog.get("taew2_1").parts["vae"].repo
+    assert run_command("generate", "a fox", "--model", REAL.name).code == 8
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_on_this_machine_auto_is_the_demo_and_says_why(run_command: Any) -> None:

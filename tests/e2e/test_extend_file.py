@@ -41,6 +41,9 @@ def test_a_video_from_elsewhere_is_continued_and_its_seam_told(
     assert made.code == 0, made.err
     assert made.out == "b.mp4\n"
     assert "3 blocks of it are remembered, 2 follow" in made.err
+    assert (
+        "tiny on cpu (fp32); model: asked for; device: there is no NVIDIA driver; precision: as" in made.err
+    )
     assert "The seam: colour shift" in made.err
     reader = VideoReader(tmp_path / "b.mp4")
     assert (reader.num_frames, reader.has_audio) == (80, True)

@@ -311,6 +311,51 @@ def test_the_command_of_a_dry_run_repeats_the_plan(generate: Any, run_command: A
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_command_repeats_what_variables_set(
+    generate: Any, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = {
+        "CRF": "20",
+        "QUANTIZE": "none",
+        "METADATA": "true",
+        "BANK": "unlimited",
+        "FRAMES_PER_BLOCK": "4",
+    }
+    for name, value in wanted.items():
+        monkeypatch.setenv(f"PACKFORCING_{name}", value)
+    first = generate("--dry-run")
+    command = first.out.splitlines()[-1].removeprefix("command").strip()
+    for name in wanted:
+        monkeypatch.delenv(f"PACKFORCING_{name}")
+    monkeypatch.setenv("PACKFORCING_QUANTIZE", "int8")  # what the command says is stronger
+    monkeypatch.setenv("PACKFORCING_METADATA", "false")
+    assert run_command(*shlex.split(command)[1:], "--dry-run").out == first.out
+
+
+def test_a_block_size_the_model_does_not_make_is_refused(
+    generate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PACKFORCING_FRAMES_PER_BLOCK", "4")
+    refused = generate("--model", "random:wan2.1-1.3b?layers=1", "--dry-run")
+    assert_one_message(refused, 2, "makes blocks of 3 latent frames", "doctor --config")
+
+
+def test_a_bundle_is_installed_and_used(
+    package: Path, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run_command("models", "pack", str(package), "-o", "mine.tar", "-q").code == 0
+    same = ("generate", PROMPT, "--model", "mine.tar", "--seconds", "1")
+    assert_one_message(
+        run_command(*same, "--dry-run"), 2, "a dry run installs nothing", "models pull mine.tar"
+    )
+    made = run_command(*same, "--json")
+    assert made.code == 0, made.err
+    assert "model: installed from mine.tar; " in made.err
+    assert "--model tiny" in json.loads(made.out)["command"]
+    assert packages.install_folder("tiny").is_dir()
+
+
 def test_a_dry_run_shows_what_the_video_will_be_and_cost(generate: Any) -> None:
     said = generate("--seconds", "60", "--dry-run").out
     for text in ("64x64, 16 fps, 957 frames = 59.81 s", "60 of 4 latent frames", "a full cache: ", "about "):

@@ -75,6 +75,7 @@ def test_ctrl_c_prints_the_command_that_goes_on_and_it_does(
     assert (again.code, again.out) == (0, f"{tmp_path / 'a.mp4'}\n")
     assert f"{run.name}: 3 of 6 blocks are there; 3 to go through again (about " in again.err
     assert "), 3 to make (about " in again.err
+    assert "tiny on cpu (fp32); model: as before; device: as before; precision: as before" in again.err
     assert num_frames(tmp_path / "a.mp4") == 93
     generate("-o", "whole.mp4", "--run", "whole")
     assert torch.equal(latents(run.folder), latents(tmp_path / "whole"))
@@ -288,6 +289,7 @@ def test_extending_equals_one_longer_run(generate: Any, run_command: Any, tmp_pa
     assert (result.code, result.out) == (0, "b.mp4\n")
     assert "3 new blocks after 0:03 (block 3 of 3)" in result.err
     assert "3 of 6 blocks are there; 3 to go through again (about " in result.err
+    assert "tiny on cpu (fp32); model: as before; device: as before; precision: as before" in result.err
     generate("-o", "c.mp4", "--run", "whole")
     assert torch.equal(latents(tmp_path / "longer"), latents(tmp_path / "whole"))
     assert num_frames(tmp_path / "b.mp4") == 93
