@@ -532,7 +532,7 @@ def facts(model: str) -> ModelFacts:
         return catalog.of(known.name)
     folder = find_package(model)
     manifest = read_manifest(folder)
-    if known is not None and (manifest.missing_parts or absent_files(manifest)):
+    if known is not None and manifest.missing_parts:
         return known
     require_complete(folder, manifest)
     everything: tuple[Part, ...] = (*manifest.parts, *manifest.references)

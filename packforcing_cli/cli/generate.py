@@ -423,8 +423,11 @@ def prepare(
     fitted: tuple[str, ...] = ()
     folder_of_output = (request.output or Path()).absolute().parent
     request, on, why_model = choose.resolve_model(request, folder_of_output, only_plan=only_plan)
-    facts = packages.facts(request.model)
-    downloads = _downloads(request, facts) if only_plan else ()
+    downloads = _downloads(request) if only_plan else ()
+    known = catalog.find(request.model) if downloads else None  # its files may be missing
+    if known is not None:
+        known.require_weights()
+    facts = known or packages.facts(request.model)
     if not facts.is_random and not downloads:
         folder = packages.find_package(request.model)  # refused early when it is not here
         packages.require_complete(folder, packages.read_manifest(folder))
@@ -484,15 +487,15 @@ def prepare(
     )
 
 
-def _downloads(request: GenerateRequest, facts: ModelFacts) -> tuple[Download, ...]:
-    """Parts of the model, and of a VAE that stands in for its own, that are not on this machine."""
-    from packforcing_cli import packages
+def _downloads(request: GenerateRequest) -> tuple[Download, ...]:
+    """Parts of the model, and of the VAE that stands in for a Wan model's own, that are not on this machine."""
+    from packforcing_cli import catalog, packages
 
-    if request.vae == "tiny" and facts.codec == "wan":
-        vae = tuple(packages.downloads("taew2_1"))
-    else:
-        vae = ()
-    return (*(() if facts.is_random else packages.downloads(request.model)), *vae)
+    own = () if catalog.of_random(request.model) else tuple(packages.downloads(request.model))
+    known = catalog.find(request.model)
+    if request.vae == "tiny" and known is not None and known.codec == "wan":
+        return (*own, *packages.downloads("taew2_1"))
+    return own
 
 
 def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:

@@ -161,6 +161,7 @@ def test_a_dry_run_neither_asks_nor_downloads_and_lists_what_is_absent(
     tiny = run_command("generate", "a fox", "--model", REAL.name, "--vae", "tiny", "--dry-run", "--json")
     assert json.loads(tiny.out)["downloads"][-1]["repo"] == catalog.get("taew2_1").parts["vae"].repo
     assert run_command("generate", "a fox", "--model", REAL.name).code == 8
+    assert run_command("generate", "a fox", "--model", "taew2_1", "--dry-run").code == 2
     assert list(tmp_path.iterdir()) == []
 
 
