@@ -9,7 +9,6 @@ network. What comes out of a .tar is what its manifest lists and nothing else. L
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from packforcing_cli import packages
+from packforcing_cli import durable, packages
 from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError, WeightsError
 from packforcing_cli.packages import MANIFEST, Manifest, Part
 
@@ -283,7 +282,7 @@ def _unfinished(place: Path) -> Iterator[Path]:
         target.replace(place)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+        if durable.is_full_disk(error):
             raise DiskFullError(
                 f"no space left to write {place}", hint="Free some space and try again."
             ) from error

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog, unpickle, weights
+from packforcing_cli import __version__, catalog, packages, unpickle, weights
 from packforcing_cli.catalog import ModelFacts
 from packforcing_cli.errors import DiskFullError, UsageError, WeightsError
 from packforcing_cli.registry import (
@@ -298,15 +298,7 @@ def _read(source: Path, scratch: Path, wanted: tuple[str, ...]) -> _Found:
         return _Found(weights.read_tensors(source, device=cpu), "", "")
     with source.open("rb") as file:
         head = file.read(512)
-    if head.startswith(b"version https://git-lfs.github.com/spec/"):
-        raise WeightsError(
-            f"{source} is a Git LFS pointer, not the file it stands for",
-            hint="Run `git lfs pull` where it was cloned, or download the file itself.",
-        )
-    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-        raise WeightsError(
-            f"{source} is a web page (an error page saved under that name)", hint="Download the file again."
-        )
+    packages.refuse_stand_in(source, head)
     if source.suffix == ".safetensors":
         return _Found(weights.read_tensors(source, device=cpu), "", "")
     if source.suffix not in PICKLED:

@@ -22,6 +22,12 @@ FULL_DISK = frozenset({errno.ENOSPC, errno.EDQUOT})
 BINARY = getattr(os, "O_BINARY", 0)
 
 
+def is_full_disk(error: BaseException) -> bool:
+    """Whether an error says that no room is left; safetensors wraps the system's own in one of text."""
+    text = str(error)
+    return getattr(error, "errno", None) in FULL_DISK or any(f"os error {n})" in text for n in FULL_DISK)
+
+
 def temporary_path(path: Path) -> Path:
     """The hidden file beside `path` that becomes it; short whatever the name of `path` is."""
     return path.with_name(f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}.tmp")

@@ -31,6 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from packforcing_cli import durable
 from packforcing_cli.errors import REINSTALL, DiskFullError, PackforcingError, UsageError, WeightsError
 from packforcing_cli.text import Encoder, TextIdentity, clean
 
@@ -223,7 +224,7 @@ def write(path: Path, identity: TextIdentity, texts: Mapping[str, Encoded]) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, identity, texts)
     except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", None) == 28 or "os error 28" in str(error):
+        if durable.is_full_disk(error):
             raise DiskFullError(f"no space left to write {path}", hint="Free some space.") from error
         raise UsageError(f"{path} cannot be written: {error}", hint="Choose another file.") from error
 

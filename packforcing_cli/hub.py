@@ -14,7 +14,6 @@ Knows no models and no packages.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import http.client
 import os
@@ -515,10 +514,7 @@ def _status(error: Exception) -> tuple[int | None, Mapping[str, str]]:
 
 
 def _disk_full(error: BaseException, folder: Path) -> DiskFullError | None:
-    if not isinstance(error, OSError) or error.errno not in (
-        errno.ENOSPC,
-        getattr(errno, "EDQUOT", errno.ENOSPC),
-    ):
+    if not durable.is_full_disk(error):
         return None
     return DiskFullError(
         f"the disk of {folder} is full",

@@ -27,14 +27,11 @@ from packforcing_cli.errors import REINSTALL, OfflineError, UsageError, WeightsE
 from packforcing_cli.hub import Hub, RepoFile, Snapshot
 from packforcing_cli.packages import (
     MANIFEST,
-    CacheDefaults,
-    CodecFactsRecord,
     FileRecord,
     HubReference,
     HubSource,
     Manifest,
     Part,
-    Schedule,
 )
 
 
@@ -199,7 +196,6 @@ def _below(folder: str, path: str) -> str:
 def _known_manifest(
     facts: ModelFacts, references: dict[Part, HubReference], version: str, pickled: Iterable[_Draft]
 ) -> Manifest:
-    tiny = facts.codec == "tiny"
     provenance: dict[str, Any] = {"catalog": facts.name}
     if pickled:
         provenance["pickled"] = [
@@ -213,41 +209,15 @@ def _known_manifest(
             for draft in pickled
             for file in draft.files
         ]
-    schedule = facts.schedule
     return Manifest(
+        **packages.records_of(facts),
         name=facts.name,
         version=version,
-        title=facts.title,
-        license=facts.license,
         base_model="Wan-AI/Wan2.1-T2V-1.3B",
-        size=facts.default_size,
-        fps=facts.fps,
-        trained_frames=facts.trained_frames,
-        text_length=facts.text_length,
-        cache=CacheDefaults(
-            frames_per_block=facts.frames_per_block,
-            mid_span=facts.span_by_block[facts.frames_per_block],
-            compressor="lr",  # no trained compressor was published for these weights
-        ),
-        schedule=Schedule(
-            kind=schedule.kind,
-            steps=schedule.num_steps,
-            shift=schedule.shift,
-            guidance=schedule.guidance,
-            timesteps=schedule.steps if schedule.kind == "renoise" else (),
-        ),
-        codec=CodecFactsRecord(
-            kind=facts.codec,
-            latent_channels=facts.latent_channels,
-            spatial_stride=facts.spatial_stride,
-            temporal_stride=facts.temporal_stride,
-            pixel_range=(0.0, 1.0) if tiny else (-1.0, 1.0),
-            encode_lookahead=facts.temporal_stride - 1 if tiny else 0,
-        ),
         limits=(
             "Nobody has run these weights in packforcing's memory yet; what it does to their quality is unknown.",
         )
-        if not tiny
+        if facts.codec != "tiny"
         else (),
         provenance=provenance,
         references=references,

@@ -261,6 +261,40 @@ def hash_of(files: Mapping[str, FileRecord]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def records_of(facts: ModelFacts) -> dict[str, Any]:
+    """What a manifest says of a model that only the catalog describes: all but its name, version and origin."""
+    schedule = facts.schedule
+    return {
+        "title": facts.title,
+        "license": facts.license,
+        "size": facts.default_size,
+        "fps": facts.fps,
+        "trained_frames": facts.trained_frames,
+        "text_length": facts.text_length,
+        "cache": CacheDefaults(
+            frames_per_block=facts.frames_per_block,
+            mid_span=str(facts.span_for(facts.frames_per_block)),
+            compressor="lr",  # no trained compressor was published for these weights
+        ),
+        "schedule": Schedule(
+            kind=schedule.kind,
+            steps=schedule.num_steps,
+            shift=schedule.shift,
+            guidance=schedule.guidance,
+            timesteps=schedule.steps if schedule.kind == "renoise" else (),
+        ),
+        "codec": CodecFactsRecord(
+            kind=facts.codec,
+            latent_channels=facts.latent_channels,
+            spatial_stride=facts.spatial_stride,
+            temporal_stride=facts.temporal_stride,
+            pixel_range=(0.0, 1.0) if facts.codec == "tiny" else (-1.0, 1.0),
+            # A VAE of its own is TAEHV, which looks ahead; the demo's tiny one does not.
+            encode_lookahead=facts.temporal_stride - 1 if facts.kind == "vae" else 0,
+        ),
+    }
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read and validate packforcing.json of a package folder.
 
@@ -653,6 +687,22 @@ def _refuse_unlisted(folder: Path, listed: set[str]) -> None:
             raise WeightsError(f"{path} is not listed in the manifest", hint="Remove it. " + _AGAIN)
 
 
+def refuse_stand_in(path: Path, head: bytes) -> None:
+    """Refuse what is often found in place of weights, by the first bytes of a file.
+
+    Raises: WeightsError for a Git LFS pointer or a web page.
+    """
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise WeightsError(
+            f"{path} is a Git LFS pointer, not the file it stands for",
+            hint="Run `git lfs pull` where it was cloned, or download the file itself.",
+        )
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        raise WeightsError(
+            f"{path} is a web page (an error page saved under that name)", hint="Download the file again."
+        )
+
+
 def verify_file(path: Path, record: FileRecord, known: Verified | None = None) -> None:
     """Check one file against its size and hash.
 
@@ -664,16 +714,7 @@ def verify_file(path: Path, record: FileRecord, known: Verified | None = None) -
         size = path.stat().st_size
         with path.open("rb") as file:
             head = file.read(512)
-            if head.startswith(b"version https://git-lfs.github.com/spec/"):
-                raise WeightsError(
-                    f"{path} is a Git LFS pointer, not the file it stands for",
-                    hint="Run `git lfs pull` where it was cloned, or download the file itself.",
-                )
-            if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
-                raise WeightsError(
-                    f"{path} is a web page (an error page saved under that name)",
-                    hint="Download the file again.",
-                )
+            refuse_stand_in(path, head)
             if size < record.size:
                 raise WeightsError(f"{path} is truncated: {size} of {record.size} bytes", hint=_AGAIN)
             if size > record.size:

@@ -314,35 +314,7 @@ def _open_random(
     if vae is not None:
         catalog.check_vae(facts.name, facts.codec, str(vae))
     kind = facts.codec if vae is None else str(vae)
-    manifest = Manifest(
-        name=facts.name,
-        version="0",
-        title=facts.title,
-        license=facts.license,
-        size=facts.default_size,
-        fps=facts.fps,
-        trained_frames=facts.trained_frames,
-        text_length=facts.text_length,
-        cache=CacheDefaults(
-            frames_per_block=facts.frames_per_block,
-            mid_span=str(facts.span_for(facts.frames_per_block)),
-            compressor="lr",
-        ),
-        schedule=Schedule(
-            kind=facts.schedule.kind,
-            steps=facts.schedule.num_steps,
-            timesteps=facts.schedule.steps if facts.schedule.kind == "renoise" else (),
-            shift=facts.schedule.shift,
-            guidance=facts.schedule.guidance,
-        ),
-        codec=CodecFactsRecord(
-            kind=facts.codec,
-            latent_channels=facts.latent_channels,
-            spatial_stride=facts.spatial_stride,
-            temporal_stride=facts.temporal_stride,
-            pixel_range=(-1.0, 1.0) if facts.codec == "wan" else (0.0, 1.0),
-        ),
-    )
+    manifest = Manifest(name=facts.name, version="0", **packages.records_of(facts))
     config = TransformerConfig(
         num_layers=facts.layers,
         num_attention_heads=facts.heads,
@@ -771,7 +743,7 @@ def write_package(
         _move_into_place(unfinished, folder)
         durable.sync_folder(folder.parent)
     except OSError as e:
-        if e.errno in durable.FULL_DISK:
+        if durable.is_full_disk(e):
             raise DiskFullError(
                 f"no space left to write {folder}", hint="Free some space and try again."
             ) from e

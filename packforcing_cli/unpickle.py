@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from packforcing_cli import durable
 from packforcing_cli.errors import DiskFullError, PackforcingError, WeightsError
 
 MEMORY_FACTOR = 4  # address space in sizes of the file: the map, one copy to write, slack
@@ -227,7 +228,7 @@ def write(tensors: Mapping[str, Tensor], target: Path) -> None:
     try:
         save_file(alone, target, metadata={"format": "pt"})
     except (SafetensorError, OSError) as e:
-        if "os error 28" in str(e) or "No space left" in str(e):
+        if durable.is_full_disk(e):
             raise DiskFullError(
                 f"no space left to write {target.parent}", hint="Free some space and try again."
             ) from e

@@ -147,3 +147,13 @@ def test_the_demos_facts_equal_the_packaged_manifest() -> None:
     assert transformer["ffn_dim"] == facts.ffn_dim
     assert transformer["in_channels"] == facts.latent_channels
     assert transformer["text_dim"] == facts.text_dim
+
+
+def test_a_licence_that_is_not_known_names_the_page_to_read() -> None:
+    for facts in catalog.all_models():
+        repos = {source.repo for source in (*facts.parts.values(), *facts.pickled)}
+        assert "looked up" not in facts.license_note
+        if facts.license == "unknown" or "not stated" in facts.license_note:
+            assert any(f"read https://huggingface.co/{repo}" in facts.license_note for repo in repos), (
+                facts.name
+            )

@@ -33,6 +33,24 @@ def values(**changes: Any) -> dict[str, Any]:
     return found | {"name": "tiny", "parts": {}, "files": {}} | changes
 
 
+def test_what_the_catalog_says_becomes_a_manifest() -> None:
+    """`models pull` and `--model random:NAME` write the same of the same facts."""
+    for name, span, lookahead in (
+        ("wan2.1-1.3b-self-forcing", "fit", 0),
+        ("taew2_1", "fit", 3),
+        ("demo", "1", 0),
+    ):
+        facts = catalog.get(name)
+        manifest = Manifest(name=name, version="0", **packages.records_of(facts))
+        assert (manifest.size, manifest.license, manifest.title) == (
+            facts.default_size,
+            facts.license,
+            facts.title,
+        )
+        assert (manifest.cache.mid_span, manifest.codec.encode_lookahead) == (span, lookahead)
+        assert manifest.codec.kind == facts.codec
+
+
 def reference(content: bytes = b"weights", **changes: Any) -> dict[str, Any]:
     record = FileRecord(sha256=hashlib.sha256(content).hexdigest(), size=len(content))
     fields = {"repo": "owner/base", "revision": COMMIT, "subfolder": "vae"}

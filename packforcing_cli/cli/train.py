@@ -212,6 +212,7 @@ class _Stop:
 
 def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> int:
     """Train. Returns: 0, or the exit code of a run that was stopped. Raises: PackforcingError."""
+    from packforcing_cli import durable
     from packforcing_cli.errors import DiskFullError
 
     lines = _Lines(recipe.train.steps, talk)
@@ -222,7 +223,7 @@ def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> i
             talk.say(f"Stopped at once; the steps since the newest checkpoint are lost. To go on: {again}")
             return stop.code or 130
         except Exception as error:
-            if _is_full_disk(error):
+            if durable.is_full_disk(error):
                 raise DiskFullError(
                     f"the disk is full: {folder} could not be written",
                     hint=f"Free some space, then go on: {again}",
@@ -242,13 +243,6 @@ def _train(recipe: DemoVae | DemoFlow, folder: Path, lines: _Lines, stop: _Stop)
     from packforcing_cli.training import demo_flow
 
     return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
-
-
-def _is_full_disk(error: Exception) -> bool:
-    import errno
-
-    # safetensors wraps the system's error in its own, as text.
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error)
 
 
 def _report(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk) -> None:
