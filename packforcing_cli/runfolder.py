@@ -416,6 +416,9 @@ class RunFolder:
         try:
             durable.make_folder(folder / LATENTS)
         except OSError as error:
+            for made in (folder / LATENTS, folder):
+                with contextlib.suppress(OSError):
+                    made.rmdir()
             raise durable.failure(error, folder, kind=UsageError, hint=_ELSEWHERE) from error
         run = cls(folder, record, _Lock(folder))
         run.is_new = True
