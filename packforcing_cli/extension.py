@@ -106,7 +106,8 @@ def extend_video(
         history:  of the source, at the size of the video.
         story:    prompts of all blocks, the source's included.
         only_new: leave the source's part, and its sound, out of the file.
-        on_block, should_stop: as `rollout.generate`; blocks of the source have `replayed` set.
+        on_block, should_stop: as `rollout.generate`; blocks of the source have `replayed` set. Stopped within them,
+            nothing is left of the file.
     Raises: as `rollout.stream_generate`, `video.VideoWriter` and `source.Source`.
     """
     source = history.source
@@ -153,8 +154,11 @@ def extend_video(
             last = block
             if on_block is not None:
                 on_block(block)
-            if made and should_stop is not None and should_stop():
+            if should_stop is not None and should_stop():
                 break
+        if not made:  # stopped within the source: there is nothing that it is not
+            writer.abort()
+            writer.part_path.unlink(missing_ok=True)
     assert last is not None
     return Extension(
         path=writer.path,

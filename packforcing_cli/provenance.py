@@ -40,7 +40,8 @@ class Provenance(BaseModel):
     request:      what was asked for, as JSON values; what was random or automatic is decided in it.
     layout:       the memory, in layout.py's numbers.
     image_sha256: of the start image; None without one.
-    extends:      the command, for a video that goes on with somebody's file; `request` is then of its new part.
+    extends:      the command, for a video that goes on with somebody's file or branches off a run; `request` is then of
+                  its new part.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
@@ -73,7 +74,7 @@ class Provenance(BaseModel):
             a file, which the request does not say.
         """
         if self.extends is not None:
-            raise UsageError("the video goes on with another file", hint=f"Make it again: {self.extends}")
+            raise UsageError("the video goes on with another one", hint=f"Make it again: {self.extends}")
         values: dict[str, Any] = {**self.request}
         memory = values.get("memory")
         memory = {**memory} if isinstance(memory, dict) else {}

@@ -1277,7 +1277,8 @@ class VideoReader:
             except _IO_ERRORS as error:
                 if count == 0:
                     raise VideoError(
-                        f"{self.path} cannot be decoded: {error}", hint="Give another file."
+                        f"{self.path} cannot be decoded: {error}",
+                        hint="It may be encrypted or damaged: give a file that players can play.",
                     ) from error
                 self.damaged_after = time
         if not count:
@@ -1302,7 +1303,13 @@ class VideoReader:
     def _stream(self, container: InputContainer) -> VideoStream:
         if not container.streams.video:
             raise VideoError(f"{self.path} has no video in it", hint="Give a file with pictures.")
-        return container.streams.video[0]
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise VideoError(
+                f"{self.path} cannot be decoded: its codec is unknown here",
+                hint="Convert it to H.264 first, or give another file.",
+            )
+        return stream
 
     def _whole_packets(
         self, container: InputContainer, *, flush: bool = False

@@ -180,5 +180,31 @@ def test_scenes_and_pins_count_from_the_beginning_of_the_source(model: VideoMode
 
 def test_it_stops_behind_a_new_block_when_asked(model: VideoModel, tmp_path: Path) -> None:
     history = history_of(write(tmp_path / "a.mp4", RAMP[:29], rate=16), model)
-    made = extend(model, history, tmp_path / "b.mp4", new_blocks=5, should_stop=lambda: True)
+    seen: list[Any] = []
+    made = extend(
+        model,
+        history,
+        tmp_path / "b.mp4",
+        new_blocks=5,
+        on_block=seen.append,
+        should_stop=lambda: len(seen) == 3,
+    )
     assert (made.new_blocks, made.stopped, made.frames) == (1, True, 45)
+
+
+@pytest.mark.parametrize("only_new", [True, False])
+def test_it_stops_within_a_long_source_and_leaves_nothing(
+    only_new: bool, model: VideoModel, tmp_path: Path
+) -> None:
+    history = history_of(write(tmp_path / "a.mp4", RAMP), model)
+    seen: list[Any] = []
+    made = extend(
+        model,
+        history,
+        tmp_path / "b.mp4",
+        only_new=only_new,
+        on_block=seen.append,
+        should_stop=lambda: True,
+    )
+    assert (len(seen), made.new_blocks, made.stopped, made.seam) == (1, 0, True, None)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]

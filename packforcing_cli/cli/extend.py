@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -233,10 +234,27 @@ def _timeline(
 def _branch(
     old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None, *, other_memory: int
 ) -> RunFolder:
-    """The new run folder, with the first blocks of the old one in it; the old one is let go."""
+    """The new run folder, with the first blocks of the old one in it; the old one is let go.
+
+    Its file says the command where one longer run would be another video: after another seed, a start image, another
+    memory, or where the old run was such a branch itself.
+    """
     from packforcing_cli import rollout, runfolder
 
-    tags = runner.tags_of(job, model)
+    before, request = old.record, job.request
+    extends = None
+    if (
+        before.request.get("seed") != request.seed
+        or before.request.get("image")
+        or other_memory
+        or before.parent is not None
+    ):
+        kept = job.plan.layout.frames_for(blocks) / job.plan.fps
+        more = job.plan.exact_seconds - kept
+        words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{more:g}"]
+        words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
+        extends = shlex.join(["packforcing", *words])
+    tags = runner.tags_of(job, model, extends=extends)
     record = rollout.new_record(model, runner.recorded(job), tags=tags, parent=old.record.id)
     record = record.model_copy(update={"other_memory": other_memory})
     where = folder or runfolder.default_root() / record.id

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from packforcing_cli.rollout import Block
     from packforcing_cli.source import History
     from packforcing_cli.timeline import Script
+    from packforcing_cli.video import VideoReader
 
 SCHEMA = 1
 PANEL = "Videos made elsewhere"
@@ -94,7 +95,6 @@ def is_foreign(source: str, shown: Display) -> bool:
 
     Raises: UsageError if it is a missing file's name; VideoError if it cannot be read.
     """
-    from packforcing_cli import runfolder
     from packforcing_cli.errors import UsageError
     from packforcing_cli.video import VideoReader
 
@@ -104,12 +104,30 @@ def is_foreign(source: str, shown: Display) -> bool:
                 f"there is no file {source}", hint="Check the name; runs are in `packforcing runs list`."
             )
         return False
-    run_id = VideoReader(source).metadata.get("run")
-    if run_id and runfolder.folder_of(run_id):
+    video = VideoReader(source)
+    if run_of(video) is not None:
         return False
+    run_id = video.metadata.get("run")
     if run_id:
         shown.note(f"The run of {source} ({run_id}) is not here: going on from its pictures.")
     return True
+
+
+def run_of(video: VideoReader) -> Path | None:
+    """The folder of the run here that made a video: the one it names, else the one that wrote this very file.
+
+    A file without metadata names none; it is known by its path and its number of frames.
+    """
+    from packforcing_cli import runfolder
+
+    run_id = video.metadata.get("run")
+    if run_id is not None:
+        return runfolder.folder_of(run_id)
+    known = (str(video.path.absolute()), video.num_frames)
+    for run in reversed(runfolder.all_runs()):  # the newest of those that wrote to this path
+        if run.record is not None and (run.record.output, run.record.frames) == known:
+            return run.folder
+    return None
 
 
 def extend_file(
@@ -227,7 +245,11 @@ def _run(
             schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
             # The text encoder is gone before the transformer takes memory.
             prompts = rollout.encode_script(source, script, guided=schedule.guidance != 1.0)
+            for prompt in {prompt.text: prompt for prompt in prompts.prompts if prompt.text}.values():
+                runner.warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
+            if verbose:
+                runner.describe(model, schedule, time.perf_counter() - clock, shown)
             shown.start(job.plan, runner.memory_reader(job.device))
             stop.making_blocks = True
             said = rollout.provenance_of(model, request, job.plan.layout)
@@ -273,6 +295,9 @@ def _run(
             shown.stop()
     for warning in history.source.warnings[known:]:
         shown.warn(warning)
+    if not made.new_blocks:
+        shown.note("Stopped before there was a new block. Nothing was written.")
+        return stop.code
     _report(job, history, made, shown, as_json=as_json)
     return stop.code if made.stopped else 0
 

@@ -802,13 +802,18 @@ def new_run(job: Job, model: VideoModel, folder: Path | None) -> RunFolder | Non
     return runfolder.RunFolder.create(folder or runfolder.default_root() / record.id, record)
 
 
-def tags_of(job: Job, model: VideoModel) -> dict[str, str]:
-    """What the file is to say of itself; nothing with --no-metadata."""
+def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[str, str]:
+    """What the file is to say of itself; nothing with --no-metadata.
+
+    Args:
+        extends: the command that made it, where `generate` alone cannot make it again.
+    """
     from packforcing_cli import rollout
 
     if not job.request.metadata:
         return {}
-    return rollout.provenance_of(model, job.request, job.plan.layout).tags()
+    made = rollout.provenance_of(model, job.request, job.plan.layout)
+    return made.model_copy(update={"extends": extends}).tags()
 
 
 def recorded(job: Job) -> GenerateRequest:
@@ -886,14 +891,14 @@ def run_job(
                 source, job.plan.script, guided=schedule.guidance != 1.0, given=given
             )
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
-                _warn_about_words(prompt, source.manifest.vocabulary, shown)
+                warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
             if job.again is not None:
                 _compare(job.again, rollout.provenance_of(model, request, job.plan.layout), shown)
             run = open_run(model)
             load_seconds = time.perf_counter() - started
             if verbose:
-                _describe(model, schedule, load_seconds, shown)
+                describe(model, schedule, load_seconds, shown)
                 if run is not None:
                     shown.note(f"run folder: {run.folder}")
             shown.start(job.plan, memory_reader(job.device))
@@ -999,7 +1004,7 @@ def memory_ran_out(job: Job, kept: str) -> MemoryFitError:
     return MemoryFitError(f"the memory of {job.machine.device} ran out", hint=f"{hint} {kept}".strip())
 
 
-def _warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display) -> None:
+def warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display) -> None:
     if prompt.unknown:
         words = " ".join(vocabulary)
         shown.warn(
@@ -1010,7 +1015,7 @@ def _warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display)
         shown.warn(f"the prompt is too long: its last {count(prompt.dropped, 'token')} will not be seen")
 
 
-def _describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: Display) -> None:
+def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: Display) -> None:
     """What -v says about the loaded model."""
     import torch
 

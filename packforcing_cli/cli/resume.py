@@ -125,15 +125,16 @@ def _folder(run: str | None, *, last: bool) -> Path:
 
 
 def find_run(name: str) -> Path:
-    """The run folder of a folder, an id, or a video file that names its run. Raises: UsageError, VideoError."""
+    """The run folder of a folder, an id, or a video file that a run here made. Raises: UsageError, VideoError."""
     from packforcing_cli import runfolder
+    from packforcing_cli.cli.extend_file import run_of
     from packforcing_cli.errors import UsageError
     from packforcing_cli.video import VideoReader
 
     if not os.path.isfile(name):  # noqa: PTH113  (Path's raises for a name too long)
         return runfolder.find(name)
-    run_id = VideoReader(name).metadata.get("run", "")
-    folder = runfolder.folder_of(run_id)
+    video = VideoReader(name)
+    folder, run_id = run_of(video), video.metadata.get("run", "")
     if folder is None:
         what = f"its run {run_id} is not here any more" if run_id else "it names no run"
         raise UsageError(f"{name} cannot be continued: {what}", hint="See `packforcing runs list`.")

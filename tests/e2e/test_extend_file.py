@@ -54,7 +54,7 @@ def test_a_video_from_elsewhere_is_continued_and_its_seam_told(
     both = (VideoReader(tmp_path / name) for name in ("b.mp4", "repeated.mp4"))
     assert all(np.array_equal(*pair) for pair in zip(*both, strict=True))
     refused = run_command("generate", "--from", "b.mp4")
-    assert_one_message(refused, 2, "the video goes on with another file", "packforcing extend phone.mp4")
+    assert_one_message(refused, 2, "the video goes on with another one", "packforcing extend phone.mp4")
     again = extend("b.mp4", "-o", "c.mp4", "--from-time", "0:01", "--to-time", "0:03", "--only-new", "--json")
     values = json.loads(again.out)  # the prompt is the file's own
     assert (values["source_frames"], values["frames"], values["new_blocks"]) == (32, 32, 2)

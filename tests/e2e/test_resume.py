@@ -298,6 +298,16 @@ def test_extending_equals_one_longer_run(generate: Any, run_command: Any, tmp_pa
     assert num_frames(tmp_path / "d.mp4") == 109
 
 
+def test_a_file_without_metadata_is_continued_from_its_run(
+    generate: Any, run_command: Any, tmp_path: Path
+) -> None:
+    generate("-o", "a.mp4", "--seconds", "1", "--no-metadata")
+    made = run_command("extend", "a.mp4", "--seconds", "1", "-o", "b.mp4")
+    assert made.code == 0 and "1 new block after 0:01 (block 1 of 1)" in made.err, made.err
+    (tmp_path / "a.mp4").rename(tmp_path / "c.mp4")  # nothing says now which run it is
+    assert_one_message(run_command("resume", "c.mp4"), 2, "it names no run", "runs list")
+
+
 def test_a_timeline_is_resumed_and_goes_on_in_a_branch(
     generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +347,10 @@ def test_a_branch_has_the_old_blocks_and_new_ones(
     assert (record.prompt, record.request["seed"]) == (PROMPT, 9)
     assert record.request["timeline"]["at"] == [{"time": "0:01.8125", "prompt": "a circle"}]
     assert record.parent == runfolder.read(tmp_path / "source").id
+    command = run_command("show", "b.mp4", "--json").out
+    assert f"packforcing extend {record.parent} --from 1.8125 --seconds 2 --seed 9" in command
+    refused = run_command("generate", "--from", "b.mp4", "-o", "x.mp4")
+    assert_one_message(refused, 2, "goes on with another one", f"packforcing extend {record.parent}")
 
 
 @pytest.mark.parametrize(
