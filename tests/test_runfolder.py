@@ -541,7 +541,7 @@ def test_files_of_the_source_are_not_used_for_what_is_new(
         run.update(request={**run.record.request, "frames": "pictures", "embeddings": "texts"})
     asked: list[GenerateRequest] = []
 
-    def stop(request: GenerateRequest) -> None:
+    def stop(request: GenerateRequest, **_: Any) -> None:
         asked.append(request)
         raise UsageError("far enough")
 
