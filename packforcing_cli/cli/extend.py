@@ -231,29 +231,36 @@ def _timeline(
     )
 
 
+def _made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | None:
+    """The command of a branch that one longer run would not make: after another seed, a start image or another memory,
+    or off such a branch. None for a plain continuation.
+    """
+    from packforcing_cli import provenance
+    from packforcing_cli.errors import UsageError
+
+    try:
+        was_branch = provenance.from_tags(before.tags, source=before.id).extends is not None
+    except UsageError:  # made with --no-metadata
+        was_branch = False
+    request = job.request
+    if not (
+        was_branch or is_other or before.request.get("image") or before.request.get("seed") != request.seed
+    ):
+        return None
+    kept = job.plan.layout.frames_for(blocks) / job.plan.fps
+    words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{job.plan.exact_seconds - kept:g}"]
+    words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
+    return shlex.join(["packforcing", *words])
+
+
 def _branch(
     old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None, *, other_memory: int
 ) -> RunFolder:
-    """The new run folder, with the first blocks of the old one in it; the old one is let go.
-
-    Its file says the command where one longer run would be another video: after another seed, a start image, another
-    memory, or where the old run was such a branch itself.
-    """
+    """The new run folder, with the first blocks of the old one in it; the old one is let go."""
     from packforcing_cli import rollout, runfolder
 
-    before, request = old.record, job.request
-    extends = None
-    if (
-        before.request.get("seed") != request.seed
-        or before.request.get("image")
-        or other_memory
-        or before.parent is not None
-    ):
-        kept = job.plan.layout.frames_for(blocks) / job.plan.fps
-        more = job.plan.exact_seconds - kept
-        words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{more:g}"]
-        words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
-        extends = shlex.join(["packforcing", *words])
+    is_other = bool(other_memory)
+    extends = _made_by(old.record, blocks, job, is_other=is_other) if job.request.metadata else None
     tags = runner.tags_of(job, model, extends=extends)
     record = rollout.new_record(model, runner.recorded(job), tags=tags, parent=old.record.id)
     record = record.model_copy(update={"other_memory": other_memory})
