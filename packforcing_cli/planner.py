@@ -178,21 +178,21 @@ class Plan:
         worst = max(self.stages, key=lambda stage: stage.device_bytes)
         if not _memory_fits(worst.device_bytes, self.machine.memory_bytes):
             raise MemoryFitError(
-                f"about {_gb(worst.device_bytes)} of memory are needed and {self.machine.device} has"
-                f" {_gb(self.machine.memory_bytes)} free; the most is {STAGE_TEXT[worst.name]}",
+                f"about {gb(worst.device_bytes)} of memory are needed and {self.machine.device} has"
+                f" {gb(self.machine.memory_bytes)} free; the most is {STAGE_TEXT[worst.name]}",
                 hint=hint,
             )
         worst = max(self.stages, key=lambda stage: stage.host_bytes)
         free = self.machine.host_bytes
         if free is not None and not _memory_fits(worst.host_bytes, free):
             raise MemoryFitError(
-                f"about {_gb(worst.host_bytes)} of host memory are needed and {_gb(free)} are free; the most is"
+                f"about {gb(worst.host_bytes)} of host memory are needed and {gb(free)} are free; the most is"
                 f" {STAGE_TEXT[worst.name]}",
                 hint=hint,
             )
         assert self.machine.disk_free_bytes is not None
         raise DiskFullError(
-            f"about {_gb(self.disk_bytes)} of disk are needed and {_gb(self.machine.disk_free_bytes)} are free",
+            f"about {gb(self.disk_bytes)} of disk are needed and {gb(self.machine.disk_free_bytes)} are free",
             hint="Free some space, choose another --output, or make a shorter video.",
         )
 
@@ -565,7 +565,7 @@ def _disk_fits(needed: int, machine: Machine) -> bool:
     return machine.disk_free_bytes is None or needed <= machine.disk_free_bytes
 
 
-def _gb(size: int) -> str:
+def gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 

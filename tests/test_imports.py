@@ -32,7 +32,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings"),
     ("rollout", "convert"),
-    ("batch", "metrics", "bench", "training", "extension"),
+    ("metrics", "training", "extension"),
+    ("jobs",),
+    ("batch", "bench"),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

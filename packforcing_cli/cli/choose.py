@@ -18,56 +18,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from packforcing_cli.catalog import ModelFacts
     from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.jobs import Device
     from packforcing_cli.planner import Machine
 
 AUTO = "auto"
 DEMO = "demo"
-
-
-@dataclass(frozen=True)
-class Device:
-    """Where a model runs, in which precision, what there is to use, and why."""
-
-    device: str
-    dtype: str
-    machine: Machine
-    why: str
-    why_dtype: str
-
-
-def choose_device(request: GenerateRequest, output_folder: Path) -> Device:
-    """Take device and dtype; torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
-
-    Raises: EnvironmentProblem for a GPU that is not there, or lacks what is
-        asked for.
-    """
-    from packforcing_cli import catalog, machine, planner
-
-    host = planner.host_machine(output_folder)
-    why_dtype = "asked for" if request.dtype != "auto" else "as on every CPU"
-    why = "asked for"
-    if request.device == "auto":
-        why = "there is no NVIDIA driver" if not machine.has_nvidia_driver() else ""
-    if request.device == "cpu" or (request.device == "auto" and why):
-        catalog.check_cpu(request.quantize, request.offload)
-        return Device("cpu", "fp32" if request.dtype == "auto" else request.dtype, host, why, why_dtype)
-    from packforcing_cli import registry
-    from packforcing_cli.quantize import require_support
-
-    device = registry.resolve_device(request.device)
-    dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
-    require_support(request.quantize, device)
-    if device.type == "cpu":
-        catalog.check_cpu(request.quantize, request.offload)
-        return Device("cpu", dtype, host, "PyTorch sees no GPU", why_dtype)
-    import torch
-
-    free = torch.cuda.mem_get_info(device)[0]
-    name = f"{torch.cuda.get_device_name(device)} ({device})"
-    if request.dtype == "auto":
-        why_dtype = "as on every GPU that has it" if dtype == "bf16" else "this GPU has no bf16"
-    there = planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
-    return Device(str(device), dtype, there, why or "the GPU with most free memory", why_dtype)
 
 
 @dataclass(frozen=True)
@@ -155,9 +110,9 @@ def resolve_model(
         return _install_bundle(request, only_plan=only_plan)
     if request.model != AUTO:
         return request, None, "asked for"
-    from packforcing_cli import catalog
+    from packforcing_cli import catalog, jobs
 
-    on = choose_device(request, output_folder)
+    on = jobs.choose_device(request, output_folder)
     planned = request.changed(dtype=on.dtype)
     choice = choose_model(planned, on.machine, installed_models(), catalog.get(catalog.RECOMMENDED))
     if choice.install is not None and only_plan:

@@ -14,7 +14,7 @@ from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
-    from packforcing_cli.cli.generate import Job
+    from packforcing_cli.jobs import Job
     from packforcing_cli.registry import VideoModel
     from packforcing_cli.runfolder import Record, RunFolder
     from packforcing_cli.timeline import Timeline
@@ -257,12 +257,12 @@ def _branch(
     old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None, *, other_memory: int
 ) -> RunFolder:
     """The new run folder, with the first blocks of the old one in it; the old one is let go."""
-    from packforcing_cli import rollout, runfolder
+    from packforcing_cli import jobs, rollout, runfolder
 
     is_other = bool(other_memory)
     extends = _made_by(old.record, blocks, job, is_other=is_other) if job.request.metadata else None
-    tags = runner.tags_of(job, model, extends=extends)
-    record = rollout.new_record(model, runner.recorded(job), tags=tags, parent=old.record.id)
+    tags = jobs.tags_of(job, model, extends=extends)
+    record = rollout.new_record(model, jobs.recorded(job), tags=tags, parent=old.record.id)
     record = record.model_copy(update={"other_memory": other_memory})
     where = folder or runfolder.default_root() / record.id
     new = runfolder.RunFolder.create(where, record, source=old, blocks=blocks)

@@ -16,9 +16,9 @@ from packforcing_cli.cli import generate as runner
 from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
-    from packforcing_cli.cli.generate import Job
     from packforcing_cli.cli.progress import Display
     from packforcing_cli.extension import Extension
+    from packforcing_cli.jobs import Job
     from packforcing_cli.rollout import Block
     from packforcing_cli.source import History
     from packforcing_cli.timeline import Script
@@ -216,7 +216,7 @@ def _run(
     shown: Display,
     verbose: bool,
 ) -> int:
-    from packforcing_cli import extension, registry, rollout
+    from packforcing_cli import extension, jobs, rollout
     from packforcing_cli.errors import PackforcingError
 
     request = job.request
@@ -232,16 +232,7 @@ def _run(
     with runner.Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            source = registry.open_model(
-                job.place,
-                device=job.device,
-                dtype=request.dtype,
-                vae=request.vae,
-                quantize=request.quantize,
-                quantize_text=request.quantize_text,
-                offload=request.offload,
-                compressor=request.memory.compressor,
-            )
+            source = jobs.open_source(job)
             schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
             # The text encoder is gone before the transformer takes memory.
             prompts = rollout.encode_script(source, script, guided=schedule.guidance != 1.0)
@@ -279,17 +270,17 @@ def _run(
             )
         except KeyboardInterrupt:
             shown.stop()
-            shown.note(f"Stopped at once. {runner.kept_part(job) or 'Nothing was written.'}")
+            shown.note(f"Stopped at once. {jobs.kept_part(job) or 'Nothing was written.'}")
             return stop.code or 130
         except PackforcingError as error:
             shown.stop()
             if "plays" not in error.hint:
-                error.hint = f"{error.hint} {runner.kept_part(job)}".strip()
+                error.hint = f"{error.hint} {jobs.kept_part(job)}".strip()
             raise
         except Exception as error:
             shown.stop()
-            if runner.is_out_of_memory(error):
-                raise runner.memory_ran_out(job, runner.kept_part(job)) from error
+            if jobs.is_out_of_memory(error):
+                raise jobs.memory_ran_out(job, jobs.kept_part(job)) from error
             raise
         finally:
             shown.stop()

@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,15 +19,10 @@ from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from packforcing_cli.catalog import ModelFacts
     from packforcing_cli.cli.progress import Display, MemoryReader
     from packforcing_cli.config import GenerateRequest
-    from packforcing_cli.errors import MemoryFitError
-    from packforcing_cli.packages import Download
-    from packforcing_cli.planner import Machine, Plan
+    from packforcing_cli.jobs import Job
+    from packforcing_cli.planner import Plan
     from packforcing_cli.provenance import Provenance
     from packforcing_cli.registry import VideoModel
     from packforcing_cli.rollout import Block, Prompt, Result
@@ -214,6 +209,7 @@ def generate(
     Exit codes: 0 done, 1 failed, 2 usage, 4 environment, 5 does not fit in memory, 6 disk full, 7 bad weights,
     9 locked, 130 interrupted, 143 terminated. Ctrl-C once ends the video after the block, twice at once.
     """
+    from packforcing_cli import jobs
     from packforcing_cli.cli import progress as display
     from packforcing_cli.cli import settings
     from packforcing_cli.errors import PackforcingError, UsageError
@@ -280,7 +276,7 @@ def generate(
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
         folder = _check_run_options(request, run)
-        job = prepare(request, made_with, only_plan=dry_run)
+        job = prepare(request, only_plan=dry_run)
         if as_json and str(job.path) == "-" and not dry_run:
             raise UsageError("video and JSON cannot both go to standard output", hint="Leave --json away.")
         if dry_run:
@@ -288,7 +284,13 @@ def generate(
             return
         job.plan.require_fit()
         _introduce(job, shown, verbose=verbose)
-        outcome = run_job(job, shown, verbose=verbose, open_run=lambda model: new_run(job, model, folder))
+        outcome = run_job(
+            job,
+            shown,
+            verbose=verbose,
+            open_run=lambda model: jobs.new_run(job, model, folder),
+            again=made_with,
+        )
     except PackforcingError as error:
         if shown.error(error):
             raise typer.Exit(error.exit_code) from error
@@ -302,34 +304,25 @@ def generate(
 # -- before the model is loaded ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Job:
-    """A request with everything decided.
+def prepare(
+    request: GenerateRequest,
+    *,
+    path: Path | None = None,
+    blocks: int = 0,
+    why: Mapping[str, str] | None = None,
+    only_plan: bool = False,
+) -> Job:
+    """`jobs.prepare`, for a request that may leave the model open too; a person may be asked to install one.
 
-    place:   what `registry.open_model` is given, a name or a folder.
-    device:  its name, such as cpu or cuda:0.
-    why:     why this model, device and precision, in one line.
-    machine: what there was when it was planned.
-    image:   [H,W,3] what the video begins with.
-    stills:  [H,W,3] pictures of the first blocks.
-    again:   how the file was made of which this is the repetition.
-    command: repeats this job.
-    downloads: parts that are not on this machine; only looked for in a dry run.
+    Args and raises: as there. With `only_plan` nothing is asked, downloaded or installed.
     """
+    from packforcing_cli import jobs
+    from packforcing_cli.cli import choose
 
-    request: GenerateRequest
-    facts: ModelFacts
-    place: str | Path
-    path: Path
-    device: str
-    why: str
-    machine: Machine
-    plan: Plan
-    image: NDArray[np.uint8] | None
-    stills: tuple[NDArray[np.uint8], ...]
-    again: Provenance | None
-    command: str
-    downloads: tuple[Download, ...] = ()
+    folder_of_output = (request.output or Path()).absolute().parent
+    request, on, why_model = choose.resolve_model(request, folder_of_output, only_plan=only_plan)
+    reasons = {"model": why_model, **(why or {})}
+    return jobs.prepare(request, on=on, path=path, blocks=blocks, why=reasons, only_plan=only_plan)
 
 
 def _read_prompt(prompt: str, shown: Display) -> str:
@@ -398,197 +391,8 @@ def _check_run_options(request: GenerateRequest, folder: Path | None) -> Path | 
     return folder
 
 
-def prepare(
-    request: GenerateRequest,
-    again: Provenance | None = None,
-    *,
-    path: Path | None = None,
-    blocks: int = 0,
-    why: Mapping[str, str] | None = None,
-    only_plan: bool = False,
-) -> Job:
-    """Decide all that is open.
-
-    torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
-    Args:
-        path: the output where that is decided and checked already.
-        blocks: how many are there already; pictures that are in them are not read again.
-        why:  reasons for model, device or precision that are known already.
-        only_plan: for a dry run: nothing is asked, downloaded or installed, and the model may be missing.
-    Raises: PackforcingError of any kind; no weights are read for it.
-    """
-    from packforcing_cli import catalog, config, packages, planner
-    from packforcing_cli.cli import choose, console
-
-    fitted: tuple[str, ...] = ()
-    folder_of_output = (request.output or Path()).absolute().parent
-    request, on, why_model = choose.resolve_model(request, folder_of_output, only_plan=only_plan)
-    downloads = _downloads(request) if only_plan else ()
-    known = catalog.find(request.model) if downloads else None  # its files may be missing
-    if known is not None:
-        known.require_weights()
-    facts = known or packages.facts(request.model)
-    if not facts.is_random and not downloads:
-        folder = packages.find_package(request.model)  # refused early when it is not here
-        packages.require_complete(folder, packages.read_manifest(folder))
-    facts = packages.with_compressor(facts, request.memory.compressor)
-    _check_abilities(request, facts)
-    new, path = path is None, path or _output_path(request)
-    is_named = request.model.lower() in {known.name for known in catalog.all_models()}
-    place = facts.name if is_named or facts.is_random else request.model
-    planner.plan(
-        request, facts=facts
-    )  # a size or memory that is not possible is refused before torch is loaded
-    on = on or choose.choose_device(request, path.absolute().parent)
-    plan = planner.plan(request.model_copy(update={"dtype": on.dtype}), on.machine, facts=facts)
-    if request.auto_fit and plan.change:
-        said = (
-            f"auto-fit: {plan.suggestion}; as asked about {console.gb(plan.peak_bytes)} would be needed, and"
-            f" {on.machine.device} has {console.gb(on.machine.memory_bytes)} free"
-        )
-        request, fitted = request.changed(**plan.change, auto_fit=False), (said,)
-    request = request.model_copy(
-        update={
-            "seed": config.random_seed() if request.seed is None else request.seed,
-            "output": path,
-            "device": on.device.partition(":")[0] if request.device == "auto" else request.device,
-            "dtype": on.dtype,
-        }
-    )
-    plan = planner.plan(request, on.machine, facts=facts)
-    plan = replace(plan, warnings=(*fitted, *plan.warnings))
-    if plan.size != facts.default_size:
-        said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
-        plan = replace(plan, warnings=(said, *plan.warnings))
-    _check_file(request, plan, new=new)
-    image = None
-    if request.image is not None and not blocks:
-        from packforcing_cli.video import read_image
-
-        image = read_image(request.image, plan.size, request.fit)
-    stills = _stills(request, plan, blocks)
-    command = _command(request)
-    reasons = {"model": why_model, "device": on.why, "precision": on.why_dtype, **(why or {})}
-    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    return Job(
-        request,
-        facts,
-        place,
-        path,
-        on.device,
-        said,
-        on.machine,
-        plan,
-        image,
-        stills,
-        again,
-        command,
-        downloads,
-    )
-
-
-def _downloads(request: GenerateRequest) -> tuple[Download, ...]:
-    """Parts of the model, and of the VAE that stands in for a Wan model's own, that are not on this machine."""
-    from packforcing_cli import catalog, packages
-
-    own = () if catalog.of_random(request.model) else tuple(packages.downloads(request.model))
-    known = catalog.find(request.model)
-    if request.vae == "tiny" and known is not None and known.codec == "wan":
-        return (*own, *packages.downloads("taew2_1"))
-    return own
-
-
-def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:
-    """The pinned pictures, in the size of the video; none if they all are in blocks that are there already.
-
-    As long as one is not, all are needed: they are encoded as one stream.
-    Raises: UsageError.
-    """
-    from packforcing_cli import video
-    from packforcing_cli.errors import UsageError
-
-    if request.pin_images and request.image is not None:
-        raise UsageError("--image and --pin-image both say what block 0 is", hint="Leave one of them away.")
-    if len(request.pin_images) >= plan.blocks:
-        raise UsageError(
-            f"{len(request.pin_images)} pinned pictures take a block each, and the video has {plan.blocks}",
-            hint="Make it longer with --seconds.",
-        )
-    if len(request.pin_images) <= blocks:
-        return ()
-    return tuple(video.read_image(path, plan.size, request.fit) for path in request.pin_images)
-
-
-def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
-    """Raises: PackforcingError if the video cannot be encoded like this here, or its frames not be kept."""
-    from packforcing_cli import video
-
-    width, height = plan.size
-    video.check_encoder(
-        request.codec, fps=plan.fps, width=width, height=height, crf=request.crf, preset=request.preset
-    )
-    if request.frames is not None:
-        video.check_frames(request.frames, overwrite=request.overwrite or not new)
-
-
-def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
-    """Raises: UsageError for what the model cannot do: a schedule, a branch or a VAE it was not made with."""
-    from packforcing_cli import catalog
-    from packforcing_cli.errors import UsageError
-
-    schedule = facts.schedule
-    catalog.check_sampling(
-        facts.name, schedule.kind, schedule.num_steps, steps=request.steps, guidance=request.guidance
-    )
-    if request.frames_per_block not in (None, facts.frames_per_block):
-        raise UsageError(
-            f"frames_per_block {request.frames_per_block}: {facts.name} makes blocks of {facts.frames_per_block}"
-            " latent frames",
-            hint="Remove the setting; packforcing doctor --config shows where it is.",
-        )
-    memory = request.memory.with_defaults(facts.cache)
-    if memory.top_k and memory.policy == "packforcing" and memory.select != "none":
-        catalog.check_compressor(facts.name, facts.branches, memory.compressor)
-    if request.vae is not None:
-        catalog.check_vae(facts.name, facts.codec, request.vae)
-
-
-def _output_path(request: GenerateRequest) -> Path:
-    """The given output, checked; or a free name made from the prompt, in the current or the given folder."""
-    from packforcing_cli import video
-    from packforcing_cli.errors import UsageError
-
-    given = request.output
-    if given is not None and str(given) == "-":
-        if sys.stdout.isatty():
-            raise UsageError(
-                "a video cannot go to a terminal",
-                hint="Give a file, -o video.mp4, or a pipe: -o - | ffplay -",
-            )
-        return given
-    if given is not None and not os.path.isdir(given):  # noqa: PTH112  (Path's raises for a name too long)
-        return checked_output(given, overwrite=request.overwrite)
-    folder = given or Path()
-    number = 1
-    while True:
-        path = folder / video.safe_name(request.prompt, ".mp4" if number == 1 else f"-{number}.mp4")
-        if request.overwrite or not (path.exists() or video.part_path(path).exists()):
-            video.check_output(path, overwrite=request.overwrite)
-            return path
-        number += 1
-
-
 def _precision(request: GenerateRequest) -> str:
     return request.dtype + ("" if request.quantize == "none" else f" with {request.quantize} linears")
-
-
-def checked_output(given: Path, *, overwrite: bool = False) -> Path:
-    """A given output, its ending added where it has none. Raises: UsageError as video.check_output."""
-    from packforcing_cli import video
-
-    path = given if given.suffix else given.with_name(given.name + ".mp4")
-    video.check_output(path, overwrite=overwrite)
-    return path
 
 
 def _command(request: GenerateRequest) -> str:
@@ -647,7 +451,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
             "device": job.device,
             "output": str(job.path),
             "downloads": [asdict(part) for part in job.downloads],
-            "command": job.command,
+            "command": _command(job.request),
         }
         console.result_json({**plan.to_json(), **extra})
         return
@@ -669,7 +473,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         ("output", str(job.path)),
         ("downloads", _downloads_text(job)),
         ("fits", fits),
-        ("command", job.command),
+        ("command", _command(job.request)),
     ):
         console.result(f"{name:<12} {value}")
     for warning in plan.warnings:
@@ -792,49 +596,6 @@ class Stop:
         self._shown.stopping("Stopping after this block; Ctrl-C once more stops at once.")
 
 
-def new_run(job: Job, model: VideoModel, folder: Path | None) -> RunFolder | None:
-    """The run folder of a new video, in the given place or among the others; None with --no-run."""
-    from packforcing_cli import rollout, runfolder
-
-    if not job.request.keep_run:
-        return None
-    record = rollout.new_record(model, recorded(job), tags=tags_of(job, model))
-    return runfolder.RunFolder.create(folder or runfolder.default_root() / record.id, record)
-
-
-def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[str, str]:
-    """What the file is to say of itself; nothing with --no-metadata.
-
-    Args:
-        extends: the command that made it, where `generate` alone cannot make it again.
-    """
-    from packforcing_cli import rollout
-
-    if not job.request.metadata:
-        return {}
-    made = rollout.provenance_of(model, job.request, job.plan.layout)
-    return made.model_copy(update={"extends": extends}).tags()
-
-
-def recorded(job: Job) -> GenerateRequest:
-    """The request as a run folder keeps it: valid wherever it is read again."""
-    request = job.request
-    changes: dict[str, Any] = {"output": job.path.absolute()}
-    if job.place != job.facts.name:
-        changes["model"] = str(Path(job.place).expanduser().absolute())
-    if request.vae is not None and Path(request.vae).is_dir():
-        changes["vae"] = str(Path(request.vae).absolute())
-    compressor = request.memory.compressor
-    if os.sep in compressor or compressor.startswith("~") or Path(compressor).is_dir():
-        place = str(Path(compressor).expanduser().absolute())
-        changes["memory"] = request.changed(compressor=place).memory
-    for name in ("image", "embeddings", "frames"):
-        path = getattr(request, name)
-        changes |= {} if path is None else {name: path.absolute()}
-    changes["pin_images"] = tuple(path.absolute() for path in request.pin_images)
-    return request.model_copy(update=changes)
-
-
 def run_job(
     job: Job,
     shown: Display,
@@ -842,19 +603,19 @@ def run_job(
     verbose: bool,
     open_run: Callable[[VideoModel], RunFolder | None],
     run: RunFolder | None = None,
+    again: Provenance | None = None,
 ) -> Outcome:
     """Load, encode, generate, finish the file.
 
     Args:
         open_run: called with the loaded model, gives the run folder to go on with; it is closed here.
         run:      that folder, where it is open already.
+        again:    how the file was made of which this is the repetition: what differs now is said.
     Raises: PackforcingError, saying what plays and how to go on.
     """
-    from packforcing_cli import embeddings, registry, rollout
+    from packforcing_cli import jobs, rollout
     from packforcing_cli.errors import GenerationError, PackforcingError
-    from packforcing_cli.video import FrameFolder
 
-    request = job.request
     blocks = 0
 
     def on_block(block: Block, seconds: float) -> None:
@@ -863,65 +624,38 @@ def run_job(
         shown.block(block, seconds)
 
     def kept() -> str:
-        return kept_part(job) if blocks or (run is not None and run.blocks) else ""
+        return jobs.kept_part(job) if blocks or (run is not None and run.blocks) else ""
 
     started = time.perf_counter()
     load_seconds = 0.0
     with Stop(shown) as stop:
         try:
             shown.stage(f"loading {job.facts.name} …")
-            given = None if request.embeddings is None else embeddings.read(request.embeddings)
-            source = registry.open_model(
-                job.place,
-                device=job.device,
-                dtype=request.dtype,
-                vae=request.vae,
-                quantize=request.quantize,
-                quantize_text=request.quantize_text,
-                offload=request.offload,
-                compressor=request.memory.compressor,
-            )
+            source = jobs.open_source(job)
             if job.image is not None and not source.manifest.start_image:
                 shown.warn(
                     f"{source.name} was not trained to begin with a given picture; what follows may not match it"
                 )
-            schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
-            # The text encoder is gone before the transformer takes memory.
-            prompts = rollout.encode_script(
-                source, job.plan.script, guided=schedule.guidance != 1.0, given=given
-            )
+            prompts = jobs.encode(job, source)
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
                 warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
-            if job.again is not None:
-                _compare(job.again, rollout.provenance_of(model, request, job.plan.layout), shown)
+            if again is not None:
+                _compare(again, rollout.provenance_of(model, job.request, job.plan.layout), shown)
             run = open_run(model)
             load_seconds = time.perf_counter() - started
             if verbose:
-                describe(model, schedule, load_seconds, shown)
+                describe(model, jobs.schedule_of(job, model), load_seconds, shown)
                 if run is not None:
                     shown.note(f"run folder: {run.folder}")
             shown.start(job.plan, memory_reader(job.device))
             stop.making_blocks = True
-            result = rollout.generate(
+            result = jobs.make(
+                job,
                 model,
                 prompts,
-                sys.stdout.buffer if str(job.path) == "-" else job.path,
-                seconds=request.seconds,
-                seed=request.seed,
-                size=job.plan.size,
-                schedule=schedule,
-                memory=request.memory,
-                first_latent=None if job.image is None else rollout.encode_image(model, job.image),
-                stills=job.stills,
-                codec=request.codec,
-                crf=request.crf,
-                preset=request.preset,
-                metadata=tags_of(job, model) if run is None else run.record.tags,
-                overwrite=request.overwrite,
                 run=run,
-                snapshot_every=request.snapshot_every,
-                frames=None if request.frames is None else FrameFolder(request.frames),
+                output=sys.stdout.buffer if str(job.path) == "-" else None,
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,
             )
@@ -941,8 +675,8 @@ def run_job(
         except Exception as error:
             shown.stop()
             rest = f"{kept()} {_how_to_go_on(job, run) if run is not None and run.blocks else ''}".strip()
-            if is_out_of_memory(error):
-                raise memory_ran_out(job, rest) from error
+            if jobs.is_out_of_memory(error):
+                raise jobs.memory_ran_out(job, rest) from error
             if rest:
                 shown.note(rest)
             raise
@@ -966,42 +700,8 @@ def resume_command(run: RunFolder) -> str:
     return f"packforcing resume {run.record.id}"
 
 
-def kept_part(job: Job) -> str:
-    """One sentence about the part file of a run that ended early; empty if there is none."""
-    from packforcing_cli import video
-
-    part = video.part_path(job.path)
-    return f"What was made so far plays: {part}" if part.exists() and part.stat().st_size else ""
-
-
 def _again(job: Job) -> str:
     return _command(job.request.model_copy(update={"overwrite": True}))
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    import torch
-
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(
-        said in str(error) for said in ("can't allocate memory", "not enough memory", "out of memory")
-    )
-
-
-def memory_ran_out(job: Job, kept: str) -> MemoryFitError:
-    from packforcing_cli import planner
-    from packforcing_cli.errors import MemoryFitError
-
-    less = min(job.machine.memory_bytes, job.plan.peak_bytes) * 9 // 10
-    suggestion = planner.plan(
-        job.request, replace(job.machine, memory_bytes=less), facts=job.facts
-    ).suggestion
-    hint = (
-        f"Try {suggestion}, or another --device."
-        if suggestion
-        else "Try a smaller --size or another --device."
-    )
-    return MemoryFitError(f"the memory of {job.machine.device} ran out", hint=f"{hint} {kept}".strip())
 
 
 def warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display) -> None:
@@ -1095,7 +795,7 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
             "run": outcome.run_id,
             "interrupted": bool(outcome.exit_code),
             "warnings": list(plan.warnings),
-            "command": job.command,
+            "command": _command(job.request),
             "figures": {
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),

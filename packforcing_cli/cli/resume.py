@@ -51,7 +51,7 @@ def resume(
 
     Exit codes: as generate; 2 also if model, layout or libraries changed.
     """
-    from packforcing_cli import rollout
+    from packforcing_cli import jobs, rollout
     from packforcing_cli.cli import console
     from packforcing_cli.cli import progress as display
     from packforcing_cli.config import GenerateRequest
@@ -65,7 +65,7 @@ def resume(
                 shown.warn(f"{opened.dropped} was torn when the run ended; that block is made again")
             path = Path(opened.record.output)
             if output is not None:
-                path = runner.checked_output(output).absolute()
+                path = jobs.checked_output(output).absolute()
             request = GenerateRequest.from_values(opened.record.request)
             request = request.model_copy(update={"output": path})
             if device is not None:

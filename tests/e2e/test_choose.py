@@ -14,10 +14,11 @@ import pytest
 import stand_in
 from hub_server import HubServer
 
-from packforcing_cli import catalog, hub
+from packforcing_cli import catalog, hub, jobs
 from packforcing_cli.cli import choose
-from packforcing_cli.cli.choose import Choice, Device, choose_model
+from packforcing_cli.cli.choose import Choice, choose_model
 from packforcing_cli.config import GenerateRequest
+from packforcing_cli.jobs import Device
 from packforcing_cli.planner import Machine
 
 GB = 10**9
@@ -70,7 +71,7 @@ def test_a_gpu_that_is_large_enough_is_offered_the_recommended_model() -> None:
 def large_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a GPU, as far as plans go."""
     device = Device("cuda:0", "bf16", gpu(80), "the GPU with most free memory", "as on every GPU that has it")
-    monkeypatch.setattr(choose, "choose_device", lambda *_: device)
+    monkeypatch.setattr(jobs, "choose_device", lambda *_: device)
 
 
 def test_without_a_terminal_nothing_is_downloaded(run_command: Any, large_gpu: None, tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_yes_at_the_terminal_installs_it_and_goes_on(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setenv("TERM", "dumb")
     on_cpu = Device("cpu", "fp32", gpu(80), "a stand-in for the GPU", "as on every CPU")
-    monkeypatch.setattr(choose, "choose_device", lambda *_: on_cpu)
+    monkeypatch.setattr(jobs, "choose_device", lambda *_: on_cpu)
     options = ("--size", "64x64", "--seconds", "1", "--json")
     first = run_command("generate", "a fox", *options)
     assert first.code == 0, first.err

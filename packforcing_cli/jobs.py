@@ -1,0 +1,442 @@
+"""From a request to a finished video: what `generate`, `resume`, `extend` and `batch` do alike, without any display.
+
+    request -> prepare -> Job -> open_source -> encode -> source.load() -> open a run folder -> make -> Result
+
+`prepare` decides all that is open and refuses what cannot be done before any weights are read; torch is loaded only
+where an NVIDIA driver is, or when a GPU is asked for. Knows no terminal: it returns, raises, or calls back.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from packforcing_cli import catalog, config, machine, packages, planner
+from packforcing_cli.config import GenerateRequest
+from packforcing_cli.errors import MemoryFitError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from packforcing_cli.catalog import ModelFacts
+    from packforcing_cli.packages import Download
+    from packforcing_cli.planner import Machine, Plan
+    from packforcing_cli.registry import ModelSource, VideoModel
+    from packforcing_cli.rollout import Block, Result, Story
+    from packforcing_cli.runfolder import RunFolder
+    from packforcing_cli.sampler import Schedule
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a model runs, in which precision, what there is to use, and why."""
+
+    device: str
+    dtype: str
+    machine: Machine
+    why: str
+    why_dtype: str
+
+
+def choose_device(request: GenerateRequest, output_folder: Path) -> Device:
+    """Take device and dtype; torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
+
+    Raises: EnvironmentProblem for a GPU that is not there, or lacks what is
+        asked for.
+    """
+    host = planner.host_machine(output_folder)
+    why_dtype = "asked for" if request.dtype != "auto" else "as on every CPU"
+    why = "asked for"
+    if request.device == "auto":
+        why = "there is no NVIDIA driver" if not machine.has_nvidia_driver() else ""
+    if request.device == "cpu" or (request.device == "auto" and why):
+        catalog.check_cpu(request.quantize, request.offload)
+        return Device("cpu", "fp32" if request.dtype == "auto" else request.dtype, host, why, why_dtype)
+    from packforcing_cli import registry
+    from packforcing_cli.quantize import require_support
+
+    device = registry.resolve_device(request.device)
+    dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
+    require_support(request.quantize, device)
+    if device.type == "cpu":
+        catalog.check_cpu(request.quantize, request.offload)
+        return Device("cpu", dtype, host, "PyTorch sees no GPU", why_dtype)
+    import torch
+
+    free = torch.cuda.mem_get_info(device)[0]
+    name = f"{torch.cuda.get_device_name(device)} ({device})"
+    if request.dtype == "auto":
+        why_dtype = "as on every GPU that has it" if dtype == "bf16" else "this GPU has no bf16"
+    there = planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
+    return Device(str(device), dtype, there, why or "the GPU with most free memory", why_dtype)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request with everything decided.
+
+    place:   what `registry.open_model` is given, a name or a folder.
+    device:  its name, such as cpu or cuda:0.
+    why:     why this model, device and precision, in one line.
+    machine: what there was when it was planned.
+    image:   [H,W,3] what the video begins with.
+    stills:  [H,W,3] pictures of the first blocks.
+    downloads: parts that are not on this machine; only looked for in a dry run.
+    """
+
+    request: GenerateRequest
+    facts: ModelFacts
+    place: str | Path
+    path: Path
+    device: str
+    why: str
+    machine: Machine
+    plan: Plan
+    image: NDArray[np.uint8] | None
+    stills: tuple[NDArray[np.uint8], ...]
+    downloads: tuple[Download, ...] = ()
+
+
+def prepare(
+    request: GenerateRequest,
+    *,
+    on: Device | None = None,
+    path: Path | None = None,
+    blocks: int = 0,
+    why: Mapping[str, str] | None = None,
+    only_plan: bool = False,
+) -> Job:
+    """Decide all that is open; the model is decided already.
+
+    torch is loaded only where an NVIDIA driver is, or when a GPU is asked for.
+    Args:
+        on:   the device where that is decided already.
+        path: the output where that is decided and checked already.
+        blocks: how many are there already; pictures that are in them are not read again.
+        why:  reasons for model, device or precision that are known already.
+        only_plan: for a dry run: the model may be missing, and what would be downloaded is listed.
+    Raises: PackforcingError of any kind; no weights are read for it.
+    """
+    fitted: tuple[str, ...] = ()
+    downloads = _downloads(request) if only_plan else ()
+    known = catalog.find(request.model) if downloads else None  # its files may be missing
+    if known is not None:
+        known.require_weights()
+    facts = known or packages.facts(request.model)
+    if not facts.is_random and not downloads:
+        folder = packages.find_package(request.model)  # refused early when it is not here
+        packages.require_complete(folder, packages.read_manifest(folder))
+    facts = packages.with_compressor(facts, request.memory.compressor)
+    _check_abilities(request, facts)
+    new, path = path is None, path or _output_path(request)
+    is_named = request.model.lower() in {known.name for known in catalog.all_models()}
+    place = facts.name if is_named or facts.is_random else request.model
+    planner.plan(
+        request, facts=facts
+    )  # a size or memory that is not possible is refused before torch is loaded
+    on = on or choose_device(request, path.absolute().parent)
+    plan = planner.plan(request.model_copy(update={"dtype": on.dtype}), on.machine, facts=facts)
+    if request.auto_fit and plan.change:
+        said = (
+            f"auto-fit: {plan.suggestion}; as asked about {planner.gb(plan.peak_bytes)} would be needed, and"
+            f" {on.machine.device} has {planner.gb(on.machine.memory_bytes)} free"
+        )
+        request, fitted = request.changed(**plan.change, auto_fit=False), (said,)
+    request = request.model_copy(
+        update={
+            "seed": config.random_seed() if request.seed is None else request.seed,
+            "output": path,
+            "device": on.device.partition(":")[0] if request.device == "auto" else request.device,
+            "dtype": on.dtype,
+        }
+    )
+    plan = planner.plan(request, on.machine, facts=facts)
+    plan = replace(plan, warnings=(*fitted, *plan.warnings))
+    if plan.size != facts.default_size:
+        said = f"{facts.name} was trained at {facts.default_size_text}; other sizes may look wrong"
+        plan = replace(plan, warnings=(said, *plan.warnings))
+    _check_file(request, plan, new=new)
+    image = None
+    if request.image is not None and not blocks:
+        from packforcing_cli.video import read_image
+
+        image = read_image(request.image, plan.size, request.fit)
+    stills = _stills(request, plan, blocks)
+    reasons = {"model": "asked for", "device": on.why, "precision": on.why_dtype, **(why or {})}
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    return Job(
+        request,
+        facts,
+        place,
+        path,
+        on.device,
+        said,
+        on.machine,
+        plan,
+        image,
+        stills,
+        downloads,
+    )
+
+
+def _downloads(request: GenerateRequest) -> tuple[Download, ...]:
+    """Parts of the model, and of the VAE that stands in for a Wan model's own, that are not on this machine."""
+    own = () if catalog.of_random(request.model) else tuple(packages.downloads(request.model))
+    known = catalog.find(request.model)
+    if request.vae == "tiny" and known is not None and known.codec == "wan":
+        return (*own, *packages.downloads("taew2_1"))
+    return own
+
+
+def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:
+    """The pinned pictures, in the size of the video; none if they all are in blocks that are there already.
+
+    As long as one is not, all are needed: they are encoded as one stream.
+    Raises: UsageError.
+    """
+    from packforcing_cli import video
+
+    if request.pin_images and request.image is not None:
+        raise UsageError("--image and --pin-image both say what block 0 is", hint="Leave one of them away.")
+    if len(request.pin_images) >= plan.blocks:
+        raise UsageError(
+            f"{len(request.pin_images)} pinned pictures take a block each, and the video has {plan.blocks}",
+            hint="Make it longer with --seconds.",
+        )
+    if len(request.pin_images) <= blocks:
+        return ()
+    return tuple(video.read_image(path, plan.size, request.fit) for path in request.pin_images)
+
+
+def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
+    """Raises: PackforcingError if the video cannot be encoded like this here, or its frames not be kept."""
+    from packforcing_cli import video
+
+    width, height = plan.size
+    video.check_encoder(
+        request.codec, fps=plan.fps, width=width, height=height, crf=request.crf, preset=request.preset
+    )
+    if request.frames is not None:
+        video.check_frames(request.frames, overwrite=request.overwrite or not new)
+
+
+def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
+    """Raises: UsageError for what the model cannot do: a schedule, a branch or a VAE it was not made with."""
+    schedule = facts.schedule
+    catalog.check_sampling(
+        facts.name, schedule.kind, schedule.num_steps, steps=request.steps, guidance=request.guidance
+    )
+    if request.frames_per_block not in (None, facts.frames_per_block):
+        raise UsageError(
+            f"frames_per_block {request.frames_per_block}: {facts.name} makes blocks of {facts.frames_per_block}"
+            " latent frames",
+            hint="Remove the setting; packforcing doctor --config shows where it is.",
+        )
+    memory = request.memory.with_defaults(facts.cache)
+    if memory.top_k and memory.policy == "packforcing" and memory.select != "none":
+        catalog.check_compressor(facts.name, facts.branches, memory.compressor)
+    if request.vae is not None:
+        catalog.check_vae(facts.name, facts.codec, request.vae)
+
+
+def _output_path(request: GenerateRequest) -> Path:
+    """The given output, checked; or a free name made from the prompt, in the current or the given folder."""
+    from packforcing_cli import video
+
+    given = request.output
+    if given is not None and str(given) == "-":
+        if sys.stdout.isatty():
+            raise UsageError(
+                "a video cannot go to a terminal",
+                hint="Give a file, -o video.mp4, or a pipe: -o - | ffplay -",
+            )
+        return given
+    if given is not None and not os.path.isdir(given):  # noqa: PTH112  (Path's raises for a name too long)
+        return checked_output(given, overwrite=request.overwrite)
+    folder = given or Path()
+    number = 1
+    while True:
+        path = folder / video.safe_name(request.prompt, ".mp4" if number == 1 else f"-{number}.mp4")
+        if request.overwrite or not (path.exists() or video.part_path(path).exists()):
+            video.check_output(path, overwrite=request.overwrite)
+            return path
+        number += 1
+
+
+def checked_output(given: Path, *, overwrite: bool = False) -> Path:
+    """A given output, its ending added where it has none. Raises: UsageError as video.check_output."""
+    from packforcing_cli import video
+
+    path = given if given.suffix else given.with_name(given.name + ".mp4")
+    video.check_output(path, overwrite=overwrite)
+    return path
+
+
+def recorded(job: Job) -> GenerateRequest:
+    """The request as a run folder keeps it: valid wherever it is read again."""
+    request = job.request
+    changes: dict[str, Any] = {"output": job.path.absolute()}
+    if job.place != job.facts.name:
+        changes["model"] = str(Path(job.place).expanduser().absolute())
+    if request.vae is not None and Path(request.vae).is_dir():
+        changes["vae"] = str(Path(request.vae).absolute())
+    compressor = request.memory.compressor
+    if os.sep in compressor or compressor.startswith("~") or Path(compressor).is_dir():
+        place = str(Path(compressor).expanduser().absolute())
+        changes["memory"] = request.changed(compressor=place).memory
+    for name in ("image", "embeddings", "frames"):
+        path = getattr(request, name)
+        changes |= {} if path is None else {name: path.absolute()}
+    changes["pin_images"] = tuple(path.absolute() for path in request.pin_images)
+    return request.model_copy(update=changes)
+
+
+def new_run(job: Job, model: VideoModel, folder: Path | None) -> RunFolder | None:
+    """The run folder of a new video, in the given place or among the others; None with --no-run."""
+    from packforcing_cli import rollout, runfolder
+
+    if not job.request.keep_run:
+        return None
+    record = rollout.new_record(model, recorded(job), tags=tags_of(job, model))
+    return runfolder.RunFolder.create(folder or runfolder.default_root() / record.id, record)
+
+
+def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[str, str]:
+    """What the file is to say of itself; nothing with --no-metadata.
+
+    Args:
+        extends: the command that made it, where `generate` alone cannot make it again.
+    """
+    from packforcing_cli import rollout
+
+    if not job.request.metadata:
+        return {}
+    made = rollout.provenance_of(model, job.request, job.plan.layout)
+    return made.model_copy(update={"extends": extends}).tags()
+
+
+def kept_part(job: Job) -> str:
+    """One sentence about the part file of a run that ended early; empty if there is none."""
+    from packforcing_cli import video
+
+    part = video.part_path(job.path)
+    return f"What was made so far plays: {part}" if part.exists() and part.stat().st_size else ""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(
+        said in str(error) for said in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
+def memory_ran_out(job: Job, kept: str) -> MemoryFitError:
+    """The error of a job whose device ran out of memory, naming what would fit.
+
+    Args:
+        kept: sentences about what was kept and how to go on.
+    """
+    less = min(job.machine.memory_bytes, job.plan.peak_bytes) * 9 // 10
+    suggestion = planner.plan(
+        job.request, replace(job.machine, memory_bytes=less), facts=job.facts
+    ).suggestion
+    hint = (
+        f"Try {suggestion}, or another --device."
+        if suggestion
+        else "Try a smaller --size or another --device."
+    )
+    return MemoryFitError(f"the memory of {job.machine.device} ran out", hint=f"{hint} {kept}".strip())
+
+
+# -- the run ----------------------------------------------------------------------------------------------------
+
+
+def open_source(job: Job) -> ModelSource:
+    """The model of a job, its files verified and its parts not loaded yet."""
+    from packforcing_cli import registry
+
+    request = job.request
+    return registry.open_model(
+        job.place,
+        device=job.device,
+        dtype=request.dtype,
+        vae=request.vae,
+        quantize=request.quantize,
+        quantize_text=request.quantize_text,
+        offload=request.offload,
+        compressor=request.memory.compressor,
+    )
+
+
+def schedule_of(job: Job, model: VideoModel | ModelSource) -> Schedule:
+    """The package's schedule with the request's steps and guidance."""
+    from packforcing_cli import rollout
+
+    return rollout.schedule_for(model, steps=job.request.steps, guidance=job.request.guidance)
+
+
+def encode(job: Job, model: VideoModel | ModelSource) -> Story:
+    """The prompts of a job, encoded. With a `ModelSource` the text encoder is gone before the transformer is loaded.
+
+    Raises: as `rollout.encode_script` and `embeddings.read`.
+    """
+    from packforcing_cli import embeddings, rollout
+
+    given = None if job.request.embeddings is None else embeddings.read(job.request.embeddings)
+    guided = schedule_of(job, model).guidance != 1.0
+    return rollout.encode_script(model, job.plan.script, guided=guided, given=given)
+
+
+def make(
+    job: Job,
+    model: VideoModel,
+    story: Story,
+    *,
+    run: RunFolder | None,
+    output: BinaryIO | None = None,
+    on_block: Callable[[Block, float], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Result:
+    """Generate the video of a job into its file, or go on with it where its run folder has blocks.
+
+    Args:
+        story:  of `encode`.
+        run:    of `new_run`, or one that goes on; the caller closes it.
+        output: a stream that gets the video instead of the job's file.
+        on_block, should_stop: as `rollout.generate`.
+    Raises: as `rollout.generate`.
+    """
+    from packforcing_cli import rollout
+    from packforcing_cli.video import FrameFolder
+
+    request = job.request
+    return rollout.generate(
+        model,
+        story,
+        output or job.path,
+        seconds=request.seconds,
+        seed=request.seed,
+        size=job.plan.size,
+        schedule=schedule_of(job, model),
+        memory=request.memory,
+        first_latent=None if job.image is None else rollout.encode_image(model, job.image),
+        stills=job.stills,
+        codec=request.codec,
+        crf=request.crf,
+        preset=request.preset,
+        metadata=tags_of(job, model) if run is None else run.record.tags,
+        overwrite=request.overwrite,
+        run=run,
+        snapshot_every=request.snapshot_every,
+        frames=None if request.frames is None else FrameFolder(request.frames),
+        on_block=on_block,
+        should_stop=should_stop,
+    )
