@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
-    ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings"),
+    ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
     ("rollout", "convert"),
     ("metrics", "training", "extension"),
     ("jobs",),

@@ -36,6 +36,7 @@ COMMANDS = (
     ("models", "models", "app"),
     ("doctor", "doctor", "doctor"),
     ("show", "show", "show"),
+    ("bench", "bench", "app"),
 )
 
 

@@ -1,0 +1,712 @@
+"""Time and memory of every part, as figures of one run: what `packforcing bench` measures.
+
+    engine   one block in a full memory, stage by stage, against the machine's own matmul rate
+    cache    what the memory costs beside attention, against two other ways to build the same context
+    scaling  a block early and late in a video, for each policy
+    load     reading a model: time, peak memory
+    startup  commands from a fresh process: time, and what they import
+
+The memory is filled with random keys and values, so that any block of any video is reached at once; times and counts
+depend on shapes, not on values. Weights may be random too (`random:NAME`): nothing here says anything about quality.
+Repeats are interleaved, the first is dropped; minimum, median and number are given. Times are figures of one machine
+at one moment: compare those of one run with each other.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packforcing_cli import __version__, counting, rollout, rope
+from packforcing_cli.cache import KVCache
+from packforcing_cli.config import MemoryOptions
+from packforcing_cli.errors import EnvironmentProblem
+from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.registry import VideoModel
+from packforcing_cli.rollout import Prompt
+from packforcing_cli.sampler import Schedule, block_noise, denoise_block
+from packforcing_cli.transformer import BlockKV, TextKV, attention
+
+QUIET_LOAD = 1.0  # load average a core above which nothing is recorded
+REPEATS = 7
+ENOUGH_SECONDS = 10.0  # that one call is measured for
+EARLY, MIDDLE, LATE = 30, 300, 3600  # blocks that `scaling` compares
+
+
+@dataclass(frozen=True)
+class Times:
+    """Wall-clock seconds of repeated calls."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def least(self) -> float:
+        return min(self.seconds)
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """min, median and number."""
+        return {"min": self.least, "median": self.median, "n": len(self.seconds)}
+
+
+def conditions(device: torch.device) -> dict[str, Any]:
+    """Hardware, versions and load: what a figure has to be read with."""
+    values: dict[str, Any] = {
+        "packforcing": __version__,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "load average": load_average(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        values |= {
+            "gpu": facts.name,
+            "gpu memory bytes": facts.total_memory,
+            "compute capability": f"{facts.major}.{facts.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "attention": attention_kernel(device),
+            **_nvidia_smi(device),
+        }
+    return values
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run in the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def require_quiet(*, force: bool) -> str:
+    """Refuse to measure on a loaded machine. Returns: a warning, when forced to.
+
+    Raises: EnvironmentProblem.
+    """
+    load, cores = load_average(), os.cpu_count() or 1
+    if load is None or load <= QUIET_LOAD * cores / 2:
+        return ""
+    said = f"the machine is busy: load average {load:g} on {cores} cores"
+    if not force:
+        raise EnvironmentProblem(said, hint="Wait until it is idle, or measure all the same with --force.")
+    return f"{said}; the times are upper bounds"
+
+
+def _cpu_name() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.M)
+    return found.group(1).strip() if found else platform.machine()
+
+
+def _nvidia_smi(device: torch.device) -> dict[str, Any]:
+    """Driver and clocks, where nvidia-smi answers."""
+    query = "driver_version,clocks.sm,clocks.mem,clocks_event_reasons.active,power.draw"
+    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(device.index or 0)]
+    try:
+        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    parts = [part.strip() for part in told.stdout.strip().split(",")]
+    names = ("driver", "sm clock", "memory clock", "clock limits", "power")
+    return dict(zip(names, parts, strict=False))
+
+
+def attention_kernel(device: torch.device) -> str:
+    """The kernel scaled_dot_product_attention really takes at the model's shapes, from a profile of one call."""
+    from torch.profiler import ProfilerActivity, profile
+
+    q = torch.randn(1, 12, 1024, 128, dtype=torch.bfloat16, device=device)
+    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        torch.cuda.synchronize(device)
+    names = [event.key for event in seen.key_averages()]
+    for name, signs in {
+        "cudnn": ("cudnn_generated", "cudnn_attention", "_cudnn"),
+        "flash": ("flash_fwd", "flash_attention"),
+        "efficient": ("fmha", "efficient_attention"),
+    }.items():
+        if any(sign in seen_name for sign in signs for seen_name in names):
+            return name
+    return "math"
+
+
+# -- measuring ----------------------------------------------------------------------------------------------------
+
+
+def wait_for(device: torch.device) -> None:
+    """Let the GPU finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = REPEATS
+) -> dict[str, Times]:
+    """Time calls in turn, back and forth (a b c, c b a, …), after one of each that is not counted.
+
+    What has taken more than ENOUGH_SECONDS in all is not called again; Times has the number.
+    """
+    names = list(calls)
+    for name in names:
+        calls[name]()
+    wait_for(device)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats):
+        for name in names if turn % 2 == 0 else reversed(names):
+            if sum(seconds[name]) > ENOUGH_SECONDS:
+                continue
+            start = time.perf_counter()
+            calls[name]()
+            wait_for(device)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, *, repeats: int = REPEATS) -> float:
+    """Floating-point operations a second of a large square matrix product: the machine's own ceiling."""
+    side = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    took = measure({"matmul": lambda: a @ b}, device, repeats=repeats)["matmul"]
+    return 2 * side**3 / took.median
+
+
+@dataclass
+class Stage:
+    """A memory filled up to a block, and all that the block needs."""
+
+    model: VideoModel
+    layout: Layout
+    cache: KVCache
+    block: int
+    text: TextKV
+    guided: TextKV
+    schedule: Schedule
+    memory: MemoryOptions
+
+    @property
+    def grid(self) -> Grid:
+        return self.layout.grid
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def noisy(self) -> Tensor:
+        """[1,C,F,h,w] noise in the model's dtype."""
+        shape = rollout.latent_shape(self.model, self.layout)
+        return block_noise(0, self.block, 0, shape).to(self.device, self.model.dtype)
+
+
+def random_kv(grid: Grid, tokens: int, *, dtype: torch.dtype, device: torch.device) -> BlockKV:
+    """Keys, values and query sums of a block nobody made."""
+    shape = (grid.layers, 1, tokens, grid.heads, grid.kv_dim // grid.heads)
+    k, v = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
+    return BlockKV(k, v, torch.randn(*shape[:2], *shape[3:], device=device))
+
+
+def fill(cache: KVCache, until: int) -> None:
+    """Commit random blocks up to `until`, from where the cache is."""
+    grid, like = cache.layout.grid, {"dtype": cache.dtype, "device": cache.device}
+    full = random_kv(grid, grid.block_tokens, **like)  # type: ignore[arg-type]
+    small = random_kv(grid, grid.compressed_tokens, **like)  # type: ignore[arg-type]
+    for block in range(cache.blocks, until):
+        # Fresh sums, so that selection has something to choose between.
+        kv = replace(full, q_sum=torch.randn_like(full.q_sum))
+        cache.commit(block, kv)
+        if cache.needs_backup(block):
+            cache.add_backup(block, replace(small, k=small.k.roll(block % 7 + 1, 2) * (1 + block % 5)))
+
+
+def prepare(
+    model: VideoModel,
+    prompt: Prompt,
+    *,
+    block: int,
+    memory: MemoryOptions | None = None,
+    size: tuple[int, int] | None = None,
+    schedule: Schedule | None = None,
+    extra_blocks: int = 64,
+) -> Stage:
+    """A memory in which `block` is the next one.
+
+    Raises: LayoutError or UsageError for a memory that is not possible.
+    """
+    memory = (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump())
+    grid = rollout.grid_for(model, size or model.manifest.size)
+    num_blocks = block + extra_blocks
+    layout = rollout.layout_for(model, memory, grid, num_blocks=num_blocks)
+    cache = KVCache(
+        layout,
+        num_blocks=num_blocks,
+        dtype=model.dtype,
+        device=model.device,
+        select=memory.select,
+        compressed_context=memory.compressed_context,
+    )
+    fill(cache, block)
+    with torch.no_grad():
+        text = model.transformer.embed_text(prompt.conditional)
+        guided = text
+        if prompt.unconditional is not None:
+            both = torch.cat((prompt.conditional, prompt.unconditional))
+            guided = model.transformer.embed_text(both)
+    return Stage(model, layout, cache, block, text, guided, schedule or rollout.schedule_for(model), memory)
+
+
+# -- engine -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def engine(
+    model: VideoModel,
+    prompt: Prompt,
+    *,
+    size: tuple[int, int] | None = None,
+    memory: MemoryOptions | None = None,
+    schedule: Schedule | None = None,
+    repeats: int = REPEATS,
+) -> dict[str, Any]:
+    """One block in a full memory, again and again: seconds of every stage, operations, memory.
+
+    Returns: `stages` (Times by name), `block` (their sum without what runs beside), flops of a pass and of the block,
+        the matmul rate, the roofline ratio and frames a second; peak memory on a GPU.
+    """
+    device = model.device
+    plain = rollout.layout_for(
+        model,
+        (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump()),
+        rollout.grid_for(model, size or model.manifest.size),
+        num_blocks=EARLY,
+    )
+    steady = plain.sink_blocks + plain.recent_blocks + plain.top_k + 1
+    stage = prepare(
+        model,
+        prompt,
+        block=steady,
+        memory=memory,
+        size=size,
+        schedule=schedule,
+        extra_blocks=repeats + 3,
+    )
+    cache, grid, layout = stage.cache, stage.grid, stage.layout
+    decoder = model.codec.decoder()
+    compress = None
+    if layout.top_k:
+        kind = rollout.compressor_kind(model, stage.memory.compressor)
+        compress = rollout.BlockCompressor(model, kind)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seconds: dict[str, list[float]] = {}
+
+    @contextmanager
+    def timed(name: str) -> Iterator[None]:
+        wait_for(device)
+        start = time.perf_counter()
+        yield
+        wait_for(device)
+        seconds.setdefault(name, []).append(time.perf_counter() - start)
+
+    width, height = size or model.manifest.size
+    encode = _encoder(model.manifest.fps, width, height)
+    for turn in range(repeats + 2):
+        i = cache.blocks
+        with timed("select and rotate"):
+            context = cache.context(i)
+        with timed("denoise"):
+            x0 = denoise_block(
+                lambda x, sigma, context=context: rollout.velocity(  # type: ignore[misc]
+                    model, stage.guided, context, x, sigma
+                ),
+                stage.schedule,
+                seed=0,
+                block=i,
+                shape=rollout.latent_shape(model, layout),
+                dtype=model.dtype,
+                device=device,
+            )
+        with timed("clean pass"):
+            kv = model.transformer.commit(x0, stage.text, context)
+        with timed("decode"):
+            pixels = decoder.decode(x0)
+        backup = None
+        with timed("compress"):
+            if compress is not None:
+                backup = compress(cache, i, x0, pixels, kv, stage.text)
+        with timed("write to memory"):
+            cache.commit(i, kv)
+            if backup is not None:
+                cache.add_backup(i, backup)
+        with timed("to frames"):
+            frames = rollout.to_uint8(pixels)
+        if encode is not None:
+            with timed("encode"):
+                encode(frames)
+        if turn < 2:  # warming up; the first decoded block is shorter, too
+            seconds.clear()
+    stages = {name: Times(tuple(values)) for name, values in seconds.items()}
+    own = sum(stages[name].median for name in stages if name != "encode")
+    attended = layout.tokens(cache.blocks).active
+    prompts = stage.guided.layers[0][0].shape[0]
+    flops = partial(
+        counting.pass_flops,
+        model.transformer.config,
+        tokens=grid.block_tokens,
+        attended=attended,
+        text_tokens=stage.text.layers[0][0].shape[1],
+        frames=grid.frames_per_block,
+    )
+    pass_flops, commit_flops = flops(prompts=prompts), flops(is_commit=True)
+    steps = stage.schedule.passes // (2 if stage.schedule.guidance != 1 else 1)
+    block_flops = steps * pass_flops + commit_flops
+    rate = matmul_rate(model.dtype, device)
+    transformer = stages["denoise"].median + stages["clean pass"].median
+    frames_made = grid.block_frames(1)
+    return {
+        "model": model.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "size": [width, height],
+        "attended_tokens": attended,
+        "passes": {"denoise": steps, "prompts": prompts, "clean": 1},
+        "stages": {name: times.to_json() for name, times in stages.items()},
+        "block_seconds": own,
+        "frames_per_block": frames_made,
+        "fps": frames_made / max(own, stages["encode"].median if encode else 0.0),
+        "pass_flops": pass_flops,
+        "block_flops": block_flops,
+        "matmul_flops_per_second": rate,
+        "roofline_ratio": block_flops / rate / transformer,
+        "not measured": [] if encode else ["encode: PyAV is not installed"],
+        "kv_bytes": asdict(cache.stats().bytes) | {"live": cache.stats().bytes.live},
+        "peak_memory_bytes": rollout.peak_memory_bytes(device),
+    }
+
+
+def _encoder(fps: int, width: int, height: int) -> Callable[[Tensor], None] | None:
+    """Encodes the frames of a block as `generate` does, into nothing; None without PyAV."""
+    try:
+        from packforcing_cli.video import PipeWriter
+    except ImportError:
+        return None
+    import io
+
+    def encode(frames: Tensor) -> None:
+        with PipeWriter(io.BytesIO(), fps=fps, width=width, height=height) as writer:
+            writer.write(frames)
+
+    return encode
+
+
+# -- cache --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def cache(
+    model: VideoModel,
+    prompt: Prompt,
+    *,
+    size: tuple[int, int] | None = None,
+    memory: MemoryOptions | None = None,
+    repeats: int = REPEATS,
+) -> dict[str, Any]:
+    """What the memory costs beside the attention it serves: bytes moved, counted; seconds, as shares.
+
+    Compared with two other ways to give every pass the same keys and values: joining the partitions with torch.cat in
+    each layer and pass, and choosing, gathering and turning them afresh in each pass.
+    """
+    stage = prepare(model, prompt, block=EARLY, memory=memory, size=size, extra_blocks=4 * repeats + 8)
+    kept, grid, layout, device = stage.cache, stage.grid, stage.layout, stage.device
+    steps = stage.schedule.passes // (2 if stage.schedule.guidance != 1 else 1)
+    passes = (stage.guided.layers[0][0].shape[0] * steps) + 1
+    full = random_kv(grid, grid.block_tokens, dtype=model.dtype, device=device)
+    small = random_kv(grid, grid.compressed_tokens, dtype=model.dtype, device=device)
+
+    def manage() -> None:
+        i = kept.blocks
+        context = kept.context(i)
+        for layer in range(grid.layers):  # `affinity` chooses when it is read
+            context.layer(layer, full.k[layer], full.v[layer], full.q_sum[layer])
+        kept.commit(i, full)
+        if kept.needs_backup(i):
+            kept.add_backup(i, small)
+
+    with counting.moved_bytes() as moved:
+        manage()
+    attended = layout.tokens(kept.blocks).active
+    shape = (1, attended, grid.heads, grid.kv_dim // grid.heads)
+    keys, values = (torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2))
+    query = full.k[0]
+    parts_k = [part.clone() for part in keys.split(grid.block_tokens, dim=1)]
+    parts_v = [part.clone() for part in values.split(grid.block_tokens, dim=1)]
+    positions = torch.zeros(attended - grid.block_tokens, 3, dtype=torch.float64, device=device)
+    cos, sin = rope.angles(positions, grid.kv_dim // grid.heads)
+    past = keys[:, : attended - grid.block_tokens]
+
+    def attend() -> None:
+        for _ in range(grid.layers):
+            attention(query, keys, values)
+
+    def join() -> None:
+        for _ in range(grid.layers):
+            torch.cat(parts_k, 1)
+            torch.cat(parts_v, 1)
+
+    def turn() -> None:
+        for _ in range(grid.layers):
+            torch.cat((rope.rotate(past, cos, sin), query), 1)
+            torch.cat(parts_v, 1)
+
+    took = measure({"manage": manage, "attend": attend, "join": join, "turn": turn}, device, repeats=repeats)
+    with counting.moved_bytes() as by_join:
+        join()
+    with counting.moved_bytes() as by_turn:
+        turn()
+    one = attention_bytes(grid, attended, model.dtype.itemsize) * passes
+    attend_seconds = took["attend"].median * passes
+    return {
+        "model": model.name,
+        "attended_tokens": attended,
+        "passes": passes,
+        "bytes_per_block": moved.bytes,
+        "operators_per_block": moved.operators,
+        "attention_bytes_per_block": one,
+        "share_of_attention_bytes": moved.bytes / one,
+        "seconds": {name: times.to_json() for name, times in took.items()},
+        "share_of_attention": took["manage"].median / attend_seconds,
+        "share_with_cat_in_every_pass": took["join"].median * passes / attend_seconds,
+        "share_with_rotation_in_every_pass": took["turn"].median * passes / attend_seconds,
+        "bytes_with_cat_in_every_pass": by_join.bytes * passes,
+        "bytes_with_rotation_in_every_pass": by_turn.bytes * passes,
+    }
+
+
+def attention_bytes(grid: Grid, attended: int, dtype_bytes: int) -> int:
+    """Bytes that one pass's attention must read and write, all layers: keys, values, queries, result."""
+    return grid.layers * grid.kv_dim * dtype_bytes * 2 * (attended + grid.block_tokens)
+
+
+# -- scaling ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def scaling(
+    model: VideoModel,
+    prompt: Prompt,
+    *,
+    size: tuple[int, int] | None = None,
+    blocks: Sequence[int] = (EARLY, MIDDLE, LATE),
+    policies: Sequence[str] = ("packforcing", "window", "full"),
+    repeats: int = REPEATS,
+    memory_bytes: int | None = None,
+) -> list[dict[str, Any]]:
+    """One denoising pass and the memory's work for it, early and late in a video, for each policy.
+
+    Args:
+        memory_bytes: what the memory of a policy may take; where it would take more, its size is said and nothing is
+            measured. None = no limit.
+    Returns: a row for each policy and block: seconds, bytes moved and operators of the memory's work, operations of
+        the pass, live bytes; `ratio` of the times to the policy's first block. The first row is also measured a second
+        time as `again`: the spread of the same against itself.
+    """
+    rows: list[dict[str, Any]] = []
+    for policy in policies:
+        stages: dict[str, Stage] = {}
+        for block in blocks:
+            options = MemoryOptions(policy=policy)
+            known = options.with_defaults(model.manifest.cache.model_dump())
+            grid = rollout.grid_for(model, size or model.manifest.size)
+            layout = rollout.layout_for(model, known, grid, num_blocks=block + 2)
+            row: dict[str, Any] = {
+                "policy": policy,
+                "block": block,
+                "live_bytes": layout.capacity_bytes(block).live,
+            }
+            rows.append(row)
+            if memory_bytes is not None and row["live_bytes"] > memory_bytes:
+                row["not measured"] = "more memory than this machine has free"
+                continue
+            stage = prepare(model, prompt, block=block, memory=options, size=size, extra_blocks=2)
+            stages[str(block)] = stage
+            with counting.moved_bytes() as moved:
+                context = stage.cache.context(block)
+            noisy = stage.noisy()
+            row |= {
+                "memory_bytes_moved": moved.bytes,
+                "memory_operators": moved.operators,
+                "attended_tokens": stage.layout.tokens(block).active,
+                "pass_flops": counting.flops_of(
+                    lambda stage=stage, context=context, noisy=noisy: rollout.velocity(  # type: ignore[misc]
+                        model, stage.text, context, noisy, 0.9
+                    )
+                ),
+            }
+        if not stages:
+            continue
+        first = next(iter(stages))
+
+        def one(stage: Stage) -> None:
+            context = stage.cache.context(stage.block)
+            rollout.velocity(model, stage.text, context, stage.noisy(), 0.9)
+
+        calls = {name: (lambda stage=stage: one(stage)) for name, stage in stages.items()}
+        calls["again"] = calls[first]
+        took = measure(calls, model.device, repeats=repeats)
+        for row in rows:
+            if row["policy"] == policy and str(row["block"]) in took:
+                times = took[str(row["block"])]
+                row |= {"seconds": times.to_json(), "ratio": times.median / took[first].median}
+                if str(row["block"]) == first:
+                    row["again"] = took["again"].median / took[first].median
+        del stages, calls
+    return rows
+
+
+# -- load and startup ---------------------------------------------------------------------------------------------
+
+_LOAD = """
+import json, resource, sys, time
+start = time.perf_counter()
+import torch
+imported = time.perf_counter()
+from packforcing_cli import registry
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+ready, before = time.perf_counter(), peak()
+model = registry.open_model(sys.argv[1], device=sys.argv[2], dtype=sys.argv[3]).load()
+size = sum(p.nbytes for m in (model.transformer, model.compressor) if m is not None for p in m.parameters())
+if model.device.type == "cuda":
+    torch.cuda.synchronize()
+print(json.dumps({"import_torch_seconds": imported - start, "import_packforcing_seconds": ready - imported,
+    "load_seconds": time.perf_counter() - ready, "weight_bytes": size, "peak_bytes": peak(),
+    "peak_growth_bytes": peak() - before,
+    "gpu_bytes": torch.cuda.max_memory_allocated() if model.device.type == "cuda" else 0}))
+"""
+
+
+def load(place: str, *, device: str, dtype: str, repeats: int = 3) -> dict[str, Any]:
+    """Read a model in fresh processes: seconds, and the most memory beside that of its weights.
+
+    Raises: EnvironmentProblem with what the process said if it fails.
+    """
+    import json
+
+    told = [json.loads(_run([sys.executable, "-c", _LOAD, place, device, dtype])) for _ in range(repeats)]
+    last = told[-1]
+    times = {
+        name: Times(tuple(one[name] for one in told)).to_json() for name in last if name.endswith("_seconds")
+    }
+    growth = min(one["peak_growth_bytes"] for one in told)
+    return {
+        "model": place,
+        **times,
+        **{name: value for name, value in last.items() if name.endswith("_bytes")},
+        "peak_growth_bytes": growth,
+        "peak_growth_of_weights": growth / last["weight_bytes"],
+    }
+
+
+def startup(*, repeats: int = 3) -> dict[str, Any]:
+    """Commands from fresh processes: seconds, and the heavy libraries each imports; then the first frames.
+
+    `first block` is a one-second video of the demo: from the start of the process to its first block in the file.
+    """
+    commands = {
+        "python": ["-c", "pass"],
+        "import torch": ["-c", "import torch"],
+        "--version": ["-m", "packforcing_cli", "--version"],
+        "--help": ["-m", "packforcing_cli", "--help"],
+        "inspect-cache": ["-m", "packforcing_cli", "inspect-cache", "--model", "demo"],
+        "models list": ["-m", "packforcing_cli", "models", "list"],
+    }
+    took: dict[str, list[float]] = {}
+    for turn in range(repeats + 1):
+        for name, words in commands.items():
+            start = time.perf_counter()
+            _run([sys.executable, *words])
+            if turn:
+                took.setdefault(name, []).append(time.perf_counter() - start)
+    rows = {name: {**Times(tuple(values)).to_json()} for name, values in took.items()}
+    for name, words in commands.items():
+        if words[0] == "-m":
+            rows[name]["imports"] = _heavy_imports(words[2:])
+    firsts = [_first_block() for _ in range(repeats)]
+    rows["first block"] = Times(tuple(firsts)).to_json()
+    return {"commands": rows}
+
+
+def _heavy_imports(words: Sequence[str]) -> list[str]:
+    code = (
+        "import sys\n"
+        "from packforcing_cli.cli import main\n"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        "print('\\n' + ' '.join(n for n in ('torch', 'diffusers', 'transformers', 'torchao', 'av', 'matplotlib')"
+        " if n in sys.modules))"
+    )
+    return _run([sys.executable, "-c", code, *words]).splitlines()[-1].split()
+
+
+def _first_block() -> float:
+    """Seconds from the start of `generate` to the first block."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        words = [
+            "generate",
+            "a red circle moving right on a blue background",
+            "--model",
+            "demo",
+            "--seconds",
+            "1",
+        ]
+        command = [sys.executable, "-m", "packforcing_cli", *words, "--no-run", "--progress", "json"]
+        start = time.perf_counter()
+        with subprocess.Popen(
+            [*command, "-o", f"{folder}/video.mp4"],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stderr is not None
+            said = ""
+            for line in process.stderr:
+                if '"event": "block"' in line:
+                    took = time.perf_counter() - start
+                    process.stderr.read()
+                    return took
+                said = line
+        raise EnvironmentProblem(f"generate made no block: {said.strip()}", hint="packforcing doctor")
+
+
+def _run(command: Sequence[str]) -> str:
+    """What a process prints. Raises: EnvironmentProblem with its last words if it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except subprocess.CalledProcessError as error:
+        words = (error.stderr or error.stdout).strip().splitlines() or ["nothing"]
+        raise EnvironmentProblem(f"{command[-1]} failed: {words[-1]}", hint="packforcing doctor") from error

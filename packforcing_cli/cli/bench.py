@@ -1,0 +1,332 @@
+"""packforcing bench: time and memory on this machine, as figures of one run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from packforcing_cli.registry import VideoModel
+    from packforcing_cli.rollout import Prompt
+
+SCHEMA = 1
+PROMPT = "a red circle moving right on a blue background"
+
+app = typer.Typer(
+    name="bench",
+    help="Measure time and memory on this machine; figures of one run, to be compared with each other.",
+    no_args_is_help=True,
+)
+
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        help="demo, an installed model, a package folder, or random:NAME: its shape with random weights, nothing"
+        " downloaded.",
+    ),
+]
+Size = Annotated[
+    str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")]
+Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Times every call is measured.")]
+Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine, too.")]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help='Write the figures there; "-" = standard output.'),
+]
+
+
+@app.command("engine")
+def engine(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """One block in a full memory, stage by stage, against the machine's own matmul rate.
+
+    Example: packforcing bench engine --model random:wan2.1-1.3b --device cuda
+    """
+    _bench(["engine"], model, size, dtype, device, repeats, force, json_file)
+
+
+@app.command("cache")
+def cache(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """What the memory costs beside the attention it serves, against two other ways to build the same context."""
+    _bench(["cache"], model, size, dtype, device, repeats, force, json_file)
+
+
+@app.command("scaling")
+def scaling(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """A block early and late in a video, up to an hour, for each policy."""
+    _bench(["scaling"], model, size, dtype, device, repeats, force, json_file)
+
+
+@app.command("load")
+def load(
+    model: Model = "demo",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Reading a model in a fresh process: time, peak memory."""
+    _bench(["load"], model, None, dtype, device, 3, force, json_file)
+
+
+@app.command("startup")
+def startup(force: Force = False, json_file: JsonFile = None) -> None:
+    """Commands from a fresh process: time, and which heavy libraries they import."""
+    _bench(["startup"], "demo", None, "auto", "cpu", 3, force, json_file)
+
+
+@app.command("all")
+def everything(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """All of them."""
+    _bench(list(_TABLES), model, size, dtype, device, repeats, force, json_file)
+
+
+def _bench(
+    parts: list[str],
+    model: str,
+    size: str | None,
+    dtype: str,
+    device: str,
+    repeats: int,
+    force: bool,
+    json_file: Path | None,
+) -> None:
+    """Measure, then show the tables, then write the JSON. Raises: PackforcingError."""
+    from packforcing_cli import bench, durable, machine, packages, registry, rollout
+    from packforcing_cli.cli import console
+    from packforcing_cli.config import PlanRequest
+    from packforcing_cli.errors import PackforcingError, UsageError
+
+    pixels = PlanRequest(size=size).size if size else None
+    if json_file is not None and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
+        raise UsageError(
+            f"{json_file.parent} is no folder", hint="Give --json a file in a folder that exists."
+        )
+    packages.facts(model)  # refused before anything is measured when there is no such model
+    where = registry.resolve_device(device)
+    warning = bench.require_quiet(force=force)
+    if warning:
+        console.warn(warning)
+    found: dict[str, Any] = {"schema": SCHEMA, "conditions": bench.conditions(where), "warning": warning}
+    loaded: tuple[VideoModel, Prompt] | None = None
+
+    def ready() -> tuple[VideoModel, Prompt]:
+        nonlocal loaded
+        if loaded is None:
+            source = registry.open_model(model, device=where, dtype=dtype)
+            guided = rollout.schedule_for(source).guidance != 1.0
+            prompt = rollout.encode_prompt(source, PROMPT, guided=guided)
+            loaded = source.load(), prompt
+        return loaded
+
+    def free_bytes() -> int:
+        if where.type == "cuda":
+            import torch
+
+            return int(torch.cuda.mem_get_info(where)[0] * 4 // 5)
+        return machine.available_memory() // 2
+
+    run: dict[str, Callable[[], Any]] = {
+        "engine": lambda: bench.engine(*ready(), size=pixels, repeats=repeats),
+        "cache": lambda: bench.cache(*ready(), size=pixels, repeats=repeats),
+        "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
+        "load": lambda: bench.load(model, device=str(where), dtype=dtype),
+        "startup": bench.startup,
+    }
+    for part in parts:
+        console.say(f"measuring {part} …")
+        found[part] = run[part]()
+    if json_file is not None and str(json_file) == "-":
+        console.result_json(found)
+        return
+    _show_conditions(found["conditions"])
+    for part in parts:
+        for table in _TABLES[part](found[part]):
+            console.result_table(table)
+    if json_file is not None:
+        try:
+            durable.write(json_file, json.dumps(found, indent=2).encode())
+        except OSError as error:
+            raise durable.failure(error, json_file, kind=PackforcingError) from error
+
+
+def _show_conditions(values: dict[str, Any]) -> None:
+    from packforcing_cli.cli import console
+
+    shown = [f"{name} {value}" for name, value in values.items() if value not in (None, "", {})]
+    console.result(", ".join(shown))
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="left" if number == 0 else "right")
+    return table
+
+
+def _ms(times: dict[str, Any]) -> tuple[str, str]:
+    return f"{times['min'] * 1e3:.2f}", f"{times['median'] * 1e3:.2f}"
+
+
+def _engine_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    what = f"{found['model']}, {found['dtype']}, {found['size'][0]}x{found['size'][1]}"
+    number = next(iter(found["stages"].values()))["n"]
+    table = _table(f"one block, {what}, N = {number}", "stage", "min ms", "median ms", "share")
+    for name, times in found["stages"].items():
+        share = "beside" if name == "encode" else f"{times['median'] / found['block_seconds']:.1%}"
+        table.add_row(name, *_ms(times), share)
+    passes, kv = found["passes"], found["kv_bytes"]["live"]
+    rest = _table("the block as a whole", "what", "figure")
+    for name, value in (
+        ("block", f"{found['block_seconds'] * 1e3:.1f} ms for {found['frames_per_block']} frames"),
+        ("frames a second", f"{found['fps']:.1f}"),
+        ("attended tokens", f"{found['attended_tokens']:,}"),
+        ("passes", f"{passes['denoise']} of {passes['prompts']} prompts, {passes['clean']} clean"),
+        ("operations", f"{found['block_flops'] / 1e12:.4g} TFLOP in the transformer"),
+        ("matmul rate", f"{found['matmul_flops_per_second'] / 1e12:.3g} TFLOP/s in this run"),
+        ("roofline ratio", f"{found['roofline_ratio']:.2f}"),
+        ("KV memory", console.gb(kv)),
+        ("peak memory", console.gb(found["peak_memory_bytes"])),
+    ):
+        rest.add_row(name, value)
+    for missing in found["not measured"]:
+        rest.add_row("not measured", missing)
+    return [table, rest]
+
+
+def _cache_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    table = _table(
+        f"the memory beside attention, {found['attended_tokens']:,} tokens, {found['passes']} passes",
+        "way",
+        "share of attention time",
+        "bytes a block",
+    )
+    for name, share, size in (
+        ("this memory: once a block, in place", "share_of_attention", "bytes_per_block"),
+        ("torch.cat in every pass", "share_with_cat_in_every_pass", "bytes_with_cat_in_every_pass"),
+        (
+            "rotating in every pass",
+            "share_with_rotation_in_every_pass",
+            "bytes_with_rotation_in_every_pass",
+        ),
+    ):
+        table.add_row(name, f"{found[share]:.2%}", console.gb(found[size]))
+    moved = found["share_of_attention_bytes"]
+    table.caption = f"{found['operators_per_block']} operators a block; {moved:.2%} of attention's own bytes"
+    return [table]
+
+
+def _scaling_tables(found: list[dict[str, Any]]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    table = _table(
+        "one pass and the memory's work, early and late in a video",
+        "policy",
+        "block",
+        "attended",
+        "live memory",
+        "median ms",
+        "to the first",
+        "moved",
+        "operators",
+    )
+    for row in found:
+        if "seconds" not in row:
+            why = row.get("not measured", "")
+            table.add_row(
+                row["policy"], f"{row['block']:,}", "", console.gb(row["live_bytes"]), why, "", "", ""
+            )
+            continue
+        spread = f" (again {row['again']:.2f})" if "again" in row else ""
+        table.add_row(
+            row["policy"],
+            f"{row['block']:,}",
+            f"{row['attended_tokens']:,}",
+            console.gb(row["live_bytes"]),
+            f"{row['seconds']['median'] * 1e3:.2f}",
+            f"{row['ratio']:.2f}{spread}",
+            console.gb(row["memory_bytes_moved"]),
+            str(row["memory_operators"]),
+        )
+    return [table]
+
+
+def _load_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    table = _table(f"loading {found['model']}, fresh processes", "what", "figure")
+    for name, value in found.items():
+        if name.endswith("_seconds"):
+            table.add_row(name.removesuffix("_seconds").replace("_", " "), f"{value['median']:.2f} s")
+    table.add_row("weights", console.gb(found["weight_bytes"]))
+    growth = (
+        f"{console.gb(found['peak_growth_bytes'])} = {found['peak_growth_of_weights']:.2f}x of the weights"
+    )
+    table.add_row("peak memory while loading", growth)
+    if found["gpu_bytes"]:
+        table.add_row("GPU memory", console.gb(found["gpu_bytes"]))
+    return [table]
+
+
+def _startup_tables(found: dict[str, Any]) -> list[Table]:
+    table = _table("from a fresh process", "command", "min s", "median s", "imports")
+    for name, row in found["commands"].items():
+        heavy = ", ".join(row["imports"]) or "nothing heavy" if "imports" in row else ""
+        table.add_row(name, f"{row['min']:.2f}", f"{row['median']:.2f}", heavy)
+    return [table]
+
+
+_TABLES: dict[str, Callable[[Any], list[Table]]] = {
+    "engine": _engine_tables,
+    "cache": _cache_tables,
+    "scaling": _scaling_tables,
+    "load": _load_tables,
+    "startup": _startup_tables,
+}

@@ -1,0 +1,198 @@
+"""Exact counts, which gate; and that `bench` measures what it says. No time is asserted."""
+
+from __future__ import annotations
+
+import json
+from functools import cache, partial
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from packforcing_cli import bench, counting, registry, rollout
+from packforcing_cli.cli import build_app
+from packforcing_cli.config import MemoryOptions
+from packforcing_cli.embeddings import EmbeddingCache
+from packforcing_cli.registry import VideoModel
+from packforcing_cli.rollout import Prompt
+from packforcing_cli.sampler import Schedule
+from packforcing_cli.timeline import Script
+from packforcing_cli.transformer import TransformerConfig, attention
+
+STEADY = 2 + 1 + 16 + 1
+
+
+@cache
+def demo() -> VideoModel:
+    return registry.load_model("demo")
+
+
+def prompt_of(model: VideoModel, folder: Path) -> Prompt:
+    script = Script(("a red circle moving right on a blue background",))
+    story = rollout.encode_script(model, script, guided=True, cache=EmbeddingCache(folder))
+    return story.prompts[0]
+
+
+@torch.no_grad()
+def test_counted_operations_of_a_pass_equal_the_closed_form(tmp_path: Path) -> None:
+    model = demo()
+    stage = bench.prepare(model, prompt_of(model, tmp_path), block=STEADY)
+    context = stage.cache.context(STEADY)
+    closed = partial(
+        counting.pass_flops,
+        model.transformer.config,
+        tokens=stage.grid.block_tokens,
+        attended=stage.layout.tokens(STEADY).active,
+        text_tokens=stage.text.layers[0][0].shape[1],
+        frames=stage.grid.frames_per_block,
+    )
+    noisy = stage.noisy()
+    alone = counting.flops_of(lambda: rollout.velocity(model, stage.text, context, noisy, 0.5))
+    both = counting.flops_of(lambda: rollout.velocity(model, stage.guided, context, noisy, 0.5))
+    clean = counting.flops_of(lambda: model.transformer.commit(noisy, stage.text, context))
+    assert (alone, both, clean) == (closed(), closed(prompts=2), closed(is_commit=True))
+
+
+def test_the_closed_form_gives_the_known_figure_of_the_1_3b_model() -> None:
+    """23.527 TFLOP for 6,240 tokens alone: FlopCounterMode over diffusers' model, on meta tensors, without the text."""
+    config = TransformerConfig()
+    flops = counting.pass_flops(config, tokens=6240, attended=6240, text_tokens=512, frames=1)
+    text_projections = 30 * 2 * 2 * 512 * 1536 * 1536 + 2 * 512 * 1536 * (4096 + 1536)
+    assert flops + text_projections == pytest.approx(23.527e12, rel=1e-3)
+    packed = counting.pass_flops(config, tokens=6240, attended=27_872, text_tokens=512, frames=4)
+    assert packed == pytest.approx(48.25e12, rel=2e-3)
+
+
+def test_early_and_late_blocks_take_the_same_operations_and_move_the_same_bytes(tmp_path: Path) -> None:
+    model = demo()
+    memory = 30, 300, 3600
+    rows = bench.scaling(
+        model,
+        prompt_of(model, tmp_path),
+        blocks=memory,
+        policies=("packforcing", "window", "sink"),
+        repeats=1,
+    )
+    for policy in ("packforcing", "window", "sink"):
+        own = [row for row in rows if row["policy"] == policy]
+        assert len({row["pass_flops"] for row in own}) == 1
+        assert len({row["memory_operators"] for row in own}) == 1
+        assert len({row["attended_tokens"] for row in own}) == 1
+        # A bank of 256 blocks is full after block 259; until then one more key sum a block is scored.
+        full = [row for row in own if row["block"] >= 300]
+        assert len({row["memory_bytes_moved"] for row in full}) == 1
+        assert full[0]["live_bytes"] == full[1]["live_bytes"]
+    full_rows = bench.scaling(
+        model, prompt_of(model, tmp_path), blocks=(30, 60), policies=("full",), repeats=1
+    )
+    assert full_rows[1]["pass_flops"] > 1.4 * full_rows[0]["pass_flops"]
+
+
+def test_a_policy_that_needs_more_memory_than_there_is_is_named_and_not_measured(tmp_path: Path) -> None:
+    model = demo()
+    (row,) = bench.scaling(
+        model, prompt_of(model, tmp_path), blocks=(3600,), policies=("full",), memory_bytes=10**9
+    )
+    assert row["live_bytes"] > 10**9
+    assert "more memory" in row["not measured"]
+    assert "seconds" not in row
+
+
+def test_the_buffers_of_the_memory_never_move(tmp_path: Path) -> None:
+    model = demo()
+    stage = bench.prepare(model, prompt_of(model, tmp_path), block=0, extra_blocks=300)
+    kept = stage.cache
+
+    def places() -> list[int]:
+        return [value.data_ptr() for value in vars(kept).values() if isinstance(value, torch.Tensor)]
+
+    before = places()
+    for block in range(40):
+        kept.context(block)
+        bench.fill(kept, block + 1)
+        assert places() == before
+    bench.fill(kept, 290)
+    assert places() == before
+
+
+def test_attention_allocates_its_output_and_no_copy_of_keys_or_values() -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    tokens, attended, heads, head_dim = 64, 4096, 3, 64
+    buffer = torch.randn(2, 1, 2 * attended, heads, head_dim)
+    query = torch.randn(1, tokens, heads, head_dim)
+    keys, values = buffer[0, :, 7 : 7 + attended], buffer[1, :, 7 : 7 + attended]
+    attention(query, keys, values)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        out = attention(query, keys, values)
+    taken = sum(max(0, event.self_cpu_memory_usage) for event in seen.key_averages())
+    # Beside the output there is work space of a tile, which does not grow with what is attended.
+    assert out.nbytes <= taken < keys.nbytes // 2
+
+
+def test_moved_bytes_counts_copies_and_picks_but_no_views() -> None:
+    source, index = torch.zeros(100, 10), torch.tensor([3, 4])
+    with counting.moved_bytes() as moved:
+        source[10:20].view(-1)
+    assert (moved.bytes, moved.operators) == (0, 0)
+    with counting.moved_bytes() as moved:
+        torch.empty(20, 10).copy_(source[:20])
+    assert (moved.read, moved.written, moved.operators) == (800, 800, 1)
+    with counting.moved_bytes() as moved:
+        source.index_select(0, index)
+    assert (moved.read, moved.written) == (80, 80)
+    with counting.moved_bytes() as moved:
+        torch.cat((source, source))
+    assert (moved.read, moved.written) == (8000, 8000)
+
+
+def test_the_stages_of_a_block_are_all_measured(tmp_path: Path) -> None:
+    model = demo()
+    quick = Schedule.build("euler", steps=1, shift=5.0, guidance=2.0)
+    found = bench.engine(model, prompt_of(model, tmp_path), schedule=quick, repeats=2)
+    assert list(found["stages"]) == [
+        "select and rotate",
+        "denoise",
+        "clean pass",
+        "decode",
+        "compress",
+        "write to memory",
+        "to frames",
+        "encode",
+    ]
+    assert all(times["n"] == 2 for times in found["stages"].values())
+    assert found["passes"] == {"denoise": 1, "prompts": 2, "clean": 1}
+    assert found["attended_tokens"] == 576
+    window = bench.engine(
+        model,
+        prompt_of(model, tmp_path),
+        schedule=quick,
+        memory=MemoryOptions(policy="window"),
+        repeats=1,
+    )
+    assert window["attended_tokens"] == 512
+
+
+def test_a_busy_machine_is_refused_unless_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "load_average", lambda: 50.0)
+    outcome = CliRunner().invoke(build_app(), ["bench", "engine"])
+    assert outcome.exit_code != 0
+    with pytest.raises(bench.EnvironmentProblem, match="load average 50"):
+        bench.require_quiet(force=False)
+    assert "upper bounds" in bench.require_quiet(force=True)
+    monkeypatch.setattr(bench, "load_average", lambda: 0.1)
+    assert bench.require_quiet(force=False) == ""
+
+
+def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "load_average", lambda: 0.0)
+    shown = CliRunner().invoke(
+        build_app(), ["bench", "cache", "--repeats", "1", "--json", str(tmp_path / "f.json")]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "torch.cat in every pass" in shown.output
+    found = json.loads((tmp_path / "f.json").read_text())
+    assert found["schema"] == 1
+    assert found["cache"]["passes"] == 17
+    assert found["conditions"]["torch"] == torch.__version__
