@@ -51,8 +51,8 @@ BLACK = 6.0
 """Levels. Video black with noise stays below it; a night scene has lights, which spread."""
 CLIPPED = 0.8
 """Share. Flat drawings in pure colours reach two thirds; all three channels at their ends everywhere is burnt out."""
-JUMP = 12.0
-"""Levels, mean over the picture: a twentieth of the range. Smaller ones are not seen as a jump."""
+JUMP = 25.0
+"""Levels, mean over the picture: a tenth of the range, as when another scene begins. Joins of blocks stay below it."""
 JUMP_RATIO = 6.0
 """A reset stands out against the motion around it; steady fast motion does not."""
 
