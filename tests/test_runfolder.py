@@ -611,7 +611,7 @@ def test_a_branch_says_what_it_takes_and_whether_the_machine_is_another(
         assert said[1:] == [f"{run.record.id}: {blocks}"]
         run.update(numerics=rollout.numerics(model))
         resuming.announce(run, model, Display(quiet=False))
-        blocks = "6 of 7 blocks are there; 0 to go through again (about 0 s), 1 to make (about 4 s)"
+        blocks = "6 of 7 blocks are there; 0 to go through again (about 0 s), 1 to make (about 40 s)"
         assert said[2:] == [f"{run.record.id}: {blocks}"]
 
 
