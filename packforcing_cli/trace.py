@@ -239,8 +239,11 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def rounded(value: float) -> float | None:
-    """Five significant digits, as scores are written; None for NaN and infinity, which JSON has not."""
-    return float(f"{value:.5g}") if math.isfinite(value) else None
+    """A float32 without the digits it does not have, as scores are written; None for NaN and infinity.
+
+    All nine that tell two float32 apart: scores are large and differ little, and their order is what counts.
+    """
+    return float(f"{value:.9g}") if math.isfinite(value) else None
 
 
 # ---------------------------------------------------------------------------------------------------- reading
