@@ -9,7 +9,7 @@ sound stays with its pictures. No run folder is kept: the command makes the same
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -37,6 +37,7 @@ class Extension:
     source_frames, frames: of the source part, and of the whole file.
     new_blocks: made, fewer than asked for if it was stopped.
     seam:       how visible the join is; None if no new block was made.
+    unhealthy, retries, ended: of the new blocks, as rollout.Result.
     """
 
     path: Path
@@ -46,6 +47,9 @@ class Extension:
     stopped: bool
     seam: Seam | None
     cache: CacheStats
+    unhealthy: Mapping[int, tuple[str, ...]]
+    retries: Mapping[int, int]
+    ended: str
 
 
 def on_blocks(timeline: Timeline, history: History, *, fps: int) -> Timeline:
@@ -97,6 +101,7 @@ def extend_video(
     preset: str | None = None,
     metadata: dict[str, str] | None = None,
     overwrite: bool = False,
+    guard: str = "warn",
     on_block: Callable[[Block], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Extension:
@@ -106,8 +111,8 @@ def extend_video(
         history:  of the source, at the size of the video.
         story:    prompts of all blocks, the source's included.
         only_new: leave the source's part, and its sound, out of the file.
-        on_block, should_stop: as `rollout.generate`; blocks of the source have `replayed` set. Stopped within them,
-            nothing is left of the file.
+        guard, on_block, should_stop: as `rollout.generate`; blocks of the source have `replayed` set. Stopped within
+            them, nothing is left of the file.
     Raises: as `rollout.stream_generate`, `video.VideoWriter` and `source.Source`.
     """
     source = history.source
@@ -132,7 +137,7 @@ def extend_video(
         sound=sound,
         overwrite=overwrite,
     ) as writer:
-        for block in rollout.stream_generate(
+        blocks = rollout.stream_generate(
             model,
             story,
             num_blocks=history.blocks + new_blocks,
@@ -141,7 +146,10 @@ def extend_video(
             schedule=schedule,
             memory=memory,
             past=past_blocks(model, history, (lambda frames: None) if only_new else writer.write),
-        ):
+            guard=guard,
+        )
+        stream = rollout.UntilUnhealthy(blocks)
+        for block in stream:
             frames = block.frames.numpy()
             if block.replayed:
                 frames = frames[history.padded if block.index == 0 else 0 :]
@@ -168,6 +176,9 @@ def extend_video(
         stopped=made < new_blocks,
         seam=seam,
         cache=last.cache,
+        unhealthy=stream.unhealthy,
+        retries=stream.retries,
+        ended=stream.ended,
     )
 
 

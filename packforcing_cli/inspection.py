@@ -308,11 +308,11 @@ def why(record: Record, select: str) -> str:
     if parts is not None and len(parts.bank) == parts.active:
         return "Everything in the bank was recalled: there was room for all of it."
     if record.scores is None:
-        said = {
+        unscored = {
             "fifo": "The newest blocks of the bank were taken (fifo).",
             "random": "The blocks were drawn at random, from seed and block number.",
         }
-        return said.get(select, "How they were chosen is not recorded: there are no scores.")
+        return unscored.get(select, "How they were chosen is not recorded: there are no scores.")
     scored = {
         "affinity": f"the queries of block {record.block - 1} and of the block itself at its first step",
         "affinity-recent": f"the queries of block {record.block - 1}",

@@ -629,19 +629,24 @@ class Monitor:
         """What the next block is compared with."""
         if self._kept is None:
             return {}
-        motion = torch.tensor(self._kept.motion, dtype=torch.float64)
-        return {"last": torch.from_numpy(self._kept.last), "motion": motion}
+        measures = torch.tensor([self._kept.motion, self._kept.clipped], dtype=torch.float64)
+        return {"last": torch.from_numpy(self._kept.last), "measures": measures}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a `state_dict`."""
-        self._kept = trace.Seen(state["last"].numpy(), state["motion"].item()) if state else None
+        self._kept = trace.Seen(state["last"].numpy(), *state["measures"].tolist()) if state else None
 
 
 def jump_expected(script: Script, block: int) -> bool:
-    """Whether the picture may change at once in a block: it is cut to, or begins or blends into another prompt."""
-    if block == 0:
-        return False
-    return block in script.cuts or script.scene(block) != script.scene(block - 1) or script.weight(block) < 1
+    """Whether the picture may change at once in a block: it, or the one before, is cut to or changes the prompt.
+
+    The block behind a change is the first that sees what the change made, and often completes it.
+    """
+
+    def changes(n: int) -> bool:
+        return n in script.cuts or script.scene(n) != script.scene(n - 1) or script.weight(n) < 1
+
+    return any(changes(n) for n in (block, block - 1) if n > 0)
 
 
 def require_healthy(block: int, health: trace.Health, *, guard: str) -> None:
@@ -708,7 +713,9 @@ def record_of(
             tuple(view.sink), tuple(bank), tuple(view.recent), current=block, active=view.active
         ),
         slots=trace.Slots(
-            *(floats(starts) for starts in (slots.sink_starts, slots.mid_starts, slots.recent_starts)),
+            sink=floats(slots.sink_starts),
+            mid=floats(slots.mid_starts),
+            recent=floats(slots.recent_starts),
             current=float(slots.current_start),
             span=float(slots.span),
             max_distance=float(slots.max_distance),

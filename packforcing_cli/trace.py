@@ -15,11 +15,12 @@ Health of a block, measured on its frames in levels of 255 (a strided sample of 
     nan        latents or pixels hold NaN or infinity; the measures are not there then
     frozen     motion < FROZEN
     black      luma < BLACK and spread < BLACK
-    saturated  clipped > CLIPPED, and not black
+    saturated  clipped > CLIPPED, not black, and either flat (spread < BLACK) or CLIPPED_RISE above the least that the
+               scene had: pure white on pure black from the start is a style
     jump       jump > JUMP and jump > JUMP_RATIO * (motion here, or in the block before if that is more)
 
-Where the prompt changes, or a [cut] is, a jump is wanted and not flagged. Knows neither the model nor the cache nor a
-display: it is handed plain values.
+Where the prompt changes, or a [cut] is, a jump is wanted and not flagged, nor in the block behind. Knows neither the
+model nor the cache nor a display: it is handed plain values.
 
 Source of the statistics: PackForcing's attention study, METHOD 9.7; the definitions are given at each function.
 """
@@ -51,6 +52,8 @@ BLACK = 6.0
 """Levels. Video black with noise stays below it; a night scene has lights, which spread."""
 CLIPPED = 0.8
 """Share. Flat drawings in pure colours reach two thirds; all three channels at their ends everywhere is burnt out."""
+CLIPPED_RISE = 0.3
+"""Share. Contrast that comes and goes with what moves stays far below it."""
 JUMP = 25.0
 """Levels, mean over the picture: a tenth of the range, as when another scene begins. Joins of blocks stay below it."""
 JUMP_RATIO = 6.0
@@ -187,13 +190,19 @@ class Record:
             frames=(_whole(first), _whole(end)),
             scene=_whole(values["scene"]),
             partitions=Partitions(
-                *(_ids(parts[name]) for name in ("sink", "bank", "recent")),
+                sink=_ids(parts["sink"]),
+                bank=_ids(parts["bank"]),
+                recent=_ids(parts["recent"]),
                 current=_whole(parts["current"]),
                 active=_whole(parts["active"]),
             ),
             slots=Slots(
-                *(tuple(float(slot) for slot in slots[name]) for name in ("sink", "mid", "recent")),
-                *(float(slots[name]) for name in ("current", "span", "max_distance")),
+                sink=_floats(slots["sink"]),
+                mid=_floats(slots["mid"]),
+                recent=_floats(slots["recent"]),
+                current=float(slots["current"]),
+                span=float(slots["span"]),
+                max_distance=float(slots["max_distance"]),
                 trained=_whole(slots["trained"]),
             ),
             tokens={name: _whole(count) for name, count in values["tokens"].items()},
@@ -224,6 +233,10 @@ def _whole(value: Any) -> int:
 
 def _ids(values: Any) -> tuple[int, ...]:
     return tuple(_whole(value) for value in values)
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)
 
 
 def _table(rows: Any) -> tuple[tuple[int, ...], ...]:
@@ -458,7 +471,7 @@ def rank(record: Record, layer: int, block: int) -> int | None:
     if scores is None or block not in bank or len(scores) != len(bank) or None in scores:
         return None
     own = (scores[bank.index(block)], block)
-    return 1 + sum((score, other) > own for score, other in zip(scores, bank, strict=True))  # type: ignore[operator]
+    return 1 + sum((score, other) > own for score, other in zip(scores, bank, strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- health
@@ -468,11 +481,13 @@ def rank(record: Record, layer: int, block: int) -> int | None:
 class Seen:
     """What the health of the next block is compared with: the last frame, sampled, and the block's motion.
 
-    last: [h,w,3] uint8.
+    last:    [h,w,3] uint8.
+    clipped: the least share of the scene so far.
     """
 
     last: NDArray[np.uint8]
     motion: float
+    clipped: float
 
 
 def measure(
@@ -504,22 +519,28 @@ def measure(
         jump=jump,
         clipped=float(((small == 0) | (small == 255)).mean()),
     )
+    assert health.clipped is not None
     usual = max(motion or 0.0, before.motion if before else 0.0)
-    flags = _flags(health, usual, jump_expected=jump_expected)
+    least = health.clipped if before is None or jump_expected else min(before.clipped, health.clipped)
+    flags = _flags(health, usual, least, jump_expected=jump_expected)
     shown = {name: round(value, 3) for name, value in vars(health).items() if isinstance(value, float)}
-    return Health(**{**vars(health), **shown, "flags": flags}), Seen(small[-1].copy(), motion or 0.0)
+    return Health(**{**vars(health), **shown, "flags": flags}), Seen(small[-1].copy(), motion or 0.0, least)
 
 
-def _flags(health: Health, usual: float, *, jump_expected: bool) -> tuple[str, ...]:
+def _flags(health: Health, usual: float, least: float, *, jump_expected: bool) -> tuple[str, ...]:
+    """`usual`: motion to hold a jump against.  `least`: clipped share of the scene."""
     assert health.luma is not None
     assert health.spread is not None
     assert health.clipped is not None
-    black = health.luma < BLACK and health.spread < BLACK
+    flat = health.spread < BLACK
+    black = health.luma < BLACK and flat
     jumped = health.jump is not None and health.jump > max(JUMP, JUMP_RATIO * usual)
     found = {
         "frozen": health.motion is not None and health.motion < FROZEN,
         "black": black,
-        "saturated": health.clipped > CLIPPED and not black,
+        "saturated": health.clipped > CLIPPED
+        and not black
+        and (flat or health.clipped > least + CLIPPED_RISE),
         "jump": jumped and not jump_expected,
     }
     return tuple(name for name in FLAGS if found.get(name))

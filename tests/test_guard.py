@@ -20,6 +20,7 @@ from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, Result, stream_generate
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.sampler import block_noise
+from packforcing_cli.timeline import Script
 from packforcing_cli.video import VideoReader
 
 torch.set_num_threads(1)
@@ -150,7 +151,7 @@ def test_stop_ends_the_video_before_the_block_finished_and_playable_and_retry_go
 def test_stop_at_the_first_block_leaves_no_file(
     model: VideoModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(rollout, "denoise_block", lambda *a, **o: burnt(denoise(*a, **o)))
+    monkeypatch.setattr(rollout, "denoise_block", lambda *a, **o: nan(denoise(*a, **o)))
     with pytest.raises(UnhealthyError, match="block 0"):
         make(model, tmp_path / "a.mp4", None, "stop")
     assert not list(tmp_path.iterdir())
@@ -192,6 +193,12 @@ def test_a_resumed_run_retries_as_an_unbroken_one_bit_for_bit(
         assert all(getattr(a, name) == getattr(b, name) for name in same)
     lines = (tmp_path / "run" / trace.FILE).read_text().splitlines()
     assert [json.loads(line)["block"] for line in lines] == [*range(BLOCKS)]
+
+
+def test_a_jump_is_expected_where_the_prompt_changes_and_in_the_block_behind() -> None:
+    script = Script(("a", "b", "b"), starts=(0, 3, 10), blends=(0, 0, 2), cuts=(7,))
+    expected = [n for n in range(20) if rollout.jump_expected(script, n)]
+    assert expected == [3, 4, 7, 8, 10, 11, 12]
 
 
 # -- the health of frames ---------------------------------------------------------------------------------------
@@ -244,7 +251,15 @@ def test_burnt_out_and_posterised_frames_are_saturated_and_a_dark_scene_is_not_b
     blocks = moving()
     for n in range(1, 4):
         blocks[n] = np.where(blocks[n] > 90, 255, 0).astype(np.uint8)
-    assert flags_of(blocks, expected=1)[1:] == [("saturated",)] * 3
+    assert [set(flags) for flags in flags_of(blocks)] == [
+        set(),
+        {"saturated", "jump"},
+        {"saturated"},
+        {"saturated"},
+    ]
+    assert flags_of(blocks[1:]) == [()] * 3  # a style: it was so from the start
+    white = [np.full_like(frames, 255) for frames in blocks]
+    assert flags_of(white) == [("frozen", "saturated")] * 4
     dark = [(frames // 6).astype(np.uint8) for frames in moving()]
     assert flags_of(dark) == [()] * 4
 

@@ -94,7 +94,7 @@ def extend(
                     )
             code = foreign.extend_file(
                 Path(source), options, seconds, prompt, at, pin, seed, device, output,
-                overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+                guard=guard, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
             )  # fmt: skip
             if code:
                 raise typer.Exit(code)

@@ -141,6 +141,7 @@ def extend_file(
     device: str | None,
     output: Path | None,
     *,
+    guard: str | None,
     overwrite: bool,
     as_json: bool,
     shown: Display,
@@ -165,6 +166,7 @@ def extend_file(
         "seconds": seconds,
         "seed": seed,
         "device": device,
+        "guard": guard,
         "overwrite": overwrite or None,
     }
     _, wanted = story.gather(said, at, None, pin)
@@ -265,6 +267,7 @@ def _run(
                 preset=request.preset,
                 metadata=said.tags() if request.metadata else {},
                 overwrite=request.overwrite,
+                guard=request.guard,
                 on_block=on_block,
                 should_stop=lambda: stop.code != 0,
             )
@@ -286,11 +289,15 @@ def _run(
             shown.stop()
     for warning in history.source.warnings[known:]:
         shown.warn(warning)
+    for line in runner.health_lines(made, job.plan):
+        shown.warn(line)
+    if made.ended:
+        shown.warn(f"--guard stop: {made.ended}. {runner.OTHER_NOISE}")
     if not made.new_blocks:
         shown.note("Stopped before there was a new block. Nothing was written.")
-        return stop.code
+        return 1 if made.ended else stop.code
     _report(job, history, made, shown, as_json=as_json)
-    return stop.code if made.stopped else 0
+    return 1 if made.ended else stop.code if made.stopped else 0
 
 
 def _command(job: Job, history: History, script: Script, options: Options) -> str:

@@ -20,6 +20,7 @@ from packforcing_cli.cli import story_options as story
 if TYPE_CHECKING:
     from packforcing_cli.cli.progress import Display, MemoryReader
     from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.extension import Extension
     from packforcing_cli.jobs import Job
     from packforcing_cli.planner import Plan
     from packforcing_cli.provenance import Provenance
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 HEALTH_SHOWN = 6  # blocks named in one line
+OTHER_NOISE = "Try another --seed, or --guard retry."
 FILE_PANEL = "File"
 RUN_PANEL = "Run folder"
 
@@ -767,7 +769,7 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
         f" peak memory {console.gb(result.peak_memory_bytes)}"
     )
-    for line in _health(result, plan):
+    for line in health_lines(result, plan):
         shown.warn(line)
     if result.ended:
         shown.warn(f"--guard stop: {result.ended}. {_after_guard(result, outcome.run_id, plan)}")
@@ -827,7 +829,7 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
     )
 
 
-def _health(result: Result, plan: Plan) -> list[str]:
+def health_lines(result: Result | Extension, plan: Plan) -> list[str]:
     """What the person should know of the blocks that were made now: a line each of flags and of attempts."""
     from packforcing_cli.cli.progress import clock
 
@@ -852,7 +854,7 @@ def _after_guard(result: Result, run_id: str | None, plan: Plan) -> str:
     from packforcing_cli import config
 
     if run_id is None:
-        return "Try another --seed, or --guard retry."
+        return OTHER_NOISE
     start = plan.layout.frames_for(max(1, result.blocks - 1)) / plan.fps
     left = plan.exact_seconds - start
     return (

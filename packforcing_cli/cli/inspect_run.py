@@ -236,17 +236,12 @@ def _noticed(found: Mapping[str, Any]) -> Any:
     table.add_row(
         "most memory", f"{device}process {console.gb(peak['resident'])}" if peak["resident"] else "unknown"
     )
-    for title, rows, said in (
-        ("not healthy", found["health"], lambda one: ", ".join(one["flags"])),
-        ("made again", found["retries"], lambda one: f"attempt {one['attempts']} kept"),
-        (
-            "scores said nothing",
-            found["degenerate"],
-            lambda one: f"layers {', '.join(map(str, one['layers']))}",
-        ),
-    ):
+    sick = [(one, ", ".join(one["flags"])) for one in found["health"]]
+    again = [(one, f"attempt {one['attempts']} kept") for one in found["retries"]]
+    unsaid = [(one, f"layers {', '.join(map(str, one['layers']))}") for one in found["degenerate"]]
+    for title, rows in (("not healthy", sick), ("made again", again), ("scores said nothing", unsaid)):
         shown = "; ".join(
-            f"block {one['block']} ({clock(one['start'])}) {said(one)}" for one in rows[:LISTED]
+            f"block {one['block']} ({clock(one['start'])}) {said}" for one, said in rows[:LISTED]
         )
         more = f"; and {len(rows) - LISTED} more" if len(rows) > LISTED else ""
         table.add_row(title, f"{shown}{more}" or "nowhere")
