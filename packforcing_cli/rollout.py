@@ -408,7 +408,7 @@ def stream_generate(
             if not health.flags or retry + 1 == attempts:
                 break
             decoder.load_state_dict(before)
-        require_healthy(i, health, guard=guard)
+        require_healthy(i, x0, health, guard=guard)
         with watch.stage("trace"):
             monitor.keep()
             record = record_of(cache, context, story.script, health, retry=retry)
@@ -649,17 +649,27 @@ def jump_expected(script: Script, block: int) -> bool:
     return any(changes(n) for n in (block, block - 1) if n > 0)
 
 
-def require_healthy(block: int, health: trace.Health, *, guard: str) -> None:
+def require_finite(x0: Tensor, block: int) -> None:
+    """Raises: GenerationError if a block holds NaN or infinity."""
+    if not bool(x0.isfinite().all()):
+        raise GenerationError(
+            f"block {block} came out as NaN: the model's numbers overflowed",
+            hint="Try --dtype fp32, a lower --guidance, or another --seed.",
+        )
+
+
+def require_healthy(block: int, x0: Tensor, health: trace.Health, *, guard: str) -> None:
     """Raises: UnhealthyError for any flag under guard "stop"; GenerationError for NaN under any other."""
     if guard == "stop" and health.flags:
         raise UnhealthyError(
             f"block {block} is not healthy: {', '.join(health.flags)}",
             hint="Try another --seed, or --guard retry.",
         )
+    require_finite(x0, block)
     if "nan" in health.flags:
         raise GenerationError(
-            f"block {block} came out as NaN: the model's numbers overflowed",
-            hint="Try --dtype fp32, a lower --guidance, or another --seed.",
+            f"the frames of block {block} came out as NaN: the decoder's numbers overflowed",
+            hint="Try --dtype fp32, another --vae, or another --seed.",
         )
 
 

@@ -9,11 +9,11 @@ made, and never fails on a damaged line: what was left out is said in `Trace.not
 Health of a block, measured on its frames in levels of 255 (a strided sample of at most about 64 rows):
 
     luma     mean brightness                       spread  standard deviation of brightness inside a frame
-    motion   median change from frame to frame     jump    largest change from frame to frame, the one from the
+    motion   mean change from frame to frame       jump    largest change from frame to frame, the one from the
     clipped  share of colour values at 0 or 255            block before included
 
     nan        latents or pixels hold NaN or infinity; the measures are not there then
-    frozen     motion < FROZEN
+    frozen     no change from frame to frame within the block is FROZEN or more
     black      luma < BLACK and spread < BLACK
     saturated  clipped > CLIPPED, not black, and either flat (spread < BLACK) or CLIPPED_RISE above the least that the
                scene had: pure white on pure black from the start is a style
@@ -47,7 +47,7 @@ FLAGS = ("nan", "frozen", "black", "saturated", "jump")
 
 SAMPLED_ROWS = 64
 FROZEN = 0.02
-"""Levels. Frames that are shown again differ by 0; decoders of moving latents differ by 0.1 and more somewhere."""
+"""Levels. Frames that are shown again differ by 0; blocks of the demo change by 0.5 and more on average."""
 BLACK = 6.0
 """Levels. Video black with noise stays below it; a night scene has lights, which spread."""
 CLIPPED = 0.8
@@ -507,8 +507,9 @@ def measure(
     wide = small.astype(np.float32)
     luma = wide @ np.array([0.299, 0.587, 0.114], dtype=np.float32)  # [T,h,w]
     steps = np.abs(np.diff(wide, axis=0)).mean((1, 2, 3))
-    motion = float(np.median(steps)) if len(steps) else None
+    motion = float(steps.mean()) if len(steps) else None
     largest = [float(steps.max())] if len(steps) else []
+    frozen = len(steps) > 0 and float(steps.max()) < FROZEN
     if before is not None and before.last.shape == small.shape[1:]:
         largest.append(float(np.abs(wide[0] - before.last).mean()))
     jump = max(largest) if largest else None
@@ -522,12 +523,13 @@ def measure(
     assert health.clipped is not None
     usual = max(motion or 0.0, before.motion if before else 0.0)
     least = health.clipped if before is None or jump_expected else min(before.clipped, health.clipped)
-    flags = _flags(health, usual, least, jump_expected=jump_expected)
+    found = _flags(health, usual, least, jump_expected=jump_expected)
+    flags = tuple(name for name in FLAGS if name in found or (name == "frozen" and frozen))
     shown = {name: round(value, 3) for name, value in vars(health).items() if isinstance(value, float)}
     return Health(**{**vars(health), **shown, "flags": flags}), Seen(small[-1].copy(), motion or 0.0, least)
 
 
-def _flags(health: Health, usual: float, least: float, *, jump_expected: bool) -> tuple[str, ...]:
+def _flags(health: Health, usual: float, least: float, *, jump_expected: bool) -> set[str]:
     """`usual`: motion to hold a jump against.  `least`: clipped share of the scene."""
     assert health.luma is not None
     assert health.spread is not None
@@ -536,11 +538,10 @@ def _flags(health: Health, usual: float, least: float, *, jump_expected: bool) -
     black = health.luma < BLACK and flat
     jumped = health.jump is not None and health.jump > max(JUMP, JUMP_RATIO * usual)
     found = {
-        "frozen": health.motion is not None and health.motion < FROZEN,
         "black": black,
         "saturated": health.clipped > CLIPPED
         and not black
         and (flat or health.clipped > least + CLIPPED_RISE),
         "jump": jumped and not jump_expected,
     }
-    return tuple(name for name in FLAGS if found.get(name))
+    return {name for name, is_so in found.items() if is_so}

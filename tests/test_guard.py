@@ -14,7 +14,7 @@ from test_runfolder import MEMORY, folder_of, latents, packets, prompt
 from tiny import video_model
 from torch import Tensor
 
-from packforcing_cli import rollout, trace
+from packforcing_cli import rollout, sampler, trace
 from packforcing_cli.errors import GenerationError, UnhealthyError
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, Result, stream_generate
@@ -29,7 +29,7 @@ BAD = 4  # the block that goes wrong
 BLOCKS = 7
 
 Damage = Callable[[Tensor], Tensor]
-denoise = rollout.denoise_block
+denoise = sampler.denoise_block
 
 
 def burnt(x0: Tensor) -> Tensor:

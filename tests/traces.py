@@ -23,7 +23,8 @@ FPS = 16
 
 def layout_of(**changes: Any) -> Layout:
     """The default memory of a small model; `changes` are fields of Layout."""
-    return Layout(**({"grid": GRID, "top_k": 4, "bank": 24} | changes))
+    values: dict[str, Any] = {"grid": GRID, "top_k": 4, "bank": 24} | changes
+    return Layout(**values)
 
 
 def synthetic_record(block: int, layout: Layout, *, seed: int = 0, **changes: Any) -> Record:
