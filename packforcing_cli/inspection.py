@@ -176,8 +176,8 @@ def recall(seen: Inspected) -> dict[str, Any]:
     """What was recalled, from when, how steadily."""
     records = seen.records
     counts = trace.recall_counts(records)
-    most = sorted(counts, key=lambda block: (-counts[block], block))[:MOST_RECALLED]
     times = Counter(block for record in records for block in record.recalled)
+    most = sorted(counts, key=lambda block: (-times[block], -counts[block], block))[:MOST_RECALLED]
     ages = sorted(
         seen.start(record.block) - seen.start(block)
         for record in records
@@ -406,7 +406,12 @@ def compare(a: Inspected, b: Inspected) -> dict[str, Any]:
     first = [stages([x for x, _ in pairs]), stages([y for _, y in pairs])] if pairs else [{}, {}]
     times = [{name: one["seconds"] for name, one in part.get("stages", {}).items()} for part in first]
     live = [[r.bytes.get("live", 0) for r in run] for run in zip(*pairs, strict=True)] if pairs else [[], []]
-    settings = runfolder.differences(_asked(a.run), _asked(b.run))
+    asked = [_asked(run.run) for run in (a, b)]
+    settings = [
+        {"name": name, "values": [one.get(name) for one in asked]}
+        for name in {**asked[0], **asked[1]}
+        if asked[0].get(name) != asked[1].get(name)
+    ]
     return {
         "schema": SCHEMA,
         "kind": "compare",

@@ -859,7 +859,7 @@ def generate(
             if frames is not None:
                 begins = frames_before(grid, block.index)
                 frames.write(block.frames, first=begins, only_missing=block.replayed and run is not None)
-            if run is not None and not block.replayed:
+            if run is not None and block.index >= run.blocks:
                 record = replace(
                     block.record,
                     seconds={**block.record.seconds, "stall": round(stalled - stalled_before, 6)},

@@ -12,9 +12,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from test_runfolder import folder_of, prompt
+from test_runfolder import folder_of, latents, prompt
 from tiny import video_model
 from torch import Tensor
 from traces import layout_of, synthetic_run
@@ -38,6 +39,11 @@ def model() -> VideoModel:
     return video_model()
 
 
+@pytest.fixture(scope="module")
+def demo() -> VideoModel:
+    return registry.load_model("demo")
+
+
 # -- the trace against the live memory ----------------------------------------------------------------------------
 
 MEMORIES: dict[str, dict[str, Any]] = {
@@ -53,9 +59,9 @@ MEMORIES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("name", MEMORIES)
 @pytest.mark.parametrize("story", ["plain", "pins and a cut"])
 def test_traced_bytes_are_those_of_the_tensors_in_use_of_the_layout_and_of_the_plan(
-    name: str, story: str, monkeypatch: pytest.MonkeyPatch
+    name: str, story: str, demo: VideoModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    demo, attended = registry.load_model("demo"), dict[int, list[int]]()
+    attended = dict[int, list[int]]()
     read = CacheContext.layer
 
     def spy(self: CacheContext, *args: Any) -> tuple[Tensor, Tensor]:
@@ -93,6 +99,10 @@ def test_traced_bytes_are_those_of_the_tensors_in_use_of_the_layout_and_of_the_p
         assert record.partitions.bank == tuple(layout.view(block.index).mid)
         assert record.full_bytes == (block.index + 1) * layout.grid.block_tokens * layout.grid.bytes_per_token
         assert record.frames == (max(0, 16 * block.index - 3), 16 * block.index + 13)
+    for length in range(1, 9) if story == "plain" else ():
+        shorter = planner.plan(request.changed(seconds=float(length)))
+        assert shorter.blocks == length
+        assert blocks[length - 1].record.bytes == {**asdict(shorter.memory), "live": shorter.memory.live}
     last = blocks[-1].record
     assert last.bytes == {**asdict(planned.memory), "live": planned.memory.live}
     assert last.full_bytes == planned.growth[-1].full_bytes
@@ -158,6 +168,33 @@ def test_an_extended_run_has_the_trace_of_the_blocks_it_took_over(model: VideoMo
             *("denoise", "clean", "decode", "trace", "compress", "commit", "journal", "stall")
         }
         assert record.encode_seconds is not None
+
+
+def test_pictures_a_video_begins_with_are_kept_and_traced_and_are_never_called_frozen(
+    model: VideoModel, tmp_path: Path
+) -> None:
+    stills = [np.full((64, 64, 3), level, np.uint8) for level in (20, 200)]
+    memory = MemoryOptions(top_k=2, bank=3, mid_span="1")
+    options: dict[str, Any] = {"seconds": 61 / 16, "seed": 3, "memory": memory, "stills": stills}
+    for name, stop_after in (("whole", 9), ("broken", 1)):
+        seen = list[int]()
+        with folder_of(tmp_path / name, tmp_path / f"{name}.mp4", blocks=4) as run:
+            rollout.generate(
+                model,
+                prompt(),
+                tmp_path / f"{name}.mp4",
+                run=run,
+                on_block=lambda block, _, seen=seen: seen.append(block.index),
+                should_stop=lambda seen=seen, end=stop_after: len(seen) == end,
+                **options,
+            )
+            assert run.blocks == min(4, stop_after)
+    with RunFolder.open(tmp_path / "broken") as run:
+        rollout.generate(model, prompt(), tmp_path / "broken.mp4", run=run, **options)
+    records = trace.read(tmp_path / "broken").records
+    assert [record.block for record in records] == [0, 1, 2, 3]
+    assert [record.health and record.health.flags for record in records[:2]] == [(), ()]
+    assert torch.equal(latents(tmp_path / "broken"), latents(tmp_path / "whole"))
 
 
 # -- what is told of a run ------------------------------------------------------------------------------------------
@@ -301,6 +338,7 @@ def test_two_runs_are_compared_where_they_part(run: Path, tmp_path: Path) -> Non
     assert found["selection"]["first_difference"]["block"] == 9
     assert found["selection"]["first_difference"]["selected"][1] == [2, 3, 4, 5]
     assert found["common_blocks"] == 30
+    assert same["settings"] == found["settings"] == []
     assert found["memory"]["first_difference"]["block"] == 24  # 2 sinks, 1 recent, 20 in the bank until then
     assert found["health"]["unhealthy"] == [1, 0]
     assert found["health"]["first_difference"]["block"] == 12

@@ -15,7 +15,29 @@ from packforcing_cli.trace import Record
 
 def test_a_record_comes_back_from_its_line_as_it_was() -> None:
     record = synthetic_record(30, layout_of(pins=frozenset({9})))
-    assert Record.from_json(json.loads(json.dumps(record.to_json()))) == record
+    line = json.loads(json.dumps(record.to_json()))
+    assert Record.from_json(line) == record
+    assert (line["schema"], [*line]) == (  # frozen: a changed or lost name needs a new schema number
+        1,
+        [
+            *(
+                "schema",
+                "block",
+                "retry",
+                "frames",
+                "scene",
+                "partitions",
+                "slots",
+                "tokens",
+                "bytes",
+                "full_bytes",
+            ),
+            *("selected", "scores", "degenerate", "pins", "seconds", "encode_seconds", "memory", "health"),
+        ],
+    )
+    assert [*line["partitions"]] == ["sink", "bank", "recent", "current", "active"]
+    assert [*line["slots"]] == ["sink", "mid", "recent", "current", "span", "max_distance", "trained"]
+    assert [*line["health"]] == ["flags", "luma", "spread", "motion", "jump", "clipped"]
     assert record.pins == (9,) and all(9 in layer for layer in record.selected)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 POLL_SECONDS = 0.25
 LISTED = 8  # blocks named in one line
+VALUE_LENGTH = 60  # of a setting, in characters
 
 STAGES = {
     "denoise": "noise to clean latents",
@@ -327,7 +328,8 @@ def _compared(found: dict[str, Any]) -> list[Any]:
     pieces: list[Any] = [f"{a}\n{b}\n{found['common_blocks']} blocks in both\n"]
     table = _table("Where they part", "what", "value")
     table.columns[1].justify = "left"
-    table.add_row("settings", "; ".join(found["settings"][:LISTED]) or "the same")
+    settings = [f"{one['name']}: {' | '.join(map(_value, one['values']))}" for one in found["settings"]]
+    table.add_row("settings", "; ".join(settings[:LISTED]) or "the same")
     table.add_row("recall", _parting(found["selection"]["first_difference"]))
     overlap = found["selection"]["overlap"]
     if overlap is not None:
@@ -353,6 +355,11 @@ def _compared(found: dict[str, Any]) -> list[Any]:
         pieces.append(times)
     pieces += [f"note: {note}" for note in found["notes"]]
     return pieces
+
+
+def _value(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False).strip('"')
+    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 1] + "…"
 
 
 def _parting(first: Mapping[str, Any] | None) -> str:
