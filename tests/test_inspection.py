@@ -176,19 +176,23 @@ def test_pictures_a_video_begins_with_are_kept_and_traced_and_are_never_called_f
     stills = [np.full((64, 64, 3), level, np.uint8) for level in (20, 200)]
     memory = MemoryOptions(top_k=2, bank=3, mid_span="1")
     options: dict[str, Any] = {"seconds": 61 / 16, "seed": 3, "memory": memory, "stills": stills}
-    for name, stop_after in (("whole", 9), ("broken", 1)):
-        seen = list[int]()
+
+    def start(name: str, stop_after: int) -> None:
+        seen: list[rollout.Block] = []
         with folder_of(tmp_path / name, tmp_path / f"{name}.mp4", blocks=4) as run:
             rollout.generate(
                 model,
                 prompt(),
                 tmp_path / f"{name}.mp4",
                 run=run,
-                on_block=lambda block, _, seen=seen: seen.append(block.index),
-                should_stop=lambda seen=seen, end=stop_after: len(seen) == end,
+                on_block=lambda block, _: seen.append(block),
+                should_stop=lambda: len(seen) == stop_after,
                 **options,
             )
             assert run.blocks == min(4, stop_after)
+
+    start("whole", 9)
+    start("broken", 1)
     with RunFolder.open(tmp_path / "broken") as run:
         rollout.generate(model, prompt(), tmp_path / "broken.mp4", run=run, **options)
     records = trace.read(tmp_path / "broken").records

@@ -20,7 +20,7 @@ def inspect_cache(
     run: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN]",
+            metavar="RUN",
             help="A run's id or folder, or a video made here: show what its memory did. Without it: the plan.",
             show_default=False,
         ),
