@@ -19,7 +19,6 @@ import numpy as np
 from packforcing_cli import rollout
 from packforcing_cli.cache import CacheStats
 from packforcing_cli.config import MemoryOptions
-from packforcing_cli.layout import Grid
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, PastBlock, Story
 from packforcing_cli.sampler import Schedule
@@ -169,8 +168,3 @@ def extend_video(
         seam=seam,
         cache=last.cache,
     )
-
-
-def new_blocks_for(grid: Grid, seconds: float, fps: int) -> int:
-    """Whole blocks nearest to a length that follows other blocks; at least one."""
-    return max(1, round(seconds * fps / grid.block_frames(1)))

@@ -55,10 +55,63 @@ Position = tuple[Fraction, Fraction, Fraction]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The shape of a block in one model at one size.
+class Lengths:
+    """Blocks, pixel frames and seconds of a video: the first latent frame is one pixel frame, every other one four.
 
     frames_per_block: latent frames generated together.
+    """
+
+    frames_per_block: int
+
+    def block_frames(self, block: int) -> int:
+        """Pixel frames of one block."""
+        return TEMPORAL_STRIDE * self.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
+
+    def frames_for(self, num_blocks: int) -> int:
+        """Pixel frames of a video of num_blocks blocks, and those before block num_blocks."""
+        return self.block_frames(0) + self.block_frames(1) * (num_blocks - 1) if num_blocks else 0
+
+    def block_at(self, frame: int) -> int:
+        """The block a pixel frame is in."""
+        return (frame + self.block_frames(1) - self.block_frames(0)) // self.block_frames(1)
+
+    def whole_blocks(self, frames: int) -> int:
+        """Blocks that a number of pixel frames has from the beginning, what is left over not counted."""
+        return self.block_at(frames)
+
+    def nearest_block(self, seconds: Fraction, fps: int) -> int:
+        """The block whose beginning is nearest to a time; of two the later one."""
+        block = self.block_at(math.floor(seconds * fps))
+        before, after = self.frames_for(block), self.frames_for(block + 1)
+        return block if seconds * fps - before < after - seconds * fps else block + 1
+
+    def blocks_for(self, seconds: float | Fraction, fps: float | Fraction) -> int:
+        """Whole blocks nearest to the length of a video, at least one; halves round up.
+
+        Raises: UsageError if seconds or fps is not a positive number.
+        """
+        first, later = self.block_frames(0), self.block_frames(1)
+        return self._nearest(seconds, fps, later - first)
+
+    def blocks_more(self, seconds: float | Fraction, fps: float | Fraction) -> int:
+        """Whole blocks nearest to a length that follows other blocks, at least one; halves round up.
+
+        Raises: as `blocks_for`.
+        """
+        return self._nearest(seconds, fps, 0)
+
+    def _nearest(self, seconds: float | Fraction, fps: float | Fraction, missing: int) -> int:
+        for name, value in (("seconds", seconds), ("fps", fps)):
+            if not math.isfinite(value) or value <= 0:
+                raise UsageError(f"{name} must be a positive number, got {value}")
+        wanted = Fraction(seconds) * Fraction(fps) + missing
+        return max(1, math.floor(wanted / self.block_frames(1) + Fraction(1, 2)))
+
+
+@dataclass(frozen=True)
+class Grid(Lengths):
+    """The shape of a block in one model at one size.
+
     rows, cols:       patch tokens of one latent frame (832x480 pixels -> 30 rows, 52 columns).
     layers:           transformer layers, each with its own keys and values.
     kv_dim:           heads * head dim.
@@ -68,7 +121,6 @@ class Grid:
     Raises: LayoutError if a number is not positive, or the frame is too small for one compressed token.
     """
 
-    frames_per_block: int
     rows: int
     cols: int
     layers: int
@@ -132,25 +184,6 @@ class Grid:
     def summary_bytes(self) -> int:
         """One float32 vector a layer and head: a block's key sum, or the query sum."""
         return self.layers * self.kv_dim * SUMMARY_DTYPE_BYTES
-
-    def block_frames(self, block: int) -> int:
-        """Pixel frames of one block: the first frame of a video is a latent frame of its own."""
-        return TEMPORAL_STRIDE * self.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
-
-    def frames_for(self, num_blocks: int) -> int:
-        """Pixel frames of a video of num_blocks blocks."""
-        return TEMPORAL_STRIDE * self.frames_per_block * num_blocks - (TEMPORAL_STRIDE - 1)
-
-    def blocks_for(self, seconds: float | Fraction, fps: float | Fraction) -> int:
-        """Whole blocks nearest to a duration, at least one; halves round up.
-
-        Raises: UsageError if seconds or fps is not a positive number.
-        """
-        for name, value in (("seconds", seconds), ("fps", fps)):
-            if not math.isfinite(value) or value <= 0:
-                raise UsageError(f"{name} must be a positive number, got {value}")
-        wanted = Fraction(seconds) * Fraction(fps) + (TEMPORAL_STRIDE - 1)
-        return max(1, math.floor(wanted / (TEMPORAL_STRIDE * self.frames_per_block) + Fraction(1, 2)))
 
     def compressed_positions(self, start: Fraction | int, span: Fraction | int) -> tuple[Position, ...]:
         """Where the tokens of a compressed block sit: the centres of the cells they stand for.

@@ -42,12 +42,12 @@ from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
 from packforcing_cli.config import COMPRESSORS, GenerateRequest, MemoryOptions
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
 from packforcing_cli.errors import GenerationError, UsageError, VideoError
-from packforcing_cli.layout import TEMPORAL_STRIDE, Grid, Layout
+from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.timeline import Script, frames_before
+from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
 from packforcing_cli.vae import StreamingDecoder, WanCodec, encode_lr, lr_pixels
 from packforcing_cli.video import FrameFolder, PipeWriter, VideoReader, VideoWriter, part_path
@@ -627,7 +627,7 @@ def generate(
         if run is not None:
             snapshot, other = run.snapshot_blocks(), run.record.other_memory
             start = snapshot if other < snapshot <= min(written, num_blocks - 1) else 0
-            if frames is not None and frames.lacks(frames_before(grid, start)):
+            if frames is not None and frames.lacks(grid.frames_for(start)):
                 start = 0
             known = (
                 PastBlock(entry.latents, None if entry.index < other else entry.selected)
@@ -648,7 +648,7 @@ def generate(
         )
         for block in stream:
             if frames is not None:
-                begins = frames_before(grid, block.index)
+                begins = grid.frames_for(block.index)
                 frames.write(block.frames, first=begins, only_missing=block.replayed and run is not None)
             if run is not None and not block.replayed:
                 figures = {"seconds": block.seconds, "cache": asdict(block.cache), "recalled": block.recalled}
@@ -854,7 +854,7 @@ def open_writer(
         resume=None if run is None else run.blocks,
     )
     if run is not None and had > writer.blocks_written == 0:
-        lengths = (block_frames(run.record, n) for n in range(min(had, run.blocks)))
+        lengths = map(run.record.lengths.block_frames, range(min(had, run.blocks)))
         try:
             writer.copy(output, lengths)
         except VideoError:
@@ -874,16 +874,9 @@ def finished_blocks(run: RunFolder, output: Path) -> int:
         return 0
     record = run.record
     is_known = record.output == str(output.absolute()) and record.frames == frames
-    blocks = 0
-    while frames > 0:
-        frames -= block_frames(record, blocks)
-        blocks += 1
-    return blocks if frames == 0 and (owner == record.id or (owner is None and is_known)) else 0
-
-
-def block_frames(record: Record, block: int) -> int:
-    """Frames of a block of a run."""
-    return TEMPORAL_STRIDE * record.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
+    blocks = record.lengths.whole_blocks(frames)
+    is_whole = record.lengths.frames_for(blocks) == frames
+    return blocks if is_whole and (owner == record.id or (owner is None and is_known)) else 0
 
 
 @dataclass(frozen=True)
@@ -917,15 +910,14 @@ def finish(run: RunFolder) -> bool:
     if run.blocks < record.blocks:
         return False
     request = GenerateRequest.from_values(record.request)
-    frames = sum(block_frames(record, n) for n in range(record.blocks))
+    frames = record.lengths.frames_for(record.blocks)
     if request.frames is not None and FrameFolder(request.frames).lacks(frames):
         return False
     if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
         if record.status != "finished":
             run.update(status="finished", frames=frames)
         return True
-    grid = Grid(record.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
-    script = request.timeline.script(request.prompt, grid, fps=record.fps, num_blocks=record.blocks)
+    script = request.timeline.script(request.prompt, record.lengths, fps=record.fps, num_blocks=record.blocks)
     encoding = Encoding(
         record.fps,
         record.size,
@@ -933,7 +925,7 @@ def finish(run: RunFolder) -> bool:
         request.crf,
         request.preset,
         record.tags,
-        script.chapters(grid),
+        script.chapters(record.lengths),
     )
     writer = open_writer(output, run, encoding, overwrite=request.overwrite)
     assert isinstance(writer, VideoWriter)

@@ -96,7 +96,7 @@ class Source:
 
     def history(self, grid: Grid) -> History:
         """How the frames fall into blocks."""
-        blocks = (self.num_frames + 3) // grid.block_frames(1)
+        blocks = grid.whole_blocks(self.num_frames)
         if blocks == 0:
             padded = grid.block_frames(0) - self.num_frames
             self.warnings.append(

@@ -247,10 +247,10 @@ def test_any_text_gives_scenes_or_one_usage_error(kind: str) -> None:
 
 
 def test_a_prompt_takes_over_at_the_nearest_block_boundary() -> None:
-    begins = [timeline.frames_before(GRID, block) for block in range(10)]
+    begins = [GRID.frames_for(block) for block in range(10)]
     assert begins[:4] == [0, 13, 29, 45]
     for frame in range(160):
-        nearest = min(range(12), key=lambda b: (abs(timeline.frames_before(GRID, b) - frame), -b))
+        nearest = min(range(12), key=lambda b: (abs(GRID.frames_for(b) - frame), -b))
         assert timeline.nearest_block(GRID, Fraction(frame, FPS), FPS) == nearest
         assert begins[timeline.block_of_frame(GRID, frame)] <= frame if frame < 157 else True
     found = script(at(("2s", "b"), ("0:05", "c")))

@@ -158,22 +158,20 @@ def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, fl
     from packforcing_cli.cli.progress import clock
     from packforcing_cli.config import PlanRequest
     from packforcing_cli.errors import RunFolderError, UsageError
-    from packforcing_cli.layout import TEMPORAL_STRIDE
     from packforcing_cli.timeline import clock as exact_clock
     from packforcing_cli.timeline import parse_time
 
-    record = old.record
-    frames = TEMPORAL_STRIDE * record.frames_per_block
+    record, lengths = old.record, old.record.lengths
     blocks = old.blocks
     if start is not None:
         try:
             wanted = parse_time(start.strip())
         except ValueError as error:
             raise UsageError(f"--from: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
-        blocks = max(1, round((wanted * record.fps + TEMPORAL_STRIDE - 1) / frames))
-    length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
+        blocks = max(1, lengths.nearest_block(wanted, record.fps))
+    there = Fraction(lengths.frames_for(old.blocks), record.fps)
     if old.missing and (start is None or not 0 < blocks <= old.blocks):
-        whole = exact_clock(Fraction(max(0, frames * old.blocks - TEMPORAL_STRIDE + 1), record.fps))
+        whole = exact_clock(there)
         raise RunFolderError(
             f"{old.missing} of {record.id} is missing, and {whole} before it is whole",
             hint=f"Branch off before it, at the latest with --from {whole}."
@@ -182,11 +180,12 @@ def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, fl
         )
     if not 0 < blocks <= old.blocks:
         raise UsageError(
-            f"{record.id} has {length}" + (f", so there is nothing at {start}" if start else ""),
+            f"{record.id} has {clock(float(there)) if there else 'nothing'}"
+            + (f", so there is nothing at {start}" if start else ""),
             hint=f"To finish it first: packforcing resume {record.id}",
         )
-    new = max(1, round(PlanRequest(seconds=seconds).seconds * record.fps / frames))
-    return blocks, (frames * (blocks + new) - TEMPORAL_STRIDE + 1) / record.fps
+    new = lengths.blocks_more(PlanRequest(seconds=seconds).seconds, record.fps)
+    return blocks, lengths.frames_for(blocks + new) / record.fps
 
 
 def _timeline(
@@ -203,11 +202,10 @@ def _timeline(
     from packforcing_cli import timeline as timelines
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import UsageError
-    from packforcing_cli.layout import TEMPORAL_STRIDE
 
     before = GenerateRequest.from_values(record.request).timeline
-    begins = Fraction(TEMPORAL_STRIDE * (record.frames_per_block * blocks - 1) + 1, record.fps)
-    half_a_block = Fraction(TEMPORAL_STRIDE * record.frames_per_block, 2 * record.fps)
+    begins = Fraction(record.lengths.frames_for(blocks), record.fps)
+    half_a_block = Fraction(record.lengths.block_frames(blocks), 2 * record.fps)
     ends = Fraction(round(total * record.fps), record.fps) if prompt is None and not at else begins
     new = timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ())
     if prompt is not None:

@@ -178,7 +178,7 @@ def extend_file(
     history = Source(
         source, fps=facts.fps, size=size, fit=request.fit, start=start or Fraction(0), end=end
     ).history(grid)
-    blocks = history.blocks + extension.new_blocks_for(grid, request.seconds, facts.fps)
+    blocks = history.blocks + grid.blocks_more(request.seconds, facts.fps)
     scenes = extension.on_blocks(wanted, history, fps=facts.fps)
     script = scenes.script(said, grid, fps=facts.fps, num_blocks=blocks, start=history.blocks)
     changes = {"seconds": grid.frames_for(blocks) / facts.fps, "timeline": scenes, "keep_run": False}

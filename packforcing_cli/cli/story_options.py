@@ -111,13 +111,13 @@ def rows(plan: Plan) -> list[tuple[str, str]]:
     """What a plan says about them: (name, value)."""
     from fractions import Fraction
 
-    from packforcing_cli.timeline import clock, frames_before
+    from packforcing_cli.timeline import clock
 
     script, grid = plan.script, plan.layout.grid
     found = []
     if len(script.prompts) > 1:
         for start, blend, prompt in zip(script.starts, script.blends, script.prompts, strict=True):
-            begins = clock(Fraction(frames_before(grid, start), plan.fps))
+            begins = clock(Fraction(grid.frames_for(start), plan.fps))
             more = f", blended over {blend}" if blend else ""
             more += ", cut" if start in script.cuts else ""
             found.append(("prompt", f"from {begins}, block {start}{more}: {prompt}"))
