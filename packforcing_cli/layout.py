@@ -109,6 +109,78 @@ class Lengths:
 
 
 @dataclass(frozen=True)
+class Shown:
+    """Which blocks of the memory are in the file of a video, and as what.
+
+    A video of ours has every block, each a group of frames. One that goes on with somebody's video begins with the
+    frames before the first block (the lead, in pieces), and block 0 may have copies in front that the file has not:
+
+        memory            [ copies | block 0 ][ block 1 ] … [ history - 1 ][ new ] …
+        file   [ lead ]            [ block 0 ][ block 1 ] … [ history - 1 ][ new ] …
+        file, only_new                                                     [ new ] …
+
+    history: blocks of the other video.  lead: frames before block 0.  padded: copies in front of it.
+    """
+
+    lengths: Lengths
+    history: int = 0
+    lead: int = 0
+    padded: int = 0
+    only_new: bool = False
+
+    @property
+    def first(self) -> int:
+        """The first block that is in the file."""
+        return self.history if self.only_new else 0
+
+    @property
+    def lead_pieces(self) -> tuple[int, ...]:
+        """Frames of the groups before block 0, each at most a block."""
+        if self.only_new:
+            return ()
+        most = self.lengths.block_frames(1)
+        return (*[most] * (self.lead // most), *([self.lead % most] if self.lead % most else []))
+
+    @property
+    def late(self) -> int:
+        """Frames of the other video before the first frame of the memory; negative if there are copies."""
+        return self.lead - self.padded
+
+    def block_frames(self, block: int) -> int:
+        """Frames that the file has of a block."""
+        if block < self.first:
+            return 0
+        return self.lengths.block_frames(block) - (self.padded if block == 0 else 0)
+
+    def frame_of(self, block: int) -> int:
+        """Number of a block's first frame in the file; negative for a block that is not in it."""
+        if self.only_new:
+            return self.lengths.frames_for(block) - self.lengths.frames_for(self.history)
+        return self.late + self.lengths.frames_for(block) + (self.padded if block == 0 else 0)
+
+    def groups(self, blocks: int) -> tuple[int, ...]:
+        """Frames of every group of the file after so many blocks."""
+        return (*self.lead_pieces, *map(self.block_frames, range(self.first, blocks))) if blocks else ()
+
+    def frames_for(self, blocks: int) -> int:
+        """Frames of the file after so many blocks."""
+        if blocks <= self.first:
+            return 0
+        skipped = self.lengths.frames_for(self.first) if self.only_new else -self.late
+        return self.lengths.frames_for(blocks) - skipped
+
+    def blocks_in(self, groups: int) -> int:
+        """Blocks of the memory that need not be written when the file has so many groups."""
+        return self.first + max(0, groups - len(self.lead_pieces))
+
+    def blocks_of(self, frames: int) -> int | None:
+        """After how many blocks the file has so many frames; None if it never has."""
+        skipped = self.lengths.frames_for(self.first) if self.only_new else -self.late
+        blocks = self.lengths.whole_blocks(max(0, frames + skipped))
+        return blocks if blocks > self.first and self.frames_for(blocks) == frames else None
+
+
+@dataclass(frozen=True)
 class Grid(Lengths):
     """The shape of a block in one model at one size.
 

@@ -31,7 +31,7 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -156,14 +156,14 @@ class Script:
         place = block - self.starts[scene]
         return Fraction(1) if place >= self.blends[scene] else Fraction(place + 1, self.blends[scene] + 1)
 
-    def chapters(self, lengths: Lengths) -> tuple[tuple[int, str], ...]:
-        """(first pixel frame, prompt) of every change of the prompt; empty for a single prompt."""
-        changes = [
-            (lengths.frames_for(start), prompt)
+    @property
+    def changes(self) -> tuple[tuple[int, str], ...]:
+        """(first block, prompt) of the first prompt and of every change of it."""
+        return tuple(
+            (start, prompt)
             for n, (start, prompt) in enumerate(zip(self.starts, self.prompts, strict=True))
             if n == 0 or prompt != self.prompts[n - 1]
-        ]
-        return tuple(changes) if len(changes) > 1 else ()
+        )
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,25 @@ class Timeline:
             pins.update(range(first, lengths.block_at(math.ceil(span.end * fps) - 1) + 1))
         raise_if_any(problems)
         return Script(tuple(prompts), tuple(starts), tuple(blends), tuple(cuts), frozenset(pins))
+
+    def moved(self, by: Fraction) -> Timeline:
+        """All of it so many seconds later; pins that would begin before 0 begin there."""
+        return Timeline(
+            tuple(replace(scene, seconds=scene.seconds + by) for scene in self.scenes),
+            tuple(
+                replace(span, start=max(Fraction(0), span.start + by), end=span.end + by)
+                for span in self.pins
+            ),
+        )
+
+    def arguments(self) -> list[str]:
+        """The options of a command that say the same."""
+        words: list[str] = []
+        for scene in self.scenes:
+            words += ["--at", clock(scene.seconds), scene.text]
+        for span in self.pins:
+            words += ["--pin", span.text]
+        return words
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `from_json`: scenes as in a TOML timeline, pins as `--pin` takes them."""

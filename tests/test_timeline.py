@@ -252,7 +252,7 @@ def test_a_prompt_takes_over_at_the_nearest_block_boundary() -> None:
     for frame in range(160):
         nearest = min(range(12), key=lambda b: (abs(GRID.frames_for(b) - frame), -b))
         assert GRID.nearest_block(Fraction(frame, FPS), FPS) == nearest
-        assert begins[timeline.block_of_frame(GRID, frame)] <= frame if frame < 157 else True
+        assert begins[GRID.block_at(frame)] <= frame if frame < 157 else True
     found = script(at(("2s", "b"), ("0:05", "c")))
     assert (found.prompts, found.starts) == (("first", "b", "c"), (0, 2, 5))
     assert [found.scene(block) for block in range(7)] == [0, 0, 1, 1, 1, 2, 2]

@@ -95,18 +95,6 @@ def gather(
     return prompt, timelines.Timeline(tuple(scenes), timelines.parse_pins(pins or ()))
 
 
-def arguments(timeline: Timeline) -> list[str]:
-    """The options that say the same."""
-    from packforcing_cli.timeline import clock
-
-    words: list[str] = []
-    for scene in timeline.scenes:
-        words += ["--at", clock(scene.seconds), scene.text]
-    for span in timeline.pins:
-        words += ["--pin", span.text]
-    return words
-
-
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """What a plan says about them: (name, value)."""
     from fractions import Fraction
