@@ -683,7 +683,7 @@ def generate(
         if history is not None and not start:
             lead = Lead(writer, frames, groups=groups, is_new=run is None or not there, shown=shown)
             past = history_blocks(model, history, known, kept=min(there, history.blocks), on_lead=lead)
-        elif stills:
+        elif len(stills):
             past = chain(known, islice(still_blocks(model, stills, grid), there, None))
         stream = stream_generate(
             model,
@@ -727,17 +727,18 @@ def generate(
             writer.abort()
             if run is None:
                 part_path(writer.path).unlink(missing_ok=True)
+        blocks = last.index + 1 if unfinished else max(last.index + 1, shown.blocks_in(writer.blocks_written))
     if run is not None and not unfinished:
         close_run(run, writer)
     return Result(
         path=writer.path,
         frames=0 if unfinished else writer.frames_written,
         new_frames=made,
-        blocks=last.index + 1,
+        blocks=blocks,
         replayed=start + replayed,
         fps=fps,
         seed=seed,
-        stopped=last.index + 1 < num_blocks,
+        stopped=blocks < num_blocks,
         first_frame_seconds=first,
         total_seconds=time.perf_counter() - started,
         stall_seconds=stalled,
@@ -933,7 +934,9 @@ class Encoding:
     ) -> Encoding:
         """With the chapters and the sound that belong into the file."""
         placed = [
-            (max(0, shown.frame_of(start)), title) for start, title in script.changes if start >= shown.first
+            (shown.frame_of(start) if start else 0, title)
+            for start, title in script.changes
+            if start >= shown.first
         ]
         if placed and placed[0][0]:  # what the file begins with began before it
             before = [title for start, title in script.changes if start < shown.first]

@@ -19,6 +19,7 @@ from packforcing_cli import extension, rollout
 from packforcing_cli.config import GenerateRequest, MemoryOptions, SourceVideo
 from packforcing_cli.errors import UsageError
 from packforcing_cli.extension import SeamMeter
+from packforcing_cli.layout import Lengths, Shown
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import PastBlock, Prompt, Result, Story
 from packforcing_cli.runfolder import Record, RunFolder
@@ -373,3 +374,19 @@ def test_a_file_of_another_length_is_refused(model: VideoModel, tmp_path: Path) 
         write(tmp_path / "a.mp4", RAMP[:40], rate=16)
         with pytest.raises(UsageError, match="is not the video it was"):
             rollout.open_history(request, run.record.lengths, fps=FPS, size=SIZE)
+
+
+def test_chapters_begin_where_their_blocks_are_in_the_file() -> None:
+    lengths = Lengths(4)
+    script = Script(("a", "b", "c"), starts=(0, 3, 5), blends=(0, 0, 0))
+
+    def chapters(shown: Shown, told: Script = script) -> list[tuple[int, str]]:
+        return [*rollout.Encoding.of(FPS, SIZE, "h264", 18, None, {}, told, shown, None).chapters]
+
+    assert chapters(Shown(lengths)) == [(0, "a"), (45, "b"), (77, "c")]
+    assert chapters(Shown(lengths, 3, lead=5)) == [(0, "a"), (50, "b"), (82, "c")]
+    assert chapters(Shown(lengths, 1, padded=8)) == [(0, "a"), (37, "b"), (69, "c")]
+    assert chapters(Shown(lengths, 3, lead=5, only_new=True)) == [(0, "b"), (32, "c")]
+    assert chapters(Shown(lengths, 4, lead=5, only_new=True)) == [(0, "b"), (16, "c")]
+    assert chapters(Shown(lengths, 5, only_new=True)) == []
+    assert chapters(Shown(lengths), Script(("a",))) == []
