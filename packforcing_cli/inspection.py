@@ -2,8 +2,9 @@
 
     load(folder) -> Inspected -> summary | explain | compare -> plain values, which are printed or go out as JSON
 
-Takes no lock and changes nothing, so a run may be looked at while it is made. Times are seconds of the video, of the
-memory's own count of frames. Knows no display and needs no torch; what the words mean is said in trace.py.
+Takes no lock and changes nothing, so a run may be looked at while it is made. Times are seconds in the video's file;
+where it has only what is new of somebody's video, what was there before has times below 0. Knows no display and needs
+no torch; what the words mean is said in trace.py.
 """
 
 from __future__ import annotations
@@ -18,8 +19,7 @@ from typing import Any
 from packforcing_cli import runfolder, trace
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import RunFolderError, UsageError
-from packforcing_cli.layout import Grid
-from packforcing_cli.timeline import Script, frames_before
+from packforcing_cli.timeline import Script
 from packforcing_cli.trace import Record, Trace
 
 SCHEMA = 1
@@ -42,17 +42,12 @@ class Inspected:
     trace: Trace
 
     @property
-    def grid(self) -> Grid:
-        """For its lengths in time alone: blocks, frames."""
-        return Grid(self.run.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)
-
-    @property
     def records(self) -> tuple[Record, ...]:
         return self.trace.records
 
     def start(self, block: int) -> float:
         """When a block begins, in seconds; the end of the one before."""
-        return frames_before(self.grid, block) / self.run.fps
+        return self.run.shown.frame_of(block) / self.run.fps
 
     def record(self, block: int) -> Record:
         """The record of a block. Raises: UsageError if it has none."""
@@ -65,8 +60,9 @@ class Inspected:
     def block_at(self, seconds: float) -> int:
         """The block that shows a moment. Raises: UsageError if the run has none there."""
         frame = math.floor(seconds * self.run.fps)
+        shown = self.run.shown
         for record in self.records:
-            if frames_before(self.grid, record.block) <= frame < frames_before(self.grid, record.block + 1):
+            if shown.frame_of(record.block) <= frame < shown.frame_of(record.block + 1):
                 return record.block
         end = self.start(self.records[-1].block + 1)
         raise UsageError(
@@ -97,8 +93,10 @@ def load(folder: Path) -> Inspected:
 def script_of(record: runfolder.Record) -> Script:
     """The prompts of a run, in blocks."""
     request = GenerateRequest.from_values(record.request)
-    grid = Grid(record.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)
-    return request.timeline.script(request.prompt, grid, fps=record.fps, num_blocks=record.blocks)
+    start = record.shown.history
+    return request.timeline.script(
+        request.prompt, record.lengths, fps=record.fps, num_blocks=record.blocks, start=start
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- the whole run

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from packforcing_cli.cli import console
-from packforcing_cli.cli.progress import clock
 
 if TYPE_CHECKING:
     from packforcing_cli.inspection import Inspected
@@ -454,8 +453,17 @@ def _span(row: Mapping[str, Any]) -> str:
     return f"{_precise(row['start'])}–{_precise(row['end'])}"
 
 
+def clock(seconds: float) -> str:
+    """0:43, or -0:03 of what was there before a video."""
+    from packforcing_cli.cli import progress
+
+    return f"-{progress.clock(-seconds)}" if seconds < 0 else progress.clock(seconds)
+
+
 def _precise(seconds: float) -> str:
     """0:42.8"""
+    if seconds < 0:
+        return f"-{_precise(-seconds)}"
     minutes, rest = divmod(round(seconds * 10), 600)
     hours, minutes = divmod(minutes, 60)
     text = f"{hours}:{minutes:02}" if hours else f"{minutes}"
