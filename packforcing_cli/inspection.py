@@ -13,12 +13,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from packforcing_cli import runfolder, trace
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import RunFolderError, UsageError
+from packforcing_cli.layout import Shown
 from packforcing_cli.timeline import Script
 from packforcing_cli.trace import Record, Trace
 
@@ -45,9 +47,14 @@ class Inspected:
     def records(self) -> tuple[Record, ...]:
         return self.trace.records
 
+    @cached_property
+    def shown(self) -> Shown:
+        """Which blocks are in the file."""
+        return self.run.shown
+
     def start(self, block: int) -> float:
         """When a block begins, in seconds; the end of the one before."""
-        return self.run.shown.frame_of(block) / self.run.fps
+        return self.shown.frame_of(block) / self.run.fps
 
     def record(self, block: int) -> Record:
         """The record of a block. Raises: UsageError if it has none."""
@@ -60,7 +67,7 @@ class Inspected:
     def block_at(self, seconds: float) -> int:
         """The block that shows a moment. Raises: UsageError if the run has none there."""
         frame = math.floor(seconds * self.run.fps)
-        shown = self.run.shown
+        shown = self.shown
         for record in self.records:
             if shown.frame_of(record.block) <= frame < shown.frame_of(record.block + 1):
                 return record.block
