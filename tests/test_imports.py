@@ -31,7 +31,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
-    ("rollout", "convert"),
+    ("rollout", "convert", "inspection"),
     ("metrics", "training", "extension"),
     ("jobs",),
     ("batch", "bench"),
