@@ -194,7 +194,7 @@ def per_column(blocks: int, columns: int) -> int:
 def _curves(records: Sequence[Record | None]) -> dict[str, Curve]:
     """Curves over blocks, by name:
 
-    PARTS, live, full, window: bytes. `live` is the cache's tensors in use. `window` is keys and values of as many of the
+    PARTS, live, full, window: bytes. `live` is the cache's tensors in use, `window` keys and values of as many of the
         newest blocks as sink and recent hold, and of the current one; `full` those of all blocks so far.
     at_sink, at_mid, at_recent, at_current, distance: slots taken by each partition, largest distance (latent frames).
     bank_blocks, union: blocks in the bank, and of them those that at least one layer recalled.
