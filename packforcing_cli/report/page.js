@@ -58,6 +58,9 @@
       if (value >= scale) return `${(value / scale).toFixed(value / scale < 10 ? 2 : 1)} ${unit}`;
     return `${Math.round(value)} B`;
   }
+  /** A round number with no digits it does not need: what an axis shows. */
+  const short = (text) => text.replace(/(\.\d*?)0+(?= |$)/, "$1").replace(/\.(?= |$)/, "");
+  const percentTick = (value) => `${short((value * 100).toFixed(1))} %`;
   const plain = (value) => (Math.abs(value) >= 100 ? value.toFixed(0) : Math.abs(value) >= 10 ? value.toFixed(1) : value.toFixed(2));
   const percent = (value) => `${Math.round(value * 100)} %`;
   const spent = (value) => (value < 0.1 ? `${(value * 1000).toFixed(value < 0.01 ? 1 : 0)} ms` : `${value.toFixed(2)} s`);
@@ -143,7 +146,7 @@
   }
 
   function drawStrip() {
-    const lane = 18, arcs = L ? 74 : 6, film = shows ? Math.round(clamp(stage.width / 18, 30, 50)) : 0;
+    const lane = 18, arcs = L ? 74 : 6, film = shows ? Math.round(clamp(stage.width / 16, 30, 56)) : 0;
     const top = lane + arcs, inner = stage.width - stage.left - 6, foot = top + film;
     const root = svg("svg", { width: stage.width, height: foot + 20, "aria-hidden": "true" });
     stage.strip = { root, top, film, foot, arcs: svg("g"), here: svg("rect", { class: "here", rx: 2 }) };
@@ -253,6 +256,9 @@
       box.append(el("span", { class: "ramp" }, cropped(strip), el("span", { text: "recalled" })));
     else box.append(el("span", { class: "ramp" }, el("span", { text: ends[0] }), strip, el("span", { text: ends[1] })));
     if (!scored) box.append(el("span", {}, el("i", { class: "seen" }), "in the bank, not recalled"));
+    const most = Math.max(0, ...known(D.active));
+    if (!scored && most && most < Math.max(...known(at("bank_blocks"))))
+      $("keys").dataset.more = `Until the bank has more than ${most} blocks, all of it is recalled.`;
     box.append(el("span", {}, el("i", { class: "sunk" }), "sink: always seen"));
     const kinds = [...new Set(D.events.map((e) => e[1]))].filter((k) => k !== "scene");
     for (const kind of kinds) box.append(el("span", { text: `${glyph(kind)} ${kind}` }));
@@ -273,7 +279,8 @@
     over.column.setAttribute("width", wide);
     strip.arcs.replaceChildren(...recalled(c).filter(([p]) => p !== c).map(([p, s]) => {
       const x1 = X(p + 0.5), x2 = X(c + 0.5), rx = (x2 - x1) / 2;
-      return svg("path", { class: "arc", d: `M${x1} ${strip.top - 1}A${rx} ${Math.min(rx, strip.top - 22)} 0 0 1 ${x2} ${strip.top - 1}`,
+      const high = Math.min(rx, (strip.top - 24) * Math.sqrt((c - p) / n));
+      return svg("path", { class: "arc", d: `M${x1} ${strip.top - 1}A${rx} ${high} 0 0 1 ${x2} ${strip.top - 1}`,
         "stroke-width": (0.6 + 2 * s).toFixed(2), "stroke-opacity": (0.2 + 0.7 * s).toFixed(2) });
     }));
     markRow();
@@ -345,7 +352,9 @@
   }
   function fitDetail() {
     const past = document.querySelector(".scroll");
-    if (!past || !matchMedia("(min-width: 1001px)").matches) return;
+    if (!past) return;
+    past.style.maxHeight = "";
+    if (!matchMedia("(min-width: 1001px)").matches) return;
     const stageBox = document.querySelector(".stage").getBoundingClientRect(), top = past.getBoundingClientRect().top;
     past.style.maxHeight = `${Math.max(220, stageBox.bottom - top - 16)}px`;
   }
@@ -396,6 +405,11 @@
 
   const DASHES = ["", "7 3", "2 3", "10 3 2 3"];
 
+  function reference(ref) {
+    const swatch = svg("svg", { width: 22, height: 12, "aria-hidden": "true" }, svg("line", { class: "ref", x1: 0, x2: 22, y1: 6, y2: 6 }));
+    return el("li", { class: "of" }, swatch, ref.label);
+  }
+
   /** A plot over the video. spec: title, text, lines | stack: [{name, values, color, dash}], refs, format, low, high. */
   function chart(board, spec) {
     const rows = (spec.stack || spec.lines).filter((row) => known(row.values).length);
@@ -420,6 +434,7 @@
         : svg("line", { x1: 0, x2: 22, y1: 6, y2: 6, stroke: row.color, "stroke-width": 2.4, "stroke-dasharray": row.dash || "" }));
       key.append(el("li", {}, swatch, row.name, values[k]));
     });
+    for (const ref of refs) key.append(reference(ref));
     const when = el("li", { class: "of" });
     key.append(when);
     let cursor = null, geometry = null;
@@ -433,7 +448,7 @@
       const root = svg("svg", { width, height, role: "img", "aria-label": `${spec.title}. ${about.join("; ")}.${refs.map((r) => ` ${r.label}.`).join("")}` });
       for (const v of ticks(high - low, 4).map((v) => v + low)) {
         root.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
-        root.append(svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end", text: v === 0 && format !== plain ? "0" : (spec.tick || format)(v) }));
+        root.append(svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end", text: v === 0 ? "0" : short((spec.tick || format)(v)) }));
       }
       for (const [t, c] of timeTicks(width - left - right)) root.append(svg("text", { x: x(c), y: height - 6, "text-anchor": "middle", text: clock(t) }));
       if (spec.stack) {
@@ -458,7 +473,6 @@
         }
       for (const ref of refs) {
         root.append(svg("line", { class: "ref", x1: left, x2: width - right, y1: y(ref.value), y2: y(ref.value) }));
-        root.append(svg("text", { class: "halo", x: width - right, y: y(ref.value) - 5, "text-anchor": "end", text: ref.label }));
       }
       root.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: y(low), y2: y(low) }));
       cursor = svg("line", { class: "cursor", y1: top, y2: height - bottom });
@@ -491,7 +505,8 @@
   function bars(board, spec) {
     if (!spec.bars.length) return;
     const plot = el("div", { class: "plot" });
-    board.append(el("figure", { class: "chart" }, el("figcaption", {}, el("h3", { text: spec.title }), spec.text || ""), plot));
+    board.append(el("figure", { class: "chart" }, el("figcaption", {}, el("h3", { text: spec.title }), spec.text || ""), plot,
+      el("ul", { class: "key" }, ...(spec.refs || []).map(reference))));
     const high = spec.high ?? Math.max(...spec.bars.map((bar) => bar.value)) * 1.12;
     charts.push(() => {
       const width = Math.floor(plot.clientWidth), height = 190;
@@ -503,18 +518,16 @@
       const root = svg("svg", { width, height, role: "img", "aria-label": `${spec.title}. ${spec.bars.map((bar) => bar.label).join("; ")}` });
       for (const v of ticks(high, 4)) {
         root.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(v), y2: y(v) }));
-        root.append(svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end", text: spec.format(v) }));
+        root.append(svg("text", { x: left - 6, y: y(v) + 4, "text-anchor": "end", text: v === 0 ? "0" : short(spec.format(v)) }));
       }
       for (const bar of spec.bars) {
         const x1 = x(bar.from) + 1, wide = Math.max(1, x(bar.to) - x(bar.from) - 2), middle = x1 + wide / 2;
-        root.append(svg("rect", { x: x1, y: y(bar.value), width: wide, height: Math.max(0, y(0) - y(bar.value)), rx: 2, fill: "var(--a)" }, svg("title", { text: bar.label })));
+        root.append(svg("rect", { x: x1, y: y(bar.value), width: wide, height: Math.max(0, y(0) - y(bar.value)), rx: 2, fill: "var(--a)", "fill-opacity": bar.low === undefined ? 1 : 0.5 }, svg("title", { text: bar.label })));
         if (bar.low !== undefined)
-          root.append(svg("path", { class: "halo", d: `M${middle} ${y(bar.low)}V${y(bar.high)}M${middle - 4} ${y(bar.low)}h8M${middle - 4} ${y(bar.high)}h8`, stroke: "var(--card)", "stroke-width": 4 }),
-            svg("path", { d: `M${middle} ${y(bar.low)}V${y(bar.high)}M${middle - 4} ${y(bar.low)}h8M${middle - 4} ${y(bar.high)}h8`, stroke: "var(--ink)", "stroke-width": 1.3 }));
+          root.append(svg("path", { d: `M${middle} ${y(bar.low)}V${y(bar.high)}M${middle - 4} ${y(bar.low)}h8M${middle - 4} ${y(bar.high)}h8`, stroke: "var(--ink)", "stroke-width": 1.4 }));
       }
       for (const ref of spec.refs || []) {
         root.append(svg("line", { class: "ref", x1: left, x2: width - right, y1: y(ref.value), y2: y(ref.value) }));
-        root.append(svg("text", { class: "halo", x: width - right, y: y(ref.value) - 5, "text-anchor": "end", text: ref.label }));
       }
       root.append(svg("line", { class: "axis", x1: left, x2: width - right, y1: y(0), y2: y(0) }));
       for (const [v, text, anchor] of spec.ends(ends)) root.append(svg("text", { x: x(v), y: height - bottom + 14, "text-anchor": anchor, text }));
@@ -537,7 +550,7 @@
   const NAMES = { sink: "sink", recent: "recent", mid: "recalled", current: "current", reserve: "raw keys, backups", bank: "bank" };
 
   function buildCharts() {
-    const memory = section("How much it holds", "Keys and values in memory while each block was made. A full cache grows with the video; this one stops.");
+    const memory = section("How much it holds", "Keys and values in memory while each block was made. A full cache grows by a whole block each time; here only the bank does, by a compressed one, until it is full.");
     chart(memory.board, { title: "Against a full cache", text: "What is held here, what every block kept whole would take, and what a plain window of the newest blocks takes.", format: bytes, lines: [
       { name: "held here", values: at("live"), color: "var(--a)" },
       { name: "full cache", values: at("full"), color: "var(--b)", dash: DASHES[1] },
@@ -547,16 +560,16 @@
     memory.close();
 
     const chose = section("How it chose", "What the recalls say as a whole. Dashed lines marked “paper” are PackForcing's own figures, of another model.");
-    bars(chose.board, { title: "Importance by place in the bank", high: 1, format: (v) => v.toFixed(2).replace(/0$/, ""), axis: "place in the bank",
+    bars(chose.board, { title: "Importance by place in the bank", high: 1, format: plain, axis: "place in the bank",
       text: "Mean normalised score of the bank's blocks, from the oldest tenth to the newest; whiskers are the least and the largest layer.",
       bars: (D.importance[0] || []).map((_, k) => { const all = known(D.importance.map((row) => row[k])); return all.length ? { from: k / 10, to: (k + 1) / 10, value: mean(all), low: Math.min(...all), high: Math.max(...all), label: `${k * 10} to ${k * 10 + 10} %: ${mean(all).toFixed(2)}` } : null; }).filter(Boolean),
       refs: [{ value: D.paper.importance, label: `paper: mean ${D.paper.importance}, nearly flat` }], ends: ([a, b]) => [[a, "oldest", "start"], [b, "newest", "end"]] });
-    bars(chose.board, { title: "How far back it looked", format: percent, axis: "age of what was recalled", text: "Share of all recalls by their age, counted once a layer and block. Older ages were possible less often.",
+    bars(chose.board, { title: "How far back it looked", format: percentTick, axis: "age of what was recalled", text: "Share of all recalls by their age, counted once a layer and block. Older ages were possible less often.",
       bars: D.ages.map(([from, to, value]) => ({ from, to, value, label: `${clock(from)} to ${clock(to)}: ${(value * 100).toFixed(1)} %` })),
       ends: ([a, b]) => [[a, `${clock(a)} ago`, "start"], [(a + b) / 2, `${clock((a + b) / 2)}`, "middle"], [b, `${clock(b)} ago`, "end"]] });
     chart(chose.board, { title: "Churn", text: "How much of what is recalled changes from one block to the next: 0 nothing, 1 all of it.", low: 0, high: 1, lines: [{ name: "Jaccard distance", values: at("churn"), color: "var(--a)" }], refs: [{ value: D.paper.churn, label: `paper: ${D.paper.churn}` }] });
     chart(chose.board, { title: "Position diversity", text: "How evenly recall draws on the whole bank: 1 from everywhere alike, 0 from one place.", low: 0, high: 1, lines: [{ name: "diversity", values: at("diversity"), color: "var(--a)" }], refs: [{ value: D.paper.diversity, label: `paper: above ${D.paper.diversity}` }] });
-    chart(chose.board, { title: "Never recalled so far", text: "Of the blocks that were in the bank up to here, the share that no layer has recalled yet.", low: 0, high: 1, format: percent, lines: [{ name: "never recalled", values: at("never"), color: "var(--a)" }] });
+    chart(chose.board, { title: "Never recalled so far", text: "Of the blocks that were in the bank up to here, the share that no layer has recalled yet.", low: 0, high: Math.min(1, Math.max(0.1, ...known(at("never"))) * 1.2), format: percent, tick: percentTick, lines: [{ name: "never recalled", values: at("never"), color: "var(--a)" }] });
     chart(chose.board, { title: "Blocks in the bank", text: "How many are kept, and how many of them at least one layer recalled.", format: (v) => String(Math.round(v)), lines: [{ name: "in the bank", values: at("bank_blocks"), color: "var(--b)", dash: DASHES[1] }, { name: "recalled by a layer", values: at("union"), color: "var(--a)" }] });
     chose.close();
 
@@ -577,8 +590,10 @@
     picture.close();
 
     const time = section("Time", "What each block cost, and the memory of the whole process.");
-    chart(time.board, { title: "Seconds a block", wide: !at("resident").length, format: spent, total: true, text: "By stage. “Stall” is waiting for the video encoder, “trace” is writing this record.",
-      stack: D.stages.map((name, k) => ({ name, values: at(name), color: `var(--st${k % 6})` })),
+    chart(time.board, { title: "Seconds a block", wide: !at("resident").length, format: spent, total: true, text: "By stage. “Clean” is the pass that leaves keys and values; “bookkeeping” is commit, journal and trace; “stall” is waiting for the video encoder.",
+      stack: [["denoise"], ["clean"], ["decode"], ["compress"], ["commit", "journal", "trace"], ["stall"]].map((names, k) => ({
+        name: names.length > 1 ? "bookkeeping" : names[0], color: `var(--st${k})`,
+        values: Array.from({ length: n }, (_, c) => { const all = known(names.map((name) => at(name)[c])); return all.length ? all.reduce((a, b) => a + b, 0) : null; }) })),
       refs: [{ value: D.times[n] - D.times[n - 1], label: "real time" }] });
     chart(time.board, { title: "Memory of the process", format: bytes, text: "Resident memory, weights included; on a GPU also what was allocated there.", lines: [
       { name: "resident", values: at("resident"), color: "var(--a)" },

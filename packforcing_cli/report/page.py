@@ -33,7 +33,6 @@ from packforcing_cli.report.study import (
     PAPER_DIVERSITY,
     PAPER_IMPORTANCE,
     PARTS,
-    STAGES,
     Curve,
     RecallMap,
     Study,
@@ -161,7 +160,6 @@ def values(study: Study, cells: RecallMap) -> dict[str, Any]:
             if np.isfinite(curve).any()
         },
         "parts": list(PARTS),
-        "stages": [name for name in (*STAGES,) if study.known(name)],
         "importance": [[_number(v) for v in row] for row in study.importance],
         "ages": ages,
         "never": study.never,
@@ -288,10 +286,10 @@ def tiles(study: Study) -> list[tuple[str, str, str]]:
     active = next((r.partitions.active for r in reversed(study.records) if r and r.partitions), None)
     if bank is not None and active is not None:
         more = f"blocks in each layer, {union:.0f} in any" if union else "nothing is recalled here"
-        found.append(("recalled by the last block", f"{active} of {bank:.0f}", more))
+        found.append(("recalled at the end", f"{active} of {bank:.0f}", more))
     oldest = int(np.flatnonzero(study.ages)[-1]) if study.ages.any() else 0
     if oldest:
-        back = oldest * (float(study.times[-1]) / study.blocks)
+        back = oldest * float(study.times[-1]) / study.blocks
         found.append(("furthest look back", _clock(back), f"{oldest} blocks"))
     mean = _mean(curves["churn"])
     if mean is not None:
@@ -304,8 +302,8 @@ def tiles(study: Study) -> list[tuple[str, str, str]]:
         found.append(("largest slot distance", f"{distance:.4g}", f"{inside} the trained {study.trained}"))
     flagged = {event.block for event in study.events if event.kind not in ("scene", "cut", "pin")}
     if any(record and record.health for record in study.records):
-        more = "blocks with a flag, retry or empty scores" if flagged else "no flag, retry or empty score"
-        found.append(("stand out", str(len(flagged)) if flagged else "none", more))
+        more = "flagged, made again, or empty scores" if flagged else "no flag, retry or empty scores"
+        found.append(("blocks that stand out", str(len(flagged)), more))
     return found
 
 
