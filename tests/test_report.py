@@ -67,7 +67,7 @@ def video_of(
     """A video whose blocks have a grey of their own, as a run would write it."""
     writer = VideoWriter(path, fps=FPS, width=size[0], height=size[1], metadata={"run": run})
     for block in range(blocks):
-        writer.write(np.full((GRID.block_frames(block), size[1], size[0], 3), 40 + 6 * block, np.uint8))
+        writer.write(np.full((GRID.block_frames(block), size[1], size[0], 3), 40 + 5 * block, np.uint8))
     if not finish:
         writer.abort()
         return writer.part_path
@@ -184,8 +184,8 @@ def test_every_block_shows_its_own_first_frame(seen: study.Study) -> None:
     assert seen.pictures is not None
     assert sorted(seen.pictures.frames) == list(range(30))
     for block, frame in seen.pictures.frames.items():
-        assert abs(float(frame.mean()) - (40 + 6 * block)) < 3
-    assert np.allclose(seen.pictures.luma, 40 + 6 * np.arange(30), atol=3)
+        assert abs(float(frame.mean()) - (40 + 5 * block)) < 3
+    assert np.allclose(seen.pictures.luma, 40 + 5 * np.arange(30), atol=3)
     assert seen.pictures.saturation.max() < 0.05 and seen.pictures.sharpness.max() < 1
 
 

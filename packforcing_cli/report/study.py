@@ -178,12 +178,17 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
         times=np.array(frames, np.float64) / run.fps,
         curves=_curves(records),
         importance=importance_by_layer(read.records),
-        ages=np.bincount(np.array(trace.recall_ages(read.records), np.int64), minlength=1),
+        ages=_counted(trace.recall_ages(read.records)),
         never=trace.share_never_selected(read.records),
         events=_events(records, script),
         pictures=shown,
         notes=(*read.notes, *([why] if why else [])),
     )
+
+
+def _counted(ages: Sequence[int]) -> NDArray[np.int64]:
+    found = np.array(ages, np.int64)
+    return np.bincount(found[found > 0], minlength=1)
 
 
 def per_column(blocks: int, columns: int) -> int:
@@ -226,11 +231,15 @@ def _curves(records: Sequence[Record | None]) -> dict[str, Curve]:
     return curves
 
 
+_SIZES = {"current", "bank", "live", "raw_keys", "backups"}
+_TOKENS = {"sink", "mid", "recent", "current"}
+
+
 def _values(record: Record, *, window_blocks: int) -> dict[str, float | None]:
     """The curves' values at one block, but for those that need its neighbours."""
     values: dict[str, float | None] = {}
     size, tokens = record.bytes, record.tokens
-    if size and tokens.get("current"):
+    if _SIZES.issubset(size) and _TOKENS.issubset(tokens) and tokens["current"]:
         per_token = size["current"] / tokens["current"]
         values |= {name: tokens[name] * per_token for name in ("sink", "mid", "recent")}
         values |= {name: size[name] for name in ("current", "bank", "live")}
@@ -312,7 +321,8 @@ def normalised(record: Record) -> Curve | None:
 
     What `trace.importance` does, for the whole record at once.
     """
-    if not record.scores or not record.scores[0]:
+    bank = () if record.partitions is None else record.partitions.bank
+    if not record.scores or not bank or any(len(layer) != len(bank) for layer in record.scores):
         return None
     scores = np.array([[np.nan if s is None else s for s in layer] for layer in record.scores], np.float64)
     low, high = scores.min(1, keepdims=True), scores.max(1, keepdims=True)  # NaN if one of them is
@@ -350,11 +360,11 @@ def recall_map(study: Study, *, columns: int) -> RecallMap:
             continue
         row = record.block // step
         bank = record.recalled if record.partitions is None else record.partitions.bank
-        seen[row, sorted({block // step for block in bank})] += 1
+        seen[row, _columns(bank, step, row)] += 1
         for layer, blocks in enumerate(record.selected):
-            hits[layer, row, sorted({block // step for block in blocks})] += 1
+            hits[layer, row, _columns(blocks, step, row)] += 1
         marks = normalised(record)
-        if marks is not None and record.partitions is not None:
+        if marks is not None and len(marks) == layers and max(bank) < record.block:
             place = np.array(bank) // step
             fine = np.isfinite(marks)
             for layer in range(layers):
@@ -364,6 +374,11 @@ def recall_map(study: Study, *, columns: int) -> RecallMap:
     share = np.where(seen > 0, hits / np.maximum(seen, 1), np.nan)
     mark = np.where(scored > 0, scores / np.maximum(scored, 1), np.nan)
     return RecallMap(step, _packed(share), _packed(mark))
+
+
+def _columns(blocks: Sequence[int], step: int, row: int) -> list[int]:
+    """Columns that have one of these blocks, none behind the row's own."""
+    return sorted({block // step for block in blocks if 0 <= block // step <= row})
 
 
 def _packed(values: NDArray[np.floating]) -> NDArray[np.uint8]:
