@@ -277,16 +277,17 @@ def _webp(frame: NDArray[np.uint8], width: int, quality: int) -> str:
 
 def tiles(study: Study) -> list[tuple[str, str, str]]:
     """The figures at the top: (name, value, what it means)."""
-    curves, found = study.curves, []
+    curves, end = study.curves, "at the end" if study.is_complete else "now"
+    found: list[tuple[str, str, str]] = []
     live, full = _last(curves["live"]), _last(curves["full"])
     if live is not None and full is not None:
-        times = f"a full cache would hold {size(full)}, {full / live:.1f}×"
-        found.append(("memory at the end", size(live), times))
+        times = f"a full cache: {size(full)}, {full / live:.1f} times as much"
+        found.append((f"memory {end}", size(live), times))
     bank, union = _last(curves["bank_blocks"]), _last(curves["union"])
     active = next((r.partitions.active for r in reversed(study.records) if r and r.partitions), None)
     if bank is not None and active is not None:
         more = f"blocks in each layer, {union:.0f} in any" if union else "nothing is recalled here"
-        found.append(("recalled at the end", f"{active} of {bank:.0f}", more))
+        found.append((f"recalled {end}", f"{active} of {bank:.0f}", more))
     oldest = int(np.flatnonzero(study.ages)[-1]) if study.ages.any() else 0
     if oldest:
         back = oldest * float(study.times[-1]) / study.blocks
