@@ -8,11 +8,15 @@ import hashlib
 import html.parser
 import json
 import re
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from conftest import CommandResult
 from PIL import Image
 from traces import FPS, GRID, layout_of, synthetic_run
 
@@ -196,7 +200,7 @@ def test_pictures_of_an_unfinished_video_come_from_its_part(tmp_path: Path) -> N
     found = study.collect(folder)
     assert not found.is_complete and found.pictures is not None
     assert sorted(found.pictures.frames) == [0, 1, 2, 3]
-    assert found.notes == ("The video has no picture of 2 of the 6 blocks yet.",)
+    assert found.notes[1:] == ("The video has no picture of 2 of the 6 blocks yet.",)
     text = page.render(found, command="x")
     assert "The run is not complete: 6 of 20 blocks are here." in text
     assert "not finished: 6 of 20 blocks" in text
@@ -417,3 +421,84 @@ def test_a_torn_last_line_is_left_out_and_said(tmp_path: Path) -> None:
     assert found.blocks == 5
     assert any("cut off" in note for note in found.notes)
     assert "cut off" in page.render(found, command="x")
+
+
+# -------------------------------------------------------------------------------------------------- command line
+
+
+def test_the_command_writes_page_and_plots_and_prints_their_paths(
+    run: Path, run_command: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    done = run_command("inspect-cache", str(run), "--html", "a.html", "--plot", "p")
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == [*(str(Path("p") / name) for name in plots.PLOTS), "a.html"]
+    assert all((tmp_path / line).is_file() for line in done.out.splitlines())
+    again = run_command("inspect-cache", str(run), "--html", "a.html")
+    assert again.code == 2 and again.out == ""
+    assert "a.html exists" in again.err and "--overwrite" in again.err
+    assert run_command("inspect-cache", str(run), "--html", "a.html", "--overwrite").code == 0
+    code = "".join(Reader((tmp_path / "a.html").read_text("utf-8")).texts("code"))
+    assert code == "packforcing inspect-cache 20260102-150405-a-red-circle-1f3c2a --html a.html"
+
+
+def test_the_commands_json_names_what_was_written(
+    run: Path, run_command: Callable[..., CommandResult]
+) -> None:
+    done = run_command("inspect-cache", str(run), "--html", "a.html", "--json")
+    assert json.loads(done.out) == {
+        "schema": 1,
+        "run": "20260102-150405-a-red-circle-1f3c2a",
+        "blocks": 30,
+        "complete": True,
+        "html": "a.html",
+        "plots": [],
+        "notes": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--html", "a.html"], "--html asks about a run"),
+        (["RUN", "--html", "a.html", "--at", "0:03"], "exclude each other"),
+        (["RUN", "--overwrite"], "--overwrite is for --html and --plot"),
+        (["RUN", "--html", "no/a.html"], "no folder no"),
+        (["RUN", "--plot", "a.txt"], "a.txt is a file"),
+        (["NEWER", "--html", "a.html"], "schema 99"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_message(
+    run: Path, run_command: Callable[..., CommandResult], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    (tmp_path / "a.txt").touch()
+    newer = synthetic_run(tmp_path / "newer", 2)
+    (newer / trace.FILE).write_text('{"schema": 99, "block": 0}\n', "utf-8")
+    places = {"RUN": str(run), "NEWER": str(newer)}
+    done = run_command("inspect-cache", *(places.get(word, word) for word in arguments))
+    assert done.code == 2 and done.out == ""
+    assert said in done.err and "→" in done.err
+    assert not (tmp_path / "a.html").exists()
+
+
+def test_what_is_not_there_is_said_and_the_page_still_written(
+    run_command: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    folder = synthetic_run(tmp_path / "run", 4, length=9, status="running")
+    done = run_command("inspect-cache", str(folder), "--html", "a.html")
+    assert done.code == 0 and (tmp_path / "a.html").is_file()
+    assert "There are no pictures: the video /nowhere/a.mp4 is not there any more." in done.err
+    assert "warning: The run is not complete: 4 of 9 blocks are here." in done.err
+
+
+def test_drawing_loads_no_torch(run: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from packforcing_cli.report import page, plots, study\n"
+        f"found = study.collect(__import__('pathlib').Path({str(run)!r}))\n"
+        "page.render(found, command='x')\n"
+        "assert 'torch' not in sys.modules and 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr

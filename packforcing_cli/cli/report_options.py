@@ -7,14 +7,38 @@ from typing import Annotated
 
 import typer
 
-Plot = Annotated[
-    Path | None, typer.Option("--plot", metavar="DIR", help="Draw the run as PNG files in this folder.")
-]
+PANEL = "Draw a run"
+
 Html = Annotated[
     Path | None,
-    typer.Option("--html", metavar="FILE", help="Draw the run as one HTML page that needs no network."),
+    typer.Option(
+        "--html",
+        metavar="FILE",
+        rich_help_panel=PANEL,
+        help="As one page: what was remembered, recalled, and what it cost. Needs no network.",
+    ),
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace plots and page if they exist.")]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot", metavar="DIR", rich_help_panel=PANEL, help="As PNG files in this folder, which is made."
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", rich_help_panel=PANEL, help="Replace the page and plots that exist.")
+]
+
+
+def question(html: Path | None, plot: Path | None, *, overwrite: bool) -> dict[str, Path | None]:
+    """Drawing as one question about a run, whichever of the two is wanted, or both.
+
+    Raises: UsageError if nothing is drawn that could replace something.
+    """
+    from packforcing_cli.errors import UsageError
+
+    if overwrite and html is None and plot is None:
+        raise UsageError("--overwrite is for --html and --plot", hint="Leave it away, or say what to draw.")
+    return {"plot": plot} if html is None else {"html": html}
 
 
 def draw(

@@ -346,8 +346,6 @@ def _facts(study: Study) -> str:
 
 def _notes(study: Study, cells: RecallMap) -> list[str]:
     notes = list(study.notes)
-    if not study.is_complete:
-        notes.insert(0, f"The run is not complete: {study.blocks} of {study.run.blocks} blocks are here.")
     if cells.per_column > 1:
         notes.append(
             f"The run is long: {cells.per_column} blocks share a column, whose values are their means."

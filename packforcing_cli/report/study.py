@@ -182,7 +182,15 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
         never=trace.share_never_selected(read.records),
         events=_events(records, script),
         pictures=shown,
-        notes=(*read.notes, *([why] if why else [])),
+        notes=(*_incomplete(run, len(records)), *read.notes, *([why] if why else [])),
+    )
+
+
+def _incomplete(run: runfolder.Record, blocks: int) -> list[str]:
+    return (
+        []
+        if blocks >= run.blocks
+        else [f"The run is not complete: {blocks} of {run.blocks} blocks are here."]
     )
 
 
