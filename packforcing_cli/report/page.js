@@ -129,6 +129,12 @@
     if (!byColumn.has(event[0])) byColumn.set(event[0], []);
     byColumn.get(event[0]).push(event);
   }
+  const scenes = [0, ...D.events.filter((e) => e[1] === "scene" && e[0]).map((e) => e[0])];
+  /** So many stretches of [from, to): the column in the middle, and the ends. */
+  function spread(from, to, count) {
+    const wide = (to - from) / count;
+    return Array.from({ length: count }, (_, k) => [Math.min(to - 1, Math.floor(from + (k + 0.5) * wide)), from + k * wide, from + (k + 1) * wide]);
+  }
   const stage = { width: 0, left: 44, height: 0, unit: 1, strip: null, over: null };
   const X = (column) => stage.left + column * stage.unit;
   const Y = (row) => stage.height - (row * stage.height) / n;
@@ -146,13 +152,11 @@
   }
 
   function drawStrip() {
-    const lane = 18, arcs = L ? 74 : 6, film = shows ? Math.round(clamp(stage.width / 16, 30, 56)) : 0;
-    const top = lane + arcs, inner = stage.width - stage.left - 6, foot = top + film;
+    const lane = 18, arcs = L ? 74 : 6, film = shows ? Math.round(clamp(stage.width / 18, 30, 50)) : 0;
+    const top = lane + arcs, foot = top + film;
     const root = svg("svg", { width: stage.width, height: foot + 20, "aria-hidden": "true" });
     stage.strip = { root, top, film, foot, arcs: svg("g"), here: svg("rect", { class: "here", rx: 2 }) };
-    const changes = D.events.filter((e) => e[1] === "scene").map((e) => e[0]);
-    const scenes = [0, ...changes];
-    if (changes.length)
+    if (scenes.length > 1)
       scenes.forEach((from, k) => {
         const room = X(k + 1 < scenes.length ? scenes[k + 1] : n) - X(from) - 8;
         const fits = Math.floor(room / 6);
@@ -163,12 +167,13 @@
       });
     root.append(stage.strip.arcs);
     if (shows) {
-      const wide = film * aspect, count = Math.max(1, Math.floor(inner / wide));
-      for (let k = 0; k < count; k++) {
-        const uri = pictureOf(clamp(Math.round(((k + 0.5) * n) / count - 0.5), 0, n - 1));
-        if (uri)
-          root.append(svg("image", { href: uri, x: stage.left + (k * inner) / count, y: top, width: inner / count - 1, height: film, preserveAspectRatio: "xMidYMid slice" }));
-      }
+      scenes.forEach((from, k) => {  // a scene's frames stand in the scene
+        const to = k + 1 < scenes.length ? scenes[k + 1] : n, count = Math.max(1, Math.round((X(to) - X(from)) / (film * aspect)));
+        for (const [c, low, high] of spread(from, to, count)) {
+          const uri = pictureOf(c);
+          if (uri) root.append(svg("image", { href: uri, x: X(low), y: top, width: Math.max(1, X(high) - X(low) - 1), height: film, preserveAspectRatio: "xMidYMid slice" }));
+        }
+      });
     }
     for (const [column, events] of byColumn)
       for (const event of events)
@@ -176,7 +181,7 @@
           root.append(svg("text", { class: "event halo", x: X(column + 0.5), y: top - 4, text: glyph(event[1]) }, svg("title", { text: event[2] })));
     root.append(stage.strip.here);
     root.append(svg("line", { class: "axis", x1: stage.left, x2: stage.width - 6, y1: foot + 1, y2: foot + 1 }));
-    for (const [t, c] of timeTicks(inner))
+    for (const [t, c] of timeTicks(stage.width - stage.left - 6))
       root.append(svg("text", { x: X(c), y: foot + 14, "text-anchor": "middle", text: clock(t) }));
     $("strip").replaceChildren(root);
   }
@@ -223,12 +228,13 @@
     for (const [t, c] of labels)
       if (Y(c) > 6) root.append(svg("text", { x: 38, y: Y(c) + 4, "text-anchor": "end", text: clock(t) }));
     if (stage.left > 60) {
-      const tall = 56 / aspect, count = Math.max(1, Math.floor(stage.height / (tall + 1)));
-      for (let k = 0; k < count; k++) {
-        const uri = pictureOf(clamp(Math.round(((k + 0.5) * n) / count - 0.5), 0, n - 1));
-        const high = stage.height / count;
-        if (uri) root.append(svg("image", { href: uri, x: 44, y: stage.height - (k + 1) * high, width: 56, height: high - 1, preserveAspectRatio: "xMidYMid slice" }));
-      }
+      scenes.forEach((from, k) => {
+        const to = k + 1 < scenes.length ? scenes[k + 1] : n, count = Math.max(1, Math.round((Y(from) - Y(to)) / (56 / aspect)));
+        for (const [c, low, high] of spread(from, to, count)) {
+          const uri = pictureOf(c);
+          if (uri) root.append(svg("image", { href: uri, x: 44, y: Y(high), width: 56, height: Math.max(1, Y(low) - Y(high) - 1), preserveAspectRatio: "xMidYMid slice" }));
+        }
+      });
     }
     root.append(svg("line", { class: "axis", x1: stage.left, x2: X(n), y1: Y(0), y2: Y(0) }));
     const column = svg("rect", { class: "here", y: 0, height: stage.height });
@@ -629,9 +635,10 @@
     choice.addEventListener("change", () => { state.shown = choice.value; redraw(); });
   dark.addEventListener("change", () => { drawCells(); drawScale(); });
 
-  function busiest() {  // where there is most to see: the last column but one that recalled something
-    for (let c = n - 1; c > 0; c--) if (recalled(c).length) return c;
-    return n - 1;
+  /** Where to begin: soon after the last change of the prompt, when the memory has settled; else at the end. */
+  function telling() {
+    const c = scenes[scenes.length - 1] + Math.ceil(3 / D.step);
+    return scenes.length > 1 && c < n ? c : n - 1;
   }
   let waiting = 0;
   function layAll() {
@@ -643,7 +650,7 @@
   buildCharts();
   layAll();
   drawScale();
-  choose(busiest());
+  choose(telling());
   layAll();
   addEventListener("resize", () => { cancelAnimationFrame(waiting); waiting = requestAnimationFrame(layAll); });
   addEventListener("beforeprint", layAll);
