@@ -212,7 +212,7 @@ def test_it_asks_the_network_for_nothing_and_could_not(browser: Page) -> None:
         try:
             browser.requested()
             browser.show()
-            browser.press("Tab", "Tab", "Tab", "Tab", "ArrowLeft", "End")
+            browser.press("Tab", "Tab", "Tab", "Tab", "Tab", "ArrowLeft", "End")
             urls = browser.requested()
             assert urls and all(url.startswith(("file:", "data:")) for url in urls), urls
             address = f"http://127.0.0.1:{server.server_port}/"
@@ -276,6 +276,26 @@ def test_layer_and_colour_can_be_chosen(browser: Page, made: tuple[Path, study.S
     assert "importance 0" in browser.ask("return document.getElementById('scale').textContent")
 
 
+def test_rows_can_be_ages(browser: Page, made: tuple[Path, study.Study]) -> None:
+    browser.show()
+    assert browser.ask("return document.getElementById('rows').value") == "time"
+    browser.ask(
+        "const s = document.getElementById('rows'); s.value = 'age'; s.dispatchEvent(new Event('change'))"
+    )
+    oldest = max(r.block - min(r.recalled) for r in made[1].records if r and r.recalled)
+    row_height = browser.ask("return document.getElementById('map').getBoundingClientRect().height") / (
+        oldest + 1
+    )
+    browser.point(30, BLOCKS - 1)  # the column, at the top: now
+    box = browser.ask(
+        "const m = document.getElementById('map').getBoundingClientRect(); return [m.x, m.y, m.width]"
+    )
+    left = float(browser.ask("return document.querySelector('#over svg rect.kept').getAttribute('x')"))
+    x = box[0] + left + 30.5 * (box[2] - left - 6) / BLOCKS
+    browser.mouse("mouseMoved", x, box[1] + 7.5 * row_height)
+    assert "0:30 looks back at 0:23" in browser.ask("return document.querySelector('#over').textContent")
+
+
 def test_a_click_holds_the_column_and_escape_lets_go(browser: Page) -> None:
     browser.show()
     browser.point(20, 5, click=True)
@@ -297,8 +317,8 @@ def test_the_keyboard_reaches_and_moves_everything(browser: Page) -> None:
                 "const e = document.activeElement; return e.id || e.value || e.dataset.column || e.className"
             )
         )
-    assert order[:4] == ["skip", "layer", "share", "timeline"]
-    assert order[4].isdigit() or order[4] == "scroll"  # a browser lets scrolling parts have the focus
+    assert order[:5] == ["skip", "layer", "rows", "share", "timeline"]
+    assert order[5].isdigit() or order[5] == "scroll"  # a browser lets scrolling parts have the focus
     browser.ask("document.getElementById('timeline').focus()")
     moves = [("Home", 0), ("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("PageUp", 11), ("End", 39)]
     for key, expected in (*moves, ("ArrowRight", 39), ("PageDown", 29), ("ArrowUp", 30), ("ArrowDown", 29)):

@@ -10,7 +10,7 @@
   const shows = D.pictures.some(Boolean);
   const aspect = D.size[0] / D.size[1];
   const dark = matchMedia("(prefers-color-scheme: dark)");
-  const state = { column: -1, layer: 0, shown: "share", held: false, row: -1 };
+  const state = { column: -1, layer: 0, shown: "share", held: false, row: -1, rows: "time" };
   const cursors = [];   // what follows the chosen column: functions of it
   const charts = [];    // what is drawn anew when the width changes
 
@@ -82,10 +82,11 @@
     for (let k = 0; k * step <= high * 1.0001; k++) found.push(k * step);
     return found;
   }
+  const TIME_STEPS = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200];
   /** Seconds worth a mark on an axis of so many pixels, with their place in columns. */
   function timeTicks(pixels, room = 62) {
     const length = D.times[n];
-    const step = niceStep((length * room) / pixels, [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200]);
+    const step = niceStep((length * room) / pixels, TIME_STEPS);
     const found = [];
     for (let t = 0; t <= length; t += step) {
       let c = 0;
@@ -138,6 +139,12 @@
   const stage = { width: 0, left: 44, height: 0, unit: 1, strip: null, over: null };
   const X = (column) => stage.left + column * stage.unit;
   const Y = (row) => stage.height - (row * stage.height) / n;
+  let oldest = 1;  // columns back that a recall ever went
+  for (let c = 0; c < n; c++) for (let p = 0; p < c - oldest; p++) if (share[cell(0, c, p)] % NONE) oldest = c - p;
+  const byAge = () => state.rows === "age";
+  const rowCount = () => (byAge() ? oldest + 1 : n);
+  /** Top of the cell of a past column, and its height. */
+  const cellTop = (c, p) => (byAge() ? ((c - p) * stage.height) / rowCount() : Y(p + 1));
 
   function layStage() {
     const width = Math.floor($("timeline").clientWidth);
@@ -188,14 +195,17 @@
 
   function drawCells() {
     const canvas = $("cells"), small = document.createElement("canvas");
-    small.width = small.height = n;
-    const pen = small.getContext("2d"), image = pen.createImageData(n, n);
+    small.width = n;
+    small.height = rowCount();
+    const pen = small.getContext("2d"), image = pen.createImageData(n, rowCount());
     const values = state.shown === "share" ? share : score;
     for (let c = 0; c < n; c++)
       for (let p = 0; p <= c; p++) {
         const value = values[cell(state.layer, c, p)];
         if (!L || value === NONE) continue;
-        const i = ((n - 1 - p) * n + c) * 4;
+        const row = byAge() ? c - p : n - 1 - p;
+        if (row >= rowCount()) continue;
+        const i = (row * n + c) * 4;
         if (state.shown === "share" && value === 0) image.data.set(dark.matches ? [255, 255, 255, 18] : [28, 27, 26, 15], i);
         else image.data.set([...color(value), 255], i);
       }
@@ -216,18 +226,23 @@
       svg("line", { class: "axis", x1: 0, x2: 0, y1: 0, y2: 5, stroke: "var(--soft)" }));
     root.append(svg("defs", {}, hatch));
     const sinks = Math.max(0, ...D.sinks.map((ids) => (ids.length && ids.length < D.blocks / 2 ? columnOf(ids[ids.length - 1]) + 1 : 0)));
-    if (sinks && sinks < n)
+    if (sinks && sinks < n && !byAge())
       root.append(svg("rect", { x: X(sinks), y: Y(sinks), width: X(n) - X(sinks), height: Y(0) - Y(sinks), fill: "url(#hatch)" }));
     for (const [from, kind] of D.events.map((e) => [e[0], e[1]]))
-      if (kind === "scene")
-        root.append(
-          svg("line", { class: "ref", x1: X(from), x2: X(from), y1: 0, y2: Y(0) }),
-          svg("line", { class: "ref", x1: X(from), x2: X(n), y1: Y(from), y2: Y(from) }),
-        );
-    const labels = timeTicks(stage.height, shows && stage.left > 60 ? 40 : 30);
-    for (const [t, c] of labels)
+      if (kind === "scene") {
+        root.append(svg("line", { class: "ref", x1: X(from), x2: X(from), y1: 0, y2: Y(0) }));
+        if (!byAge()) root.append(svg("line", { class: "ref", x1: X(from), x2: X(n), y1: Y(from), y2: Y(from) }));
+      }
+    if (byAge()) {
+      const length = (D.times[n] / n) * rowCount();
+      const step = niceStep(length / 8, TIME_STEPS);
+      for (let t = 0; t < length; t += step) {
+        const y = (t / length) * stage.height;
+        if (y < stage.height - 4) root.append(svg("text", { x: stage.left - 6, y: y + 10, "text-anchor": "end", text: t ? `−${clock(t)}` : "now" }));
+      }
+    } else for (const [t, c] of timeTicks(stage.height, shows && stage.left > 60 ? 40 : 30))
       if (Y(c) > 6) root.append(svg("text", { x: 38, y: Y(c) + 4, "text-anchor": "end", text: clock(t) }));
-    if (stage.left > 60) {
+    if (stage.left > 60 && !byAge()) {
       scenes.forEach((from, k) => {
         const to = k + 1 < scenes.length ? scenes[k + 1] : n, count = Math.max(1, Math.round((Y(from) - Y(to)) / (56 / aspect)));
         for (const [c, low, high] of spread(from, to, count)) {
@@ -265,7 +280,7 @@
     const most = Math.max(0, ...known(D.active));
     if (!scored && most && most < Math.max(...known(at("bank_blocks"))))
       $("keys").dataset.more = `Until the bank has more than ${most} blocks, all of it is recalled.`;
-    box.append(el("span", {}, el("i", { class: "sunk" }), "sink: always seen"));
+    if (!byAge()) box.append(el("span", {}, el("i", { class: "sunk" }), "sink: always seen"));
     const kinds = [...new Set(D.events.map((e) => e[1]))].filter((k) => k !== "scene");
     for (const kind of kinds) box.append(el("span", { text: `${glyph(kind)} ${kind}` }));
   }
@@ -296,10 +311,11 @@
     over.said.replaceChildren();
     const on = p >= 0 && p <= c;
     over.row.setAttribute("width", on ? Math.max(0, X(c) - stage.left) : 0);
-    over.row.setAttribute("y", on ? Y(p + 1) : 0);
-    over.row.setAttribute("height", on ? Math.max(2, Y(p) - Y(p + 1)) : 0);
+    over.row.setAttribute("y", on ? cellTop(c, p) : 0);
+    over.row.setAttribute("height", on ? Math.max(2, stage.height / rowCount()) : 0);
     for (const item of document.querySelectorAll(".past button")) item.classList.toggle("hot", on && Number(item.dataset.column) === p);
     if (!on || p === c || stage.width < 520) return;
+    const low = byAge() ? stage.height - 44 : 20;
     const lines = [`${clock(start(c))} looks back at ${clock(start(p))}`];
     const s = share[cell(state.layer, c, p)], mark = score[cell(state.layer, c, p)];
     if (D.sinks[c].some((b) => columnOf(b) === p)) lines.push("sink: always seen");
@@ -307,7 +323,7 @@
     else if (s === NONE) lines.push("not in the bank");
     else lines.push(s ? `recalled: ${by(s / FULL)}` : "in the bank, not recalled");
     if (mark !== NONE) lines.push(`importance ${(mark / FULL).toFixed(2)}`);
-    lines.forEach((text, k) => over.said.append(svg("text", { class: k ? "halo" : "halo strong", x: stage.left + 10, y: 20 + 16 * k, "font-size": 13, text })));
+    lines.forEach((text, k) => over.said.append(svg("text", { class: k ? "halo" : "halo strong", x: stage.left + 10, y: low + 16 * k, "font-size": 13, text })));
   }
 
   function drawDetail() {
@@ -330,7 +346,7 @@
     const frame = (p, lines, value) => {
       const shot = pictureOf(p), label = `${named(p)}, ${lines.filter(Boolean).join(", ")}`;
       const button = el("button", { type: "button", "data-column": p, "aria-label": `Go to ${label}`, onclick: () => { state.held = true; choose(p); $("timeline").focus(); } },
-        shot ? el("img", { src: shot, alt: "" }) : el("span", { class: "none" }),
+        ...(shot ? [el("img", { src: shot, alt: "" })] : shows ? [el("span", { class: "none" })] : []),
         el("span", { class: "when" }, el("b", { text: clock(start(p)) }), el("span", { class: "ago", text: lines[0] })));
       if (value !== null) {
         const bar = el("span");
@@ -385,8 +401,9 @@
   timeline.addEventListener("pointermove", (event) => {
     const box = timeline.getBoundingClientRect(), map = $("map").getBoundingClientRect();
     const inMap = event.clientY >= map.top && event.clientY <= map.bottom;
-    state.row = inMap ? clamp(Math.floor(((map.bottom - event.clientY) / stage.height) * n), 0, n - 1) : -1;
     if (!state.held && event.clientX - box.left >= stage.left) choose(columnAt(event.clientX - box.left));
+    const row = clamp(Math.floor(((event.clientY - map.top) / stage.height) * rowCount()), 0, rowCount() - 1);
+    state.row = !inMap ? -1 : byAge() ? state.column - row : n - 1 - row;
     markRow();
   });
   timeline.addEventListener("pointerleave", () => { state.row = -1; markRow(); });
@@ -621,8 +638,8 @@
 
   const pick = $("layer");
   pick.append(el("option", { value: 0, text: `mean of all ${L}` }), ...Array.from({ length: L }, (_, k) => el("option", { value: k + 1, text: String(k) })));
-  if (!L) document.querySelector(".controls").remove();
-  else if (!D.scored) $("shown").remove();
+  if (!D.scored) $("shown").hidden = true;
+  if (!L) document.querySelector(".controls").hidden = true;
   function redraw() {
     drawCells();
     drawScale();
@@ -630,6 +647,8 @@
     state.column = -1;
     choose(c);
   }
+  if (oldest * 2 < n) state.rows = $("rows").value = "age";  // else the map would be a thin line
+  $("rows").addEventListener("change", () => { state.rows = $("rows").value; drawOver(); redraw(); });
   pick.addEventListener("change", () => { state.layer = Number(pick.value); redraw(); });
   for (const choice of document.querySelectorAll("input[name=shown]"))
     choice.addEventListener("change", () => { state.shown = choice.value; redraw(); });
