@@ -304,7 +304,7 @@ def test_the_pages_data_is_what_the_study_has(seen: study.Study) -> None:
     assert all(uri.startswith("data:image/webp;base64,") for uri in data["pictures"])
     tiles = {name: (value, more) for name, value, more in page.tiles(seen)}
     assert tiles["memory at the end"][0] == page.size(layout_of().bytes(29).live)
-    assert tiles["blocks that stand out"][0] == "3"
+    assert tiles["flagged blocks"][0] == "3"
 
 
 def test_an_hour_stays_within_the_limit(tmp_path: Path) -> None:

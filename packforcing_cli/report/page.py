@@ -304,7 +304,7 @@ def tiles(study: Study) -> list[tuple[str, str, str]]:
     flagged = {event.block for event in study.events if event.kind not in ("scene", "cut", "pin")}
     if any(record and record.health for record in study.records):
         more = "flagged, made again, or empty scores" if flagged else "no flag, retry or empty scores"
-        found.append(("blocks that stand out", str(len(flagged)), more))
+        found.append(("flagged blocks", str(len(flagged)), more))
     return found
 
 
