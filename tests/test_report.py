@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import errno
 import hashlib
 import html.parser
 import json
@@ -20,8 +21,8 @@ from conftest import CommandResult
 from PIL import Image
 from traces import FPS, GRID, layout_of, synthetic_run
 
-from packforcing_cli import trace
-from packforcing_cli.errors import UsageError
+from packforcing_cli import durable, trace
+from packforcing_cli.errors import DiskFullError, UsageError
 from packforcing_cli.report import page, plots, study
 from packforcing_cli.trace import Health
 from packforcing_cli.video import VideoWriter
@@ -404,6 +405,21 @@ def test_a_folder_that_cannot_be_made_is_one_message(seen: study.Study, tmp_path
     with pytest.raises(UsageError) as raised:
         plots.write(seen, tmp_path / target)
     assert raised.value.hint
+
+
+@pytest.mark.parametrize("kind", ["page", "plots"])
+def test_a_full_disk_has_its_own_error(
+    seen: study.Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(durable, "write", full)
+    with pytest.raises(DiskFullError):
+        if kind == "page":
+            page.write(seen, tmp_path / "a.html")
+        else:
+            plots.write(seen, tmp_path / "p")
 
 
 def test_a_run_without_a_trace_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -29,7 +29,7 @@ Overwrite = Annotated[
 ]
 
 
-def question(html: Path | None, plot: Path | None, *, overwrite: bool) -> dict[str, Path | None]:
+def question(html: Path | None, plot: Path | None, *, overwrite: bool) -> dict[str, Any]:
     """Drawing as one question about a run, whichever of the two is wanted, or both.
 
     Raises: UsageError if nothing is drawn that could replace something.

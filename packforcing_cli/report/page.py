@@ -245,7 +245,10 @@ def _pictures(study: Study, step: int, *, budget: int) -> list[str | None]:
     frames = [_nearest(study.pictures.frames, column * step, step) for column in range(columns)]
     width = max(frame.shape[1] for frame in frames if frame is not None)
     found = none
-    for wide, quality in ((min(width, w), quality) for w, quality in PICTURE_STEPS):
+    steps = {
+        min(width, wide): quality for wide, quality in reversed(PICTURE_STEPS)
+    }  # the best of equal widths
+    for wide, quality in sorted(steps.items(), reverse=True):
         found = [None if frame is None else _webp(frame, wide, quality) for frame in frames]
         if sum(len(uri) for uri in found if uri) <= budget:
             return found
