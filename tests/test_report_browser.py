@@ -405,6 +405,10 @@ def test_it_prints_without_controls(browser: Page) -> None:
     browser.show(media="print", dark=True)
     assert browser.ask("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert browser.ask("return getComputedStyle(document.querySelector('.controls')).display") == "none"
+    columns = (
+        "return getComputedStyle(document.querySelector('.explore')).gridTemplateColumns.split(' ').length"
+    )
+    assert browser.ask(columns) == 1
     assert min(browser.ask(LUMINANCE, "h1, p, dd, figcaption"))[0] >= 4.5
 
 

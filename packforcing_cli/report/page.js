@@ -9,7 +9,7 @@
   const share = unpack(D.share), score = unpack(D.score), ramp = unpack(D.ramp);
   const shows = D.pictures.some(Boolean);
   const aspect = D.size[0] / D.size[1];
-  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const dark = matchMedia("screen and (prefers-color-scheme: dark)");
   const state = { column: -1, layer: 0, shown: "share", held: false, row: -1, rows: "time" };
   const cursors = [];   // what follows the chosen column: functions of it
   const charts = [];    // what is drawn anew when the width changes
@@ -362,7 +362,7 @@
     const whole = [...new Set([...D.sinks[c].map((b) => [columnOf(b), "sink"]), ...D.recent[c].map((b) => [columnOf(b), "recent"])].map(JSON.stringify))].map((t) => JSON.parse(t)).filter(([p]) => p !== c);
     if (list.length) {
       const shownMost = 60;
-      past.append(el("h4", { text: "Recalled from the bank, most agreed on first" }), el("ul", { class: "past" }, ...list.slice(0, shownMost).map(([p, s, mark]) =>
+      past.append(el("h4", { text: `Recalled from the bank, most ${state.layer ? "important" : "agreed on"} first` }), el("ul", { class: "past" }, ...list.slice(0, shownMost).map(([p, s, mark]) =>
         frame(p, [ago(p), by(s), mark === null ? "" : `importance ${mark.toFixed(2)}`, D.pins[c].some((b) => columnOf(b) === p) ? "pinned" : ""], s))));
       if (list.length > shownMost) past.append(el("p", { class: "hint", text: `and ${list.length - shownMost} more.` }));
     }
