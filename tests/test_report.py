@@ -507,3 +507,22 @@ def test_drawing_loads_no_torch(run: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, cwd=tmp_path
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_lines_that_make_no_sense_spoil_nothing(tmp_path: Path) -> None:
+    bank = len(layout_of().view(12).mid)
+    changes: dict[int, dict[str, Any]] = {
+        8: {"selected": ((8, 90),) * 3},  # itself, and a block that is not there
+        9: {"scores": ((0.5,),) * 3},  # fewer than the bank has
+        10: {"selected": ((2,),)},  # of one layer
+        11: {"bytes": {"live": 5}, "tokens": {}},
+        12: {"scores": ((None,) * bank,) * 3},
+    }
+    folder = synthetic_run(tmp_path / "run", 14, changes=changes)
+    with (folder / trace.FILE).open("a", encoding="utf-8") as file:
+        for number in (5000, -3):  # no blocks of this run
+            file.write(json.dumps({"block": number, "seconds": {}, "cache": {"active": []}}) + "\n")
+    found = study.collect(folder)
+    assert data_of(page.render(found, command="x"))["blocks"] == 14
+    assert np.isnan(found.curves["live"][11]) and np.isfinite(found.curves["live"][13])
+    assert len(plots.write(found, tmp_path / "plots")) == len(plots.PLOTS)

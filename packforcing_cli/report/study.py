@@ -156,13 +156,14 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
     seen = runfolder.look(folder)
     run = runfolder.read(folder)
     read = trace.read(folder)
-    if not read.records:
+    known = [record for record in read.records if 0 <= record.block < run.blocks]
+    if not known:
         raise UsageError(
             f"run {run.id} has no trace yet: nothing is known of its memory",
             hint="A run has a line of trace as soon as its first block is made.",
         )
-    found = {record.block: record for record in read.records}
-    records = tuple(found.get(block) for block in range(read.records[-1].block + 1))
+    found = {record.block: record for record in known}
+    records = tuple(found.get(block) for block in range(known[-1].block + 1))
     grid = Grid(run.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
     request = GenerateRequest.from_values(run.request)
     script = request.timeline.script(request.prompt, grid, fps=run.fps, num_blocks=run.blocks)
@@ -177,9 +178,9 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
         script=script,
         times=np.array(frames, np.float64) / run.fps,
         curves=_curves(records),
-        importance=importance_by_layer(read.records),
-        ages=_counted(trace.recall_ages(read.records)),
-        never=trace.share_never_selected(read.records),
+        importance=importance_by_layer(known),
+        ages=_counted(trace.recall_ages(known)),
+        never=trace.share_never_selected(known),
         events=_events(records, script),
         pictures=shown,
         notes=(*_incomplete(run, len(records)), *read.notes, *([why] if why else [])),
