@@ -66,6 +66,11 @@ def data_of(text: str) -> dict[str, Any]:
     return values
 
 
+def drawn(found: study.Study) -> set[str]:
+    """Names of the plots there is something for."""
+    return {name for name, draw in plots.PLOTS.items() if draw(found) is not None}
+
+
 def video_of(
     path: Path, blocks: int, *, run: str, finish: bool = True, size: tuple[int, int] = (128, 128)
 ) -> Path:
@@ -338,9 +343,7 @@ def test_a_memory_without_a_bank_has_no_map_but_a_page(tmp_path: Path) -> None:
     found = study.collect(synthetic_run(tmp_path / "run", 8, layout=layout_of(top_k=0)))
     text = page.render(found, command="x")
     assert data_of(text)["scored"] is False and "churn" not in data_of(text)["curves"]
-    written = plots.write(found, tmp_path / "plots")
-    assert "memory.png" in {path.name for path in written}
-    assert not {"selection.png", "importance.png"} & {path.name for path in written}
+    assert drawn(found) == set(plots.PLOTS) - {"selection.png", "importance.png"}
 
 
 def test_lines_of_an_old_version_are_shown_as_far_as_they_go(tmp_path: Path) -> None:
@@ -354,7 +357,8 @@ def test_lines_of_an_old_version_are_shown_as_far_as_they_go(tmp_path: Path) -> 
     assert any("older version" in note for note in found.notes)
     data = data_of(page.render(found, command="x"))
     assert "live" not in data["curves"] and data["curves"]["denoise"] == [0.1] * 5
-    assert {path.name for path in plots.write(found, tmp_path / "p")} >= {"time.png"}
+    assert {"time.png", "recalls.png"} <= drawn(found)
+    assert not {"memory.png", "slots.png"} & drawn(found)
 
 
 # ----------------------------------------------------------------------------------------------------- bad input
@@ -525,4 +529,4 @@ def test_lines_that_make_no_sense_spoil_nothing(tmp_path: Path) -> None:
     found = study.collect(folder)
     assert data_of(page.render(found, command="x"))["blocks"] == 14
     assert np.isnan(found.curves["live"][11]) and np.isfinite(found.curves["live"][13])
-    assert len(plots.write(found, tmp_path / "plots")) == len(plots.PLOTS)
+    assert drawn(found) == set(plots.PLOTS)
