@@ -21,7 +21,7 @@ from conftest import CommandResult
 from PIL import Image
 from traces import FPS, GRID, layout_of, synthetic_run
 
-from packforcing_cli import durable, trace
+from packforcing_cli import durable, runfolder, trace
 from packforcing_cli.errors import DiskFullError, UsageError
 from packforcing_cli.report import page, plots, study
 from packforcing_cli.trace import Health
@@ -206,11 +206,47 @@ def test_pictures_of_an_unfinished_video_come_from_its_part(tmp_path: Path) -> N
     found = study.collect(folder)
     assert not found.is_complete and found.pictures is not None
     assert sorted(found.pictures.frames) == [0, 1, 2, 3]
-    assert found.notes[1:] == ("The video has no picture of 2 of the 6 blocks yet.",)
+    assert found.notes[1:] == ("The video has no picture of 2 of the 6 blocks.",)
     text = page.render(found, command="x")
     assert "The run is not complete: 6 of 20 blocks are here." in text
     assert "not finished: 6 of 20 blocks" in text
     assert [bool(uri) for uri in data_of(text)["pictures"]] == [True] * 4 + [False] * 2
+
+
+@pytest.mark.parametrize(("only_new", "lead", "padded"), [(False, 20, 0), (False, 0, 3), (True, 20, 0)])
+def test_pictures_of_a_continued_video_are_those_of_their_blocks(
+    tmp_path: Path, only_new: bool, lead: int, padded: int
+) -> None:
+    source = {
+        "path": "b.mp4",
+        "sha256": "0" * 64,
+        "only_new": only_new,
+        "blocks": 3,
+        "lead": lead,
+        "padded": padded,
+    }
+    asked = {"seconds": 8.0, "source": source}
+    folder = synthetic_run(tmp_path / "run", 8, output=tmp_path / "a.mp4", request=asked)
+    writer = VideoWriter(tmp_path / "a.mp4", fps=FPS, width=128, height=128)
+    shown = runfolder.read(folder).shown
+    for size in shown.lead_pieces:
+        writer.write(np.full((size, 128, 128, 3), 250, np.uint8))
+    for block in range(shown.first, 8):
+        writer.write(np.full((shown.block_frames(block), 128, 128, 3), 40 + 10 * block, np.uint8))
+    writer.close()
+    found = study.collect(folder)
+    assert found.pictures is not None
+    assert sorted(found.pictures.frames) == list(range(3 if only_new else 0, 8))
+    for block, frame in found.pictures.frames.items():
+        assert abs(float(frame.mean()) - (40 + 10 * block)) < 3
+    said = (
+        "the new part alone"
+        if only_new
+        else "before the beginning"
+        if padded
+        else "1.25 s after the beginning"
+    )
+    assert said in found.notes[0]
 
 
 @pytest.mark.parametrize("other", ["gone", "another run", "another size", "damaged"])

@@ -8,6 +8,7 @@ Letters: T blocks of the run so far, L layers, n columns of the map (T, or fewer
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -16,10 +17,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from packforcing_cli import runfolder, timeline, trace
+from packforcing_cli import runfolder, trace
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import PackforcingError, UsageError
-from packforcing_cli.layout import Grid
 from packforcing_cli.timeline import Script
 from packforcing_cli.trace import Record
 from packforcing_cli.video import VideoReader, fitted, part_path
@@ -164,12 +164,14 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
         )
     found = {record.block: record for record in known}
     records = tuple(found.get(block) for block in range(known[-1].block + 1))
-    grid = Grid(run.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
+    lengths, shown = run.lengths, run.shown
     request = GenerateRequest.from_values(run.request)
-    script = request.timeline.script(request.prompt, grid, fps=run.fps, num_blocks=run.blocks)
-    frames = [timeline.frames_before(grid, block) for block in range(len(records) + 1)]
+    script = request.timeline.script(
+        request.prompt, lengths, fps=run.fps, num_blocks=run.blocks, start=shown.history
+    )
+    frames = [lengths.frames_for(block) for block in range(len(records) + 1)]
     wanted = range(0, len(records), per_column(len(records), pictures))
-    shown, why = read_pictures(run, grid, blocks=len(records), wanted=wanted)
+    seen_frames, why = read_pictures(run, blocks=len(records), wanted=wanted)
     return Study(
         run=run,
         folder=folder,
@@ -182,8 +184,8 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
         ages=_counted(trace.recall_ages(known)),
         never=trace.share_never_selected(known),
         events=_events(records, script),
-        pictures=shown,
-        notes=(*_incomplete(run, len(records)), *read.notes, *([why] if why else [])),
+        pictures=seen_frames,
+        notes=(*_incomplete(run, len(records)), *_begins(run), *read.notes, *([why] if why else [])),
     )
 
 
@@ -193,6 +195,22 @@ def _incomplete(run: runfolder.Record, blocks: int) -> list[str]:
         if blocks >= run.blocks
         else [f"The run is not complete: {blocks} of {run.blocks} blocks are here."]
     )
+
+
+def _begins(run: runfolder.Record) -> list[str]:
+    """Where the memory's time 0 lies in the file, if it is not its beginning."""
+    shown = run.shown
+    if shown.only_new:
+        return [
+            f"The file has the new part alone: the first {shown.history} blocks are of the video before it."
+        ]
+    if not shown.late:
+        return []
+    side = "after" if shown.late > 0 else "before"
+    seconds = abs(shown.late) / run.fps
+    return [
+        f"Times count from the first block of the memory, {seconds:.2f} s {side} the beginning of the file."
+    ]
 
 
 def _counted(ages: Sequence[int]) -> NDArray[np.int64]:
@@ -403,7 +421,7 @@ def _packed(values: NDArray[np.floating]) -> NDArray[np.uint8]:
 
 
 def read_pictures(
-    run: runfolder.Record, grid: Grid, *, blocks: int, wanted: Sequence[int]
+    run: runfolder.Record, *, blocks: int, wanted: Sequence[int]
 ) -> tuple[Pictures | None, str]:
     """The first frame of each block, of the unfinished file if there is one.
 
@@ -421,10 +439,12 @@ def read_pictures(
         frames: dict[int, NDArray[np.uint8]] = {}
         scale = min(1.0, PICTURE_WIDTH / video.width)
         small = (max(1, round(video.width * scale)), max(1, round(video.height * scale)))
-        keep, seen = set(wanted), set[int]()
+        keep, seen, shown = set(wanted), set[int](), run.shown
+        begins = [shown.frame_of(block) for block in range(blocks)]  # in the file
         for seconds, pixels in video.key_frames():
-            block = timeline.block_of_frame(grid, round(seconds * Fraction(run.fps)))
-            if block >= blocks or block in seen:
+            frame = round(seconds * Fraction(run.fps))
+            block = bisect.bisect_right(begins, frame) - 1
+            if block in seen or block < 0 or frame >= begins[block] + shown.block_frames(block):
                 continue
             seen.add(block)
             for curve, value in zip(curves, look(pixels), strict=True):
@@ -434,7 +454,7 @@ def read_pictures(
     except PackforcingError as error:
         return None, f"There are no pictures: {error.message}."
     lacking = blocks - len(seen)
-    note = f"The video has no picture of {lacking} of the {blocks} blocks yet." if lacking else ""
+    note = f"The video has no picture of {lacking} of the {blocks} blocks." if lacking else ""
     return Pictures(frames, *curves), note
 
 
