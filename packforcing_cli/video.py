@@ -1238,6 +1238,24 @@ class VideoReader:
             except _IO_ERRORS as error:
                 raise VideoError(f"{self.path} is damaged after frame {count}: {error}") from error
 
+    def key_frames(self) -> Iterator[tuple[Fraction, NDArray[np.uint8]]]:
+        """Yield (seconds, frame [H, W, 3] uint8) of the frames that stand alone, nothing else is decoded.
+
+        In a video of ours every block begins with one. Frames without a time are left out.
+        Raises: VideoError if one cannot be decoded.
+        """
+        with self._open() as container:
+            stream = self._stream(container)
+            stream.codec_context.skip_frame = "NONKEY"
+            reformatter = VideoReformatter()
+            try:
+                for packet in self._whole_packets(container, flush=True):
+                    for frame in stream.codec_context.decode(packet):
+                        if frame.pts is not None and frame.time_base is not None:
+                            yield frame.pts * frame.time_base, self._to_rgb(reformatter, frame)
+            except _IO_ERRORS as error:
+                raise VideoError(f"{self.path} is damaged: {error}") from error
+
     def timing(self) -> Timing:
         """When the first frame begins and the last one ends, read without decoding.
 

@@ -32,7 +32,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
     ("rollout", "convert", "inspection"),
-    ("metrics", "training", "extension"),
+    ("metrics", "training", "extension", "report"),
     ("jobs",),
     ("batch", "bench"),
 )

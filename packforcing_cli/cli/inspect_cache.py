@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packforcing_cli.cli import memory_options as memory
+from packforcing_cli.cli import report_options as report
 
 if TYPE_CHECKING:
     from packforcing_cli.planner import Plan
@@ -48,6 +49,9 @@ def inspect_cache(
         bool,
         typer.Option("--follow", rich_help_panel=RUN_PANEL, help="A line a block, until the run ends."),
     ] = False,
+    html: report.Html = None,
+    plot: report.Plot = None,
+    overwrite: report.Overwrite = False,
     model: Annotated[str | None, typer.Option("--model", help="A model's name. Default demo.")] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", help="Length of the video. Default 10.")
@@ -89,6 +93,8 @@ def inspect_cache(
     Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
 
     Example: packforcing inspect-cache a-red-circle.mp4 --at 0:43
+
+    Example: packforcing inspect-cache a-red-circle.mp4 --html report.html
     """
     from dataclasses import replace
 
@@ -117,11 +123,15 @@ def inspect_cache(
         "vae": vae,
     }
     questions = {"at": at, "block": block, "layer": layer, "compare": compare, "follow": follow or None}
+    questions |= report.question(html, plot, overwrite=overwrite)
     inspect_run.check(run, questions, {**flags, "fps": fps})
-    if run is not None:
+    if run is not None and (html is not None or plot is not None):
+        report.draw(inspect_run.find(run), html=html, plot=plot, overwrite=overwrite, as_json=as_json)
+    elif run is not None:
         inspect_run.show(
             run, at=at, block=block, layer=layer, compare=compare, follow=follow, as_json=as_json
         )
+    if run is not None:
         return
     request = settings.gather(flags).plan_request()
     if request.model == "auto":  # what generate would take; whether it fits is not asked here
