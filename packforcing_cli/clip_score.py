@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import weights
+from packforcing_cli import metrics, weights
 from packforcing_cli.errors import OfflineError, UsageError, WeightsError
 from packforcing_cli.hub import Hub, RepoFile, Snapshot, snapshot_folder
 from packforcing_cli.packages import HubSource
@@ -43,23 +43,6 @@ TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 EXAMPLE = "openai/clip-vit-large-patch14"
 _OWNER_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-
-
-def clip_score(images: Tensor, texts: Tensor) -> Tensor:
-    """How well pictures show what the prompt says.
-
-    Formula: 100 * cos(CLIP picture embedding, CLIP text embedding) of a frame a second and the prompt that is valid
-        then; mean over each segment of 10 s, over all frames, and the fall from the first segment to the last.
-    Unit: hundredths of a cosine. Range: -100 to 100; matching pictures have 25 to 37 with OpenAI's models.
-    Read it as: a fall over the segments means that the video leaves its prompt. Compare scores of one CLIP model only.
-    Source: Radford et al. 2021 (arXiv 2103.00020); segments and scale as in PackForcing (arXiv 2603.25730), Table 2,
-        which names neither its CLIP model nor how often it looks.
-
-    Args:
-        images: [n, C]. texts: [n, C] or [1, C].
-    Returns: [n].
-    """
-    return 100 * torch.nn.functional.cosine_similarity(images.float(), texts.float(), dim=-1)
 
 
 @dataclass(frozen=True)
@@ -201,7 +184,9 @@ class ClipScorer:
                 folder, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
             tokenizer = CLIPTokenizerFast.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # safetensors, tokenizers and transformers raise anything for damaged files
+        except (
+            Exception
+        ) as error:  # safetensors, tokenizers and transformers raise anything for damaged files
             said = (str(error).splitlines() or [type(error).__name__])[0]
             raise WeightsError(f"{folder} cannot be loaded as a CLIP model: {said}", hint=again) from error
         finally:
@@ -262,8 +247,9 @@ class ClipScorer:
         waiting: list[tuple[float, NDArray[np.uint8]]] = []
 
         def flush() -> None:
-            texts = torch.cat([self.embed_text(prompt_at(time)) for time, _ in waiting])
-            values.extend(clip_score(self.embed_images([frame for _, frame in waiting]), texts).tolist())
+            texts = torch.cat([self.embed_text(prompt_at(time)) for time, _ in waiting]).float().cpu()
+            images = self.embed_images([frame for _, frame in waiting]).float().cpu()
+            values.extend(metrics.clip_score(images.numpy(), texts.numpy()).tolist())
             times.extend(time for time, _ in waiting)
             waiting.clear()
             progress(times[-1])
@@ -298,11 +284,13 @@ def require_safetensors(folder: Path) -> None:
         raise _no_safetensors(str(folder), pickled=any(folder.glob("*.bin")))
 
 
-def find(place: str, hub: Hub, *, advance: Callable[[str, int], None] = lambda name, size: None) -> tuple[Path, str]:
+def find(
+    place: str, hub: Hub, *, advance: Callable[[str, int], None] = lambda name, size: None
+) -> tuple[Path, str]:
     """The folder of a CLIP model, downloaded if need be, and its name.
 
     Args:
-        place:   a folder, or hf:owner/name[@revision]; owner/name alone is taken for the latter if no such folder is there.
+        place:   a folder, or hf:owner/name[@revision]; owner/name alone means the latter if there is no such folder.
         advance: called with a file's name and the bytes gained.
     Returns: the folder; `place`, or hf:owner/name@commit.
     Raises: UsageError if there is no such place; OfflineError; WeightsError for a repository that is not CLIP's or has
@@ -311,7 +299,9 @@ def find(place: str, hub: Hub, *, advance: Callable[[str, int], None] = lambda n
     folder = Path(place).expanduser()
     if folder.is_dir():
         return folder, place
-    source = HubSource.parse(place if place.startswith("hf:") else f"hf:{place}" if _OWNER_NAME.fullmatch(place) else "")
+    source = HubSource.parse(
+        place if place.startswith("hf:") else f"hf:{place}" if _OWNER_NAME.fullmatch(place) else ""
+    )
     if source is None:
         raise UsageError(
             f"--clip {place}: there is no such folder",
@@ -329,7 +319,9 @@ def find(place: str, hub: Hub, *, advance: Callable[[str, int], None] = lambda n
             shards = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
             missing = [shard for shard in shards if shard not in at.files]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise WeightsError(f"{INDEX} of {name} is damaged: {error}", hint="Give another model.") from error
+            raise WeightsError(
+                f"{INDEX} of {name} is damaged: {error}", hint="Give another model."
+            ) from error
         if missing:
             raise _incomplete(name, missing, offline=hub.offline)
         for shard in shards:
@@ -363,9 +355,15 @@ def _incomplete(name: str, missing: Sequence[str], *, offline: bool) -> OfflineE
             f"{', '.join(missing)} of {name} is not on this machine, and the network is switched off",
             hint="Run it once with the network on, or give --clip a folder.",
         )
-    return WeightsError(f"{name} is not a CLIP model: it lacks {', '.join(missing)}", hint=f"For example {EXAMPLE}.")
+    return WeightsError(
+        f"{name} is not a CLIP model: it lacks {', '.join(missing)}", hint=f"For example {EXAMPLE}."
+    )
 
 
 def _no_safetensors(name: str, *, pickled: bool) -> WeightsError:
-    what = "holds pickled weights only, which can run code when they are read" if pickled else f"has no {WEIGHTS}"
+    what = (
+        "holds pickled weights only, which can run code when they are read"
+        if pickled
+        else f"has no {WEIGHTS}"
+    )
     return WeightsError(f"{name} {what}", hint=f"Give a CLIP model with safetensors, for example {EXAMPLE}.")

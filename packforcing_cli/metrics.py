@@ -42,7 +42,9 @@ Floats = NDArray[np.float64]
 
 SHORT_SIDE = 64  # px of the small picture
 LONG_SIDE = 32  # px of a thumbnail
-STEP = Fraction(1, 8)  # seconds between thumbnails and over which motion is measured; VBench samples 8 frames a second
+STEP = Fraction(
+    1, 8
+)  # seconds between thumbnails and over which motion is measured; VBench samples 8 frames a second
 STATE_STEP = Fraction(1, 2)  # seconds between looks at colours and sharpness
 MAX_THUMBS, MAX_STATES = 32768, 14400  # of one video: a longer one is sampled more thinly
 REFERENCE_SECONDS = 2  # what colours are compared with
@@ -50,7 +52,11 @@ SEGMENT_SECONDS = 10
 SEAM_FRAMES = 16  # frames before a seam whose motion its jump is compared with
 
 TILE, REACH = 8, 12  # px of the small picture: side of a matched block, farthest displacement
-MATCH_GAIN, MATCH_LEVELS = 0.6, 2.0  # a block has moved if its match leaves less than this share, and levels less
+MATCH_GAIN, MATCH_LEVELS = (
+    0.6,
+    2.0,
+)  # a block has moved if its match leaves less than this share, and levels less
+PULL = 0.5  # levels a px of displacement costs: of equal matches, as along an edge, the nearest is taken
 TOP_SHARE = 0.05  # of the blocks: the ones that move most (VBench)
 DYNAMIC_SPEED = 100 * 6 / 256 * 8  # % of the short side a second: VBench's 6 of 256 px in 1/8 s
 DYNAMIC_SHARE, DYNAMIC_WINDOW = 4 / 16, 2.0  # VBench: 4 of 16 steps; VBench-Long: clips of 2 s
@@ -70,13 +76,13 @@ MAX_SIMILARITY = 160  # rows of the picture of self-similarity
 # --------------------------------------------------------------------------------------------------- definitions
 
 
-def motion(before: NDArray[np.float32], after: NDArray[np.float32], seconds: float) -> float:
+def motion(before: Pixels, after: Pixels, seconds: float) -> float:
     """How fast the fastest twentieth of the picture moves.
 
-    Formula: mean length of the 5 % longest displacements d of 8x8 blocks of the luma Y of the small picture, in 1/8 s;
-        d = argmin mean|Y(t, x) - Y(t - 1/8 s, x - d)| over |dx|, |dy| <= 12 px; 0 unless the match leaves less than 0.6
-        of the unmatched difference and at least 2 levels less. Divided by the short side and the time.
-    Unit: % of the short side a second. Range: 0 to 212; below about 12 (half a pixel a step) it reads 0.
+    Formula: mean length of the 5 % longest displacements d of 8x8 blocks of the small picture in 1/8 s, divided by its
+        short side and the time; d = argmin mean |RGB(t, x) - RGB(t - 1/8 s, x - d)| + |d| / 2, |d| <= 12 px; 0 unless
+        the match leaves less than 0.6 of the unmatched difference and at least 2 levels less.
+    Unit: % of the short side a second. Range: 0 to 150; below about 6 (half a pixel a step) it reads 0.
     Read it as: 0 is a still picture. It falls over time when a video freezes slowly.
     Source: the top 5 % of VBench's dynamic degree (vbench/dynamic_degree.py), with block matching instead of RAFT.
     """
@@ -84,7 +90,7 @@ def motion(before: NDArray[np.float32], after: NDArray[np.float32], seconds: flo
     if not lengths.size:
         return math.nan
     fastest = lengths[-max(1, math.ceil(TOP_SHARE * lengths.size)) :]
-    return float(100 * fastest.mean() / min(before.shape) / seconds)
+    return float(100 * fastest.mean() / min(before.shape[:2]) / seconds)
 
 
 def dynamic_degree(times: Floats, speeds: Floats) -> float:
@@ -103,7 +109,9 @@ def dynamic_degree(times: Floats, speeds: Floats) -> float:
     last = windows[-1]
     if last > 0 and (windows == last).sum() < (windows == 0).sum() / 2:
         windows[windows == last] = last - 1
-    moving = [bool((speeds[windows == w] > DYNAMIC_SPEED).mean() >= DYNAMIC_SHARE) for w in np.unique(windows)]
+    moving = [
+        bool((speeds[windows == w] > DYNAMIC_SPEED).mean() >= DYNAMIC_SHARE) for w in np.unique(windows)
+    ]
     return float(100 * np.mean(moving))
 
 
@@ -194,8 +202,8 @@ def brightness(colours: Floats) -> float:
 def colour_drift(palette_now: Floats, palette_then: Floats) -> float:
     """How far the colours have gone from those of the first two seconds.
 
-    Formula: mean over q of |p(q) - p0(q)|, p(q) = the q-quantiles of L*, a* and b* over the thumbnail (32 of each), p0 =
-        their mean over the first two seconds; |.| is the CIE 1976 colour difference dE.
+    Formula: mean over q of |p(q) - p0(q)|, p(q) = the q-quantiles of L*, a* and b* over the thumbnail (32 of each), p0
+        = their mean over the first two seconds; |.| is the CIE 1976 colour difference dE.
     Unit: dE. Range: 0 to about 100.
     Read it as: 2.3 is just noticeable, 10 another colour. Where things are does not count. A change of the prompt or of
         the subject counts, too: it may be wanted.
@@ -208,9 +216,9 @@ def colour_drift(palette_now: Floats, palette_then: Floats) -> float:
 def repetition(thumbs: Floats, rate: float) -> Repetition | None:
     """Whether the video loops: how much nearer pictures come again a period later.
 
-    Formula: max over d of 1 - D(d) / max over d' < d of D(d'), D(d) = mean over t of |x(t) - x(t + d)|^2, x = thumbnail,
-        d from 1 s to half the length; the period is the smallest d with 0.9 of the maximum. For the whole video and
-        for windows of 20 s, every 10 s; the strongest is told.
+    Formula: max over d of 1 - D(d) / max over d' < d of D(d'), D(d) = mean over t of |x(t) - x(t + d)|^2, x =
+        thumbnail, d from 1 s to half the length; the period is the smallest d with 0.9 of the maximum. For the whole
+        video and for windows of 20 s, every 10 s; the strongest is told.
     Unit: share. Range: 0 (pictures only go farther apart) to 1 (each comes back exactly); from 0.7 on it is called a
         loop. None for a still video and for less than 4 s.
     Read it as: a loop may be right: a subject that crosses the picture again and again loops by itself.
@@ -235,8 +243,8 @@ def repetition(thumbs: Floats, rate: float) -> Repetition | None:
 def jumps(times: Floats, changes: Floats) -> tuple[Jump, ...]:
     """Moments at which the picture changes far more than it usually does there: cuts and frame resets.
 
-    Formula: c(t) = mean |RGB(t) - RGB(t-1)| over the small picture; a jump where (c - median) / s > 8, median and s over
-        the second on each side, s = max(1.4826 * MAD, 0.25 * median, 0.3 levels); within 1/4 s the largest counts.
+    Formula: c(t) = mean |RGB(t) - RGB(t-1)| over the small picture; a jump where (c - median) / s > 8, median and s
+        over the second on each side, s = max(1.4826 * MAD, 0.25 * median, 0.3 levels); within 1/4 s the largest counts.
     Unit: number, and the times; the score is (c - median) / s. Range: 0 and more.
     Read it as: each is a visible break. A wanted cut is one, too.
     Source: outliers by the median absolute deviation (Leys et al. 2013); frame resets of PackForcing's ablations
@@ -250,9 +258,7 @@ def jumps(times: Floats, changes: Floats) -> tuple[Jump, ...]:
         if len(others) < 4:
             continue
         usual = float(np.median(others))
-        spread = max(
-            1.4826 * float(np.median(np.abs(others - usual))), JUMP_SHARE * usual, JUMP_FLOOR
-        )
+        spread = max(1.4826 * float(np.median(np.abs(others - usual))), JUMP_SHARE * usual, JUMP_FLOOR)
         jump = Jump(float(time), float(size), (float(size) - usual) / spread)
         if jump.score <= JUMP_SCORE:
             continue
@@ -274,6 +280,21 @@ def seam(before: Pixels, after: Pixels) -> Seam:
     Source: `source.measure_seam`, as `packforcing extend` reports it.
     """
     return measure_seam(before, after)
+
+
+def clip_score(images: NDArray[Any], texts: NDArray[Any]) -> Floats:
+    """How well the pictures show what the prompt says (with --clip).
+
+    Formula: 100 * cos(CLIP embedding of a frame, CLIP embedding of the prompt that is valid then), a frame a second;
+        mean over each 10-second segment and over all frames; the drop is the first segment less the last.
+    Unit: hundredths of a cosine. Range: -100 to 100; 25 to 37 for pictures that fit, with OpenAI's models.
+    Read it as: a drop means that the video leaves its prompt. Compare scores of the same CLIP model only.
+    Source: Radford et al. 2021 (arXiv 2103.00020); segments and scale as in PackForcing (arXiv 2603.25730), Table 2,
+        which tells neither its CLIP model nor how many frames it looks at.
+    """
+    images, texts = images.astype(np.float64), texts.astype(np.float64)
+    norms = np.linalg.norm(images, axis=-1) * np.linalg.norm(texts, axis=-1)
+    return np.asarray(100 * (images * texts).sum(-1) / norms)
 
 
 def over_distance(values: Floats, step: float, lags: Sequence[float]) -> list[float]:
@@ -312,6 +333,7 @@ MEASURES: dict[str, Callable[..., Any]] = {
     "repetition": repetition,
     "jumps": jumps,
     "seam": seam,
+    "CLIP": clip_score,
     "over distance": over_distance,
 }
 """What is measured -> the function whose docstring defines it."""
@@ -542,7 +564,9 @@ def find(name: str) -> Subject:
     if path.is_file():
         return _of_file(name, path)
     if not path.is_dir() and (path.suffix or len(path.parts) > 1):
-        raise UsageError(f"there is no file {name}", hint="Give a video file, or a run of `packforcing runs list`.")
+        raise UsageError(
+            f"there is no file {name}", hint="Give a video file, or a run of `packforcing runs list`."
+        )
     folder = runfolder.find(name)
     record = runfolder.read(folder)
     output = Path(record.output)
@@ -584,9 +608,7 @@ def _of_file(name: str, path: Path) -> Subject:
     return Subject(name, path, prompts, _seam_of(made.extends, length), notes)
 
 
-def _prompts(
-    request: Mapping[str, Any], frames_per_block: int, fps: int
-) -> tuple[tuple[float, str], ...]:
+def _prompts(request: Mapping[str, Any], frames_per_block: int, fps: int) -> tuple[tuple[float, str], ...]:
     """(seconds, prompt) of a request: a prompt begins with the block nearest to its time."""
     grid = Grid(frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # only its times are read
     found = [(0.0, str(request["prompt"]))]
@@ -664,7 +686,7 @@ class _Collected:
         self.noise: list[tuple[float, float]] = []
         self.seam: Seam | None = None
         self._last_small: Pixels | None = None
-        self._matched: tuple[float, NDArray[np.float32]] | None = None
+        self._matched: tuple[float, Pixels] | None = None
         self._last_two: deque[Pixels] = deque(maxlen=2)
         self._noise_due = False
         self._before: deque[Pixels] = deque(maxlen=SEAM_FRAMES)
@@ -672,18 +694,17 @@ class _Collected:
 
     def add(self, at: float, frame: Pixels) -> None:
         small = shrunk(frame, short=SHORT_SIDE)
-        y = luma(small)
         if self._last_small is not None:
             self.changes.append(float(np.abs(small.astype(np.int16) - self._last_small).mean()))
         self.times.append(at)
-        self.light.append(float(y.mean()))
+        self.light.append(float(luma(small).mean()))
         self._last_small = small
         if self._matched is None:
-            self._matched = at, y
+            self._matched = at, small
         elif at >= self._matched[0] + float(STEP) - 1e-3:
             elapsed = at - self._matched[0]
-            self.motion.append((at, motion(self._matched[1], y, elapsed)))
-            self._matched = at, y
+            self.motion.append((at, motion(self._matched[1], small, elapsed)))
+            self._matched = at, small
         if at >= len(self.thumbs) * self.thumb_step - 1e-3:
             thumb = shrunk(frame, long=LONG_SIDE)
             while at >= len(self.thumbs) * self.thumb_step - 1e-3:  # a frame that is shown for long
@@ -800,38 +821,52 @@ def sampled(path: Path, every: float) -> Iterator[tuple[float, Pixels]]:
         yield 0.0, last
 
 
-def displacements(
-    before: NDArray[np.float32], after: NDArray[np.float32]
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def displacements(before: Pixels, after: Pixels) -> tuple[Floats, Floats]:
     """How far each 8x8 block came since the picture before, by exhaustive search.
 
     Args:
-        before, after: [h, w] luma.
+        before, after: [h, w, 3] uint8.
     Returns: x and y, [h // 8, w // 8] whole pixels each; 0 where nothing matches clearly better than standing still.
     """
     rows, cols = after.shape[0] // TILE, after.shape[1] // TILE
+    x, y = np.zeros((rows, cols)), np.zeros((rows, cols))
     if not rows or not cols:
-        return np.zeros((0, 0)), np.zeros((0, 0))
-    height, width = rows * TILE, cols * TILE
-    now = after[:height, :width]
-
-    def cost(shifted: NDArray[np.float32]) -> NDArray[np.float32]:
-        difference = np.abs(now - shifted)
-        return difference.reshape(rows, TILE, cols, TILE).sum((1, 3)) / np.float32(TILE**2)
-
-    still = cost(before[:height, :width])
-    best, x, y = still.copy(), np.zeros((rows, cols)), np.zeros((rows, cols))
-    if still.max() < MATCH_LEVELS:
         return x, y
-    around = np.pad(before, REACH, mode="edge")
-    shifts = [(dx, dy) for dy in range(-REACH, REACH + 1) for dx in range(-REACH, REACH + 1)]
-    for dx, dy in sorted(shifts, key=lambda shift: shift[0] ** 2 + shift[1] ** 2):  # ties go to the nearest
-        found = cost(around[REACH - dy : REACH - dy + height, REACH - dx : REACH - dx + width])
-        better = found < best
-        best[better], x[better], y[better] = found[better], dx, dy
-    unclear = (best > MATCH_GAIN * still) | (still - best < MATCH_LEVELS)
-    x[unclear] = y[unclear] = 0
+    now = _tiles(after[: rows * TILE, : cols * TILE].astype(np.float32))
+    still = np.abs(now - _tiles(before[: rows * TILE, : cols * TILE].astype(np.float32))).mean((2, 3, 4))
+    where = still >= MATCH_LEVELS  # the others cannot have moved
+    if not where.any():
+        return x, y
+    around = np.pad(before, ((REACH, REACH), (REACH, REACH), (0, 0)), mode="edge").astype(np.float32)
+    side = TILE + 2 * REACH
+    windows = np.lib.stride_tricks.sliding_window_view(around, (side, side), axis=(0, 1))[::TILE, ::TILE]
+    near = np.moveaxis(windows[where], 1, -1)  # [n, side, side, 3]
+    now, stayed = now[where], still[where]
+    best, cost = stayed.copy(), stayed.copy()
+    found_x, found_y = np.zeros(len(now)), np.zeros(len(now))
+    for dy, dx in _REACHED:
+        candidate = near[:, REACH - dy : REACH - dy + TILE, REACH - dx : REACH - dx + TILE]
+        left = np.abs(now - candidate).mean((1, 2, 3))
+        better = left + PULL * math.hypot(dx, dy) < cost
+        best[better], cost[better] = left[better], left[better] + PULL * math.hypot(dx, dy)
+        found_x[better], found_y[better] = dx, dy
+    clear = (best < MATCH_GAIN * stayed) & (stayed - best >= MATCH_LEVELS)
+    x[where], y[where] = found_x * clear, found_y * clear
     return x, y
+
+
+_REACHED = [
+    (dy, dx)
+    for dy in range(-REACH, REACH + 1)
+    for dx in range(-REACH, REACH + 1)
+    if dx * dx + dy * dy <= REACH * REACH
+]
+
+
+def _tiles(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[h, w, 3] -> [h / 8, w / 8, 8, 8, 3]."""
+    height, width, _ = pixels.shape
+    return pixels.reshape(height // TILE, TILE, width // TILE, TILE, 3).swapaxes(1, 2)
 
 
 def luma(pixels: Pixels) -> NDArray[np.float32]:

@@ -29,7 +29,14 @@ if TYPE_CHECKING:
 
     from packforcing_cli.clip_score import ClipScores
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito: colour-blind safe
+COLOURS = (
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+)  # Okabe and Ito: colour-blind safe
 TITLES = {"change": "change from frame to frame (crosses: jumps)"}
 
 

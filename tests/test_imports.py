@@ -31,8 +31,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
-    ("rollout", "convert", "metrics", "clip_score"),
-    ("metrics_plot", "training", "extension"),
+    ("rollout", "convert", "metrics"),
+    ("clip_score", "metrics_plot", "training", "extension"),
     ("jobs",),
     ("batch", "bench"),
 )
