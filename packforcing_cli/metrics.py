@@ -66,6 +66,7 @@ LOOPS_FROM = 0.7  # strength of a repetition that is called a loop
 STILL = 1.0  # levels (RMS): pictures that differ less do not differ
 JUMP_SCORE, JUMP_WINDOW, JUMP_MERGE = 8.0, 1.0, 0.25  # robust deviations; seconds on each side; seconds
 JUMP_FLOOR, JUMP_SHARE = 0.3, 0.25  # the least deviation: levels, and share of the usual change
+JUMP_OVER = 2.0  # times the larger changes around it
 VISIBLE_DELTA_E = 2.3  # just noticeable (Mahy, van Eycken, Oosterlinck 1994)
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # ITU-R BT.709
 DISTANCES = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)  # seconds
@@ -130,16 +131,17 @@ def flicker(light: Floats) -> Floats:
 def noise(before: Pixels, frame: Pixels, after: Pixels) -> float:
     """Grain that is new in every frame.
 
-    Formula: median over all pixels of |Y(t) - (Y(t-1) + Y(t+1)) / 2| / 0.826, Y = luma at full size; for independent
-        Gaussian noise that is its standard deviation.
+    Formula: median over all pixels of |e - median(e)| / 0.826, e = Y(t) - (Y(t-1) + Y(t+1)) / 2, Y = luma at full size;
+        for independent Gaussian noise that is its standard deviation.
     Unit: levels of 255. Range: 0 to 255.
-    Read it as: 1 is a clean video, 5 visible grain. The median leaves moving subjects out; a moving camera counts a
-        little.
+    Read it as: 1 is a clean video, 5 visible grain. The median leaves moving subjects and flicker out; a moving
+        camera counts a little.
     Source: the median absolute deviation, 0.826 = 0.6745 * sqrt(3/2).
     """
     step = _stride(frame)
     a, b, c = (luma(picture[::step, ::step]) for picture in (before, frame, after))
-    return float(np.median(np.abs(b - (a + c) / 2)) / (0.67449 * math.sqrt(1.5)))
+    new = b - (a + c) / 2
+    return float(np.median(np.abs(new - np.median(new))) / (0.67449 * math.sqrt(1.5)))
 
 
 def sharpness(frame: Pixels) -> float:
@@ -243,8 +245,9 @@ def repetition(thumbs: Floats, rate: float) -> Repetition | None:
 def jumps(times: Floats, changes: Floats) -> tuple[Jump, ...]:
     """Moments at which the picture changes far more than it usually does there: cuts and frame resets.
 
-    Formula: c(t) = mean |RGB(t) - RGB(t-1)| over the small picture; a jump where (c - median) / s > 8, median and s
-        over the second on each side, s = max(1.4826 * MAD, 0.25 * median, 0.3 levels); within 1/4 s the largest counts.
+    Formula: c(t) = mean |RGB(t) - RGB(t-1)| over the small picture; a jump where (c - median) / s > 8 and c > 2 * P90,
+        of the other frames in the second on each side, s = max(1.4826 * MAD, 0.25 * median, 0.3 levels); within 1/4 s
+        the largest counts. P90 keeps frames that are shown twice or more from making the others jumps.
     Unit: number, and the times; the score is (c - median) / s. Range: 0 and more.
     Read it as: each is a visible break. A wanted cut is one, too.
     Source: outliers by the median absolute deviation (Leys et al. 2013); frame resets of PackForcing's ablations
@@ -260,7 +263,7 @@ def jumps(times: Floats, changes: Floats) -> tuple[Jump, ...]:
         usual = float(np.median(others))
         spread = max(1.4826 * float(np.median(np.abs(others - usual))), JUMP_SHARE * usual, JUMP_FLOOR)
         jump = Jump(float(time), float(size), (float(size) - usual) / spread)
-        if jump.score <= JUMP_SCORE:
+        if jump.score <= JUMP_SCORE or size <= JUMP_OVER * float(np.quantile(others, 0.9)):
             continue
         if found and time - found[-1].seconds <= JUMP_MERGE:
             if jump.score > found[-1].score:
