@@ -32,7 +32,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
     ("rollout", "convert", "metrics"),
-    ("clip_score", "metrics_plot", "training", "extension"),
+    ("clip_score",),
+    ("metrics_plot", "training", "extension"),
     ("jobs",),
     ("batch", "bench"),
 )
