@@ -101,12 +101,17 @@ def run(
     if as_json:
         console.result_json(_values(subjects, found, clips, plot))
         return
+    console.result(
+        "Mean, and from the first ten seconds to the last (what it means: packforcing eval --explain):"
+    )
     console.result_table(_table(names, found, clips))
     for name, measured, scores in zip(names, found, clips):
         if measured.lags:
-            console.result_table(_distance_table(name, measured))
+            console.result(f"{name}: mean difference between frames that far apart:")
+            console.result_table(_distance_table(measured))
         if scores is not None:
-            console.result_table(_clip_table(name, measured, scores))
+            console.result(f"{name}: CLIP by segment, {scores.model}:")
+            console.result_table(_clip_table(measured, scores))
     for name, subject, measured, scores in zip(names, subjects, found, clips):
         for line in _sentences(subject, measured, scores):
             console.result(f"{name}: {line}.")
@@ -293,9 +298,7 @@ def _table(names: Sequence[str], found: Sequence[Measurement], clips: Sequence[C
 
     from packforcing_cli.metrics import CURVES
 
-    table = Table(
-        title="mean, and from the first ten seconds to the last", title_justify="left", caption_justify="left"
-    )
+    table = Table()
     table.add_column("measure")
     table.add_column("unit")
     for name in names:
@@ -321,7 +324,6 @@ def _table(names: Sequence[str], found: Sequence[Measurement], clips: Sequence[C
         row("seam", "dE, levels", [_seam(m) for m in found])
     if any(clips):
         row("CLIP", "100 cos", ["-" if c is None else over_time(c.mean, c.by_segment) for c in clips])
-    table.caption = "What they mean: packforcing eval --explain"
     return table
 
 
@@ -337,11 +339,10 @@ def _seam(measured: Measurement) -> str:
     return f"{seam.delta_e:.1f}, {seam.jump:.1f} at {seconds:.1f} s"
 
 
-def _distance_table(name: str, measured: Measurement) -> Table:
+def _distance_table(measured: Measurement) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(f"{name}: mean difference between frames that far apart"), title_justify="left")
+    table = Table()
     table.add_column("measure")
     for lag in measured.lags:
         table.add_column(f"{lag:.4g} s", justify="right")
@@ -350,11 +351,10 @@ def _distance_table(name: str, measured: Measurement) -> Table:
     return table
 
 
-def _clip_table(name: str, measured: Measurement, scores: ClipScores) -> Table:
+def _clip_table(measured: Measurement, scores: ClipScores) -> Table:
     from rich.table import Table
-    from rich.text import Text
 
-    table = Table(title=Text(f"{name}: CLIP by segment, {scores.model}"), title_justify="left")
+    table = Table()
     for start, end in measured.segments:
         table.add_column(f"{start:.0f}-{end:.0f} s", justify="right")
     table.add_column("mean", justify="right")
