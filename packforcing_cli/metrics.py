@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 
 from packforcing_cli import provenance, runfolder
 from packforcing_cli.errors import PackforcingError, UsageError
-from packforcing_cli.layout import Grid
+from packforcing_cli.layout import Lengths, Shown
+from packforcing_cli.runfolder import Record
 from packforcing_cli.source import Pixels, Seam, lab, measure_seam
-from packforcing_cli.timeline import Timeline, clock, frames_before, nearest_block
+from packforcing_cli.timeline import Timeline, clock
 from packforcing_cli.video import VideoReader, part_path
 
 Floats = NDArray[np.float64]
@@ -580,12 +581,19 @@ def find(name: str) -> Subject:
             hint=f"Make it again from its blocks: packforcing resume {shlex.quote(str(folder))}",
         )
     notes = () if video == output else (f"{record.id} is unfinished: what there is of it is measured",)
+    return _of_run(name, video, record, notes)
+
+
+def _of_run(name: str, video: Path, record: Record, notes: tuple[str, ...] = ()) -> Subject:
+    shown = record.shown
+    made = provenance.from_tags(record.tags, source=record.id) if provenance.TAG in record.tags else None
+    join = _option(made.extends, "--from") if made is not None else None
+    if join is None and shown.history and not shown.only_new:
+        join = shown.frame_of(shown.history) / record.fps
     timing = VideoReader(video).timing()
-    prompts = _prompts(record.request, record.frames_per_block, record.fps)
-    said = record.tags.get(provenance.TAG)
-    extends = provenance.from_tags(record.tags, source=record.id).extends if said else None
-    join = _seam_of(extends, float(timing.end - timing.start)) if video == output else None
-    return Subject(name, video, prompts, join, notes)
+    if join is not None and not 0 < join < timing.end - timing.start:
+        join = None  # the new part has not begun
+    return Subject(name, video, _prompts(record.request, shown, record.fps), join, notes)
 
 
 def _of_file(name: str, path: Path) -> Subject:
@@ -595,41 +603,43 @@ def _of_file(name: str, path: Path) -> Subject:
     if provenance.TAG not in reader.metadata:
         return Subject(name, path, notes=("it does not say how it was made: only its pixels are measured",))
     try:
+        folder = runfolder.folder_of(reader.metadata.get("run", ""))
+        if folder is not None:
+            return _of_run(name, path, runfolder.read(folder))
         made = provenance.from_tags(reader.metadata, source=str(path))
-        per_block = int(made.layout["frames_per_block"])
-        prompts = _prompts(made.request, per_block, max(1, round(reader.fps)))
+        shown = Shown(Lengths(int(made.layout["frames_per_block"])))
+        prompts = _prompts(made.request, shown, max(1, round(reader.fps)))
     except (PackforcingError, KeyError, TypeError, ValueError) as error:
         said = error.message if isinstance(error, PackforcingError) else "its metadata is damaged"
         return Subject(name, path, notes=(f"{said}: only its pixels are measured",))
     notes: tuple[str, ...] = ()
     if reader.chapters:
         prompts = tuple(reader.chapters)
-    elif made.extends is not None:  # the times of the request are of another clock
-        prompts = prompts and ((0.0, prompts[-1][1]),)
-        if len(made.request.get("timeline", {}).get("at", ())) > 0:
-            notes = ("of its prompts only the last is known",)
-    return Subject(name, path, prompts, _seam_of(made.extends, length), notes)
+    elif made.extends is not None and len(prompts) > 1:  # the times of the request are not the file's
+        prompts, notes = ((0.0, prompts[-1][1]),), ("of its prompts only the last is known",)
+    join = _option(made.extends, "--from")
+    if join is None and made.extends is not None and "--only-new" not in shlex.split(made.extends):
+        new = _option(made.extends, "--seconds")
+        join = None if new is None else length - new
+    return Subject(name, path, prompts, join if join is not None and 0 < join < length else None, notes)
 
 
-def _prompts(request: Mapping[str, Any], frames_per_block: int, fps: int) -> tuple[tuple[float, str], ...]:
-    """(seconds, prompt) of a request: a prompt begins with the block nearest to its time."""
-    grid = Grid(frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # only its times are read
+def _prompts(request: Mapping[str, Any], shown: Shown, fps: int) -> tuple[tuple[float, str], ...]:
+    """(seconds of the file, prompt) of a request: a prompt begins with the block nearest to its time."""
     found = [(0.0, str(request["prompt"]))]
     for scene in sorted(Timeline.from_json(request.get("timeline") or {}).scenes, key=lambda s: s.seconds):
-        found.append((frames_before(grid, nearest_block(grid, scene.seconds, fps)) / fps, scene.prompt))
+        frame = shown.frame_of(shown.lengths.nearest_block(scene.seconds, fps))
+        found = [*(found if frame > 0 else []), (max(0, frame) / fps, scene.prompt)]
     return tuple(found)
 
 
-def _seam_of(extends: str | None, length: float) -> float | None:
-    """Where the new part begins, from the command that made it."""
-    words = shlex.split(extends) if extends else []
-    if "--seconds" not in words[:-1] or "--only-new" in words:
-        return None
+def _option(command: str | None, name: str) -> float | None:
+    """The number that a command gives an option, in seconds; None without a command, the option, or a number."""
+    words = shlex.split(command) if command else []
     try:
-        start = length - float(words[words.index("--seconds") + 1])
-    except ValueError:
+        return float(words[words.index(name) + 1])
+    except (ValueError, IndexError):
         return None
-    return start if 0 < start < length else None
 
 
 # ------------------------------------------------------------------------------------------------------ measuring

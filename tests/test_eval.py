@@ -74,7 +74,7 @@ def shape_of(values: Any, like: Any) -> Any:
     return type(values)
 
 
-def frames_of(seconds: float = 5, seed: int = 3) -> NDArray[np.uint8]:
+def frames_of(seconds: float = 4, seed: int = 3) -> NDArray[np.uint8]:
     frames: NDArray[np.uint8] = render(scene_for(seed), 0, round(seconds * FPS)).numpy()
     return frames
 
@@ -147,7 +147,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_table_says_what_was_measured_and_what_stands_out(run_command: Run, tmp_path: Path) -> None:
-    dark = (frames_of() * np.linspace(1, 0.3, 5 * FPS)[:, None, None, None]).astype(np.uint8)
+    dark = (frames_of() * np.linspace(1, 0.3, 4 * FPS)[:, None, None, None]).astype(np.uint8)
     video(tmp_path / "good.mp4")
     video(tmp_path / "dark.mp4", dark)
     done = run_command("eval", "good.mp4", "dark.mp4")
@@ -210,7 +210,7 @@ def test_explain_prints_the_docstrings(run_command: Run) -> None:
 
 def test_a_run_is_its_video_and_its_prompts_are_on_its_blocks(run_command: Run, tmp_path: Path) -> None:
     timeline = Timeline(parse_at([("0:02", "a blue square"), ("0:03.9", "night [blend 1s]")]))
-    video(tmp_path / "a.mp4")
+    video(tmp_path / "a.mp4", frames_of(5))
     folder = run_of(tmp_path / "run", tmp_path / "a.mp4", request=request(timeline=timeline).to_values())
     (found,) = json.loads(run_command("eval", str(folder), "--json").out)["videos"]
     assert found["path"] == str(tmp_path / "a.mp4") and found["name"] == str(folder)
@@ -254,9 +254,10 @@ def test_a_files_prompts_are_its_chapters_or_its_timeline(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("extends", "expected"),
     [
-        ("packforcing extend 'my clip.mp4' --seconds 1.5 --prompt x", 3.5),
+        ("packforcing extend 'my clip.mp4' --seconds 1.5 --prompt x", 2.5),
         ("packforcing extend clip.mp4 --seconds 1.5 --only-new", None),
-        ("packforcing extend run --from 2 --seconds 99", None),
+        ("packforcing extend run --from 2 --seconds 99", 2.0),
+        ("packforcing extend clip.mp4 --seconds 99", None),
         ("packforcing extend run --seconds soon", None),
         ("packforcing extend run --seconds", None),
     ],
@@ -266,6 +267,26 @@ def test_a_seam_is_where_the_command_says_that_the_new_part_begins(
 ) -> None:
     assert metrics.find(str(video(tmp_path / "a.mp4", tags=tags(extends)))).seam == expected
     assert shlex.split(extends)[0] == "packforcing"
+
+
+def test_a_run_that_goes_on_with_a_file_knows_its_seam_and_its_prompts(tmp_path: Path) -> None:
+    timeline = Timeline(parse_at([("0:00.8", "one"), ("0:04", "two")]))  # seconds of the memory
+    for only_new, seam, prompts in (
+        (False, (5 + 29) / FPS, [(0.0, PROMPT), ((5 + 13) / FPS, "one"), ((5 + 61) / FPS, "two")]),
+        (True, None, [(0.0, "one"), ((61 - 29) / FPS, "two")]),
+    ):
+        source = {"path": "clip.mp4", "sha256": "0" * 64, "blocks": 2, "lead": 5, "padded": 0}
+        values = request(timeline=timeline, source={**source, "only_new": only_new}).to_values()
+        folder = run_of(tmp_path / f"run-{only_new}", video(tmp_path / f"{only_new}.mp4"), request=values)
+        found = metrics.find(str(folder))
+        assert found.seam == seam and list(found.prompts) == prompts
+
+
+def test_a_file_whose_run_is_here_asks_the_run(tmp_path: Path) -> None:
+    path = video(tmp_path / "a.mp4", tags={**tags(), "run": "a-run-1"})
+    timeline = Timeline(parse_at([("0:02", "from the run")]))
+    run_of(runfolder.default_root() / "a-run-1", path, request=request(timeline=timeline).to_values())
+    assert [text for _, text in metrics.find(str(path)).prompts] == [PROMPT, "from the run"]
 
 
 def test_a_seam_can_be_given(run_command: Run, tmp_path: Path) -> None:
@@ -351,8 +372,8 @@ def test_clip_scores_come_from_the_hub_and_need_a_prompt(
 def test_wrong_usage_is_refused_with_one_message(
     arguments: list[str], said: str, run_command: Run, tmp_path: Path
 ) -> None:
-    video(tmp_path / "a.mp4")
-    video(tmp_path / "b.mp4")
+    for name in ("a.mp4", "b.mp4"):
+        video(tmp_path / name, frames_of(0.5))
     done = run_command("eval", *arguments)
     assert done.code == 2 and done.out == ""
     assert said in " ".join(done.err.split()) and "Traceback" not in done.err
