@@ -144,7 +144,8 @@ class Preparation:
         short_of = max(0, rows - pixels.shape[0]), max(0, cols - pixels.shape[1])
         pixels = np.pad(pixels, [((n + 1) // 2, n // 2) for n in short_of] + [(0, 0)])
         top, left = (pixels.shape[0] - rows) // 2, (pixels.shape[1] - cols) // 2
-        cut = (pixels[top : top + rows, left : left + cols] - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = (np.array(values, dtype=np.float32) for values in (self.mean, self.std))
+        cut = (pixels[top : top + rows, left : left + cols] - mean) / std
         return torch.from_numpy(np.ascontiguousarray(cut.transpose(2, 0, 1)))
 
 

@@ -55,7 +55,7 @@ def plot(
     rows = [*CURVES, *(["CLIP"] if any(clips) else [])]
     beside = 2 * len(found)
     figure = Figure(figsize=(15, max(1.35 * len(rows), 3.4 * beside) + 0.8), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.5, 1))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.5, 1))[0]
     left.suptitle("over time (points: means of the segments)", fontsize=10)
     curves = left.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(curves, rows, strict=True):
