@@ -56,7 +56,7 @@ def plot(
     beside = 2 * len(found)
     figure = Figure(figsize=(15, max(1.35 * len(rows), 3.4 * beside) + 0.8), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1.5, 1))[0]
-    left.suptitle("over time (points: means of the segments)", fontsize=10)
+    left.suptitle("over time (points: means of the segments; dotted: a seam)", fontsize=10)
     curves = left.subplots(len(rows), 1, sharex=True, squeeze=False)[:, 0]
     for axes, name in zip(curves, rows, strict=True):
         for number, (measured, clip) in enumerate(zip(found, clips, strict=True)):
@@ -65,6 +65,8 @@ def plot(
                 _draw_clip(axes, clip, measured, colour)
             else:
                 _draw_curve(axes, measured, name, colour)
+            if measured.seam is not None:
+                axes.axvline(measured.seam[0], color=colour, linewidth=0.9, linestyle=":")
         axes.set_title(TITLES.get(name, name), fontsize=8, loc="left", pad=2)
         axes.set_ylabel("100 cos" if name == "CLIP" else CURVES[name], fontsize=7)
         axes.tick_params(labelsize=7)
