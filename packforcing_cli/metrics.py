@@ -60,6 +60,9 @@ MATCH_GAIN, MATCH_LEVELS = (
 PULL = 0.5  # levels a px of displacement costs: of equal matches, as along an edge, the nearest is taken
 TOP_SHARE = 0.05  # of the blocks: the ones that move most (VBench)
 DYNAMIC_SPEED = 100 * 6 / 256 * 8  # % of the short side a second: VBench's 6 of 256 px in 1/8 s
+STILL_SPEED = (
+    6.0  # % of the short side a second: half a pixel of the small picture a step, the least that is seen
+)
 DYNAMIC_SHARE, DYNAMIC_WINDOW = 4 / 16, 2.0  # VBench: 4 of 16 steps; VBench-Long: clips of 2 s
 QUANTILES = 32
 SHORTEST_LOOP, LOOP_WINDOW = 1.0, 20.0  # seconds
@@ -469,7 +472,7 @@ class Measurement:
                 elif first > 0 and last / first > 3 / 2:
                     said.append(f"its {name} rises to {last / first:.0%} of the beginning's")
         if not self.dynamic_degree > 0 and self.frames > 1:
-            said.append("it stands still")
+            said.append("it stands still" if self.mean("motion") < STILL_SPEED else "it moves little")
         if self.repetition is not None and self.repetition.is_loop:
             part = ""
             if (self.repetition.start, self.repetition.end) != (0.0, self.seconds):

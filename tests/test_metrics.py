@@ -335,6 +335,10 @@ def test_drift_grows_with_the_distance_and_a_good_video_does_not(truth: Frames, 
     assert bad.distances["colour"][-1] > 10 > 3 > good.distances["colour"][-1]
     assert any("colours drift" in said for said in bad.findings())
     assert good.findings() == []
+    for speed, said in ((0.0, "it stands still"), (10.0, "it moves little")):
+        times = good.curves["motion"].times
+        curves = {**good.curves, "motion": metrics.Curve(times, np.full(len(times), speed))}
+        assert dataclasses.replace(good, curves=curves, dynamic_degree=0.0).findings() == [said]
 
 
 def test_a_video_that_loops_in_one_part_only_is_told_with_the_part(truth: Frames) -> None:
