@@ -183,6 +183,7 @@ CHEAP = (
     ["--help"],
     ["--version"],
     ["generate", "--help"],
+    ["eval", "--help"],
     ["inspect-cache", "--model", "wan2.1-1.3b", "--seconds", "60", "--json"],
     ["inspect-cache"],
     ["models", "list"],
