@@ -65,7 +65,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from doctor' -l config -d 'Sh
 complete -c packforcing -n '__fish_seen_subcommand_from doctor' -l json -d 'Print JSON'
 complete -c packforcing -n '__fish_seen_subcommand_from doctor' -l help -s h -d 'Show this message and exit.'
 complete -c packforcing -n '__fish_seen_subcommand_from eval' -l prompt -x -d 'What the video should show, for --clip'
-complete -c packforcing -n '__fish_seen_subcommand_from eval' -l clip -x -d 'Score prompt against picture by this CLIP model, a folder, or owner/name@revision of the Hub'
+complete -c packforcing -n '__fish_seen_subcommand_from eval' -l clip -x -d 'Score prompt against picture by this CLIP model, a folder, or owner/name or owner/name@revision of the Hub'
 complete -c packforcing -n '__fish_seen_subcommand_from eval' -l seam -x -d 'Where an extension begins'
 complete -c packforcing -n '__fish_seen_subcommand_from eval' -l plot -x -d 'Draw the curves, side by side'
 complete -c packforcing -n '__fish_seen_subcommand_from eval' -l overwrite -d 'Replace the file of --plot'

@@ -42,6 +42,7 @@ REQUIRED = (weights.CONFIG, PICTURES)
 TOKENIZERS = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these sets
 OPTIONAL = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 EXAMPLE = "openai/clip-vit-large-patch14"
+_ONCE_ONLINE = "Run it once with the network on, or give --clip a folder."
 _OWNER_NAME = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 
 
@@ -308,7 +309,12 @@ def find(
             f"--clip {place}: there is no such folder",
             hint=f"Give a folder or a repository of the Hub, for example --clip {EXAMPLE}.",
         )
-    at = hub.snapshot(source.repo, source.revision)
+    try:
+        at = hub.snapshot(source.repo, source.revision)
+    except OfflineError as error:
+        if hub.offline:
+            error.hint = _ONCE_ONLINE
+        raise
     name = f"hf:{source.repo}@{at.commit}"
     files = wanted_files(at, name, offline=hub.offline)
     for file in files:
@@ -354,7 +360,7 @@ def _incomplete(name: str, missing: Sequence[str], *, offline: bool) -> OfflineE
     if offline:
         return OfflineError(
             f"{', '.join(missing)} of {name} is not on this machine, and the network is switched off",
-            hint="Run it once with the network on, or give --clip a folder.",
+            hint=_ONCE_ONLINE,
         )
     return WeightsError(
         f"{name} is not a CLIP model: it lacks {', '.join(missing)}", hint=f"For example {EXAMPLE}."

@@ -74,6 +74,7 @@ JUMP_OVER = 2.0  # times the larger changes around it
 VISIBLE_DELTA_E = 2.3  # just noticeable (Mahy, van Eycken, Oosterlinck 1994)
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # ITU-R BT.709
 DISTANCES = (0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)  # seconds
+NEARLY_ALL = 0.98  # of the frames that a file announces: some containers count a few too many
 MAX_POINTS = 600  # of a curve in a result; more are averaged
 MAX_SIMILARITY = 160  # rows of the picture of self-similarity
 
@@ -681,6 +682,8 @@ def measure(
         good = _clock(float(reader.damaged_after - timing.start))
         said.append(f"it is damaged after {good}: only what is before is measured")
         length = collected.times[-1] + float(1 / reader.fps)
+    elif len(collected.times) < NEARLY_ALL * reader.num_frames:
+        said.append(f"it is cut off: {len(collected.times)} of its {reader.num_frames} frames are there")
     if len(collected.times) < 3:
         said.append(f"it has {len(collected.times)} frame(s): there is no motion to measure")
     return collected.result(path, reader, length, said)

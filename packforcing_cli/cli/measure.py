@@ -32,7 +32,8 @@ Clip = Annotated[
     typer.Option(
         "--clip",
         metavar="MODEL",
-        help="Score prompt against picture by this CLIP model: a folder, or owner/name[@revision] of the Hub.",
+        help="Score prompt against picture by this CLIP model: a folder, or owner/name or owner/name@revision"
+        " of the Hub.",
     ),
 ]
 Seam = Annotated[
