@@ -19,14 +19,14 @@ _packforcing() {
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--block|--compare|--crf|--embeddings|--endpoint|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--json|--kind|--layer|--license|--lora|--lora-alpha|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--recent-blocks|--repeats|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--block|--clip|--compare|--crf|--embeddings|--endpoint|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--json|--kind|--layer|--license|--lora|--lora-alpha|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--recent-blocks|--repeats|--run|--seam|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing doctor"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="bench doctor extend generate inspect-cache models resume runs show train --version --help -h" ;;
+        "packforcing") words="bench doctor eval extend generate inspect-cache models resume runs show train --version --help -h" ;;
         "packforcing bench") words="all cache engine load scaling startup --help -h" ;;
         "packforcing bench all") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
         "packforcing bench cache") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
@@ -35,6 +35,7 @@ _packforcing() {
         "packforcing bench scaling") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
         "packforcing bench startup") words="--force --json --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
+        "packforcing eval") words="--prompt --clip --seam --plot --overwrite --explain --offline --json -q --quiet --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --no-run --model --size --fit --from-time --to-time --only-new --guard --force --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --guard --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--at --block --layer --compare --follow --html --plot --overwrite --model --seconds --size --fps --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;

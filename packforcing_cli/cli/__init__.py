@@ -37,6 +37,7 @@ COMMANDS = (
     ("doctor", "doctor", "doctor"),
     ("show", "show", "show"),
     ("bench", "bench", "app"),
+    ("eval", "evaluate", "evaluate"),
 )
 
 
