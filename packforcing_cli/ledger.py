@@ -107,7 +107,8 @@ class Entry:
 class Row:
     """A job as the ledger has it; times in seconds since 1970.
 
-    attempt: how often it was started.  retries: how often because it failed.  deaths: processes that died over it in a row.
+    attempt: how often it was started.  retries: how often because it failed.
+    deaths:  processes that died over it in a row.
     holder:  who is at work on it, "" if nobody.  fit: options that were changed so that it fits in memory.
     error:   kind, message, hint and exit_code of the last failure.  result: hashes and figures.
     """
@@ -136,6 +137,11 @@ class Row:
     result: dict[str, Any]
     started: float | None
     ended: float | None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether another job may take its place: nothing was made of it, and nobody is at work on it."""
+        return self.status not in ("done", "started") and not self.result
 
 
 @dataclass
@@ -305,7 +311,7 @@ class Ledger:
         """
         added = Added()
         with self._write() as base:
-            rows = {row["id"]: row for row in base.execute("SELECT id, key, status FROM jobs")}
+            rows = {row["id"]: row for row in base.execute("SELECT * FROM jobs")}
             by_key: dict[str, list[sqlite3.Row]] = {}
             for row in rows.values():
                 by_key.setdefault(row["key"], []).append(row)
@@ -315,9 +321,7 @@ class Ledger:
                 if entry.id in rows:
                     added.known.append(entry.id)
                     continue
-                open_ones = [
-                    row for row in by_key.get(entry.key, ()) if row["status"] not in ("done", "started")
-                ]
+                open_ones = [row for row in by_key.get(entry.key, ()) if _row(row).is_open]
                 (added.changed if entry.key in by_key else added.new).append(entry.id)
                 if only_look:
                     continue
@@ -344,10 +348,6 @@ class Ledger:
                 if entry.problem is not None:
                     self._fail(base, entry.id, 0, "", entry.problem)
         return added
-
-    def outputs(self) -> dict[str, str]:
-        """id -> output of every job."""
-        return {row[0]: row[1] for row in self._all("SELECT id, output FROM jobs")}
 
     # -- a worker's side
 

@@ -31,11 +31,13 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ),
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
-    ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting", "ledger"),
+    ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting", "ledger", "tasks"),
     ("rollout", "convert"),
     ("metrics", "training", "extension"),
     ("jobs",),
+    ("worker",),
     ("batch", "bench"),
+    ("ray_engine",),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
