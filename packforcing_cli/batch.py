@@ -230,7 +230,8 @@ def plan_jobs(
                 said = f"output {line.output!r} is that of another job in the folder"
             first_of[draft.id] = replace(draft, output=name)
         if said:
-            problems.append(manifest.Problem(manifest.Place(source, line.line), said))
+            column = line.columns.get("output", 1)
+            problems.append(manifest.Problem(manifest.Place(source, line.line, column), said))
     manifest.raise_if_any(problems)
     entries = []
     for line, draft in drafts:
@@ -405,6 +406,15 @@ class Folder:
                 error, path, kind=UsageError, hint="Choose another folder with --out."
             ) from error
         return cls(path, Ledger.create(path / name, meta={"created": repr(time.time())}))
+
+    @classmethod
+    def rows_of(cls, path: Path, *, shard: tuple[int, int] | None = None) -> list[Row]:
+        """The jobs of a folder; nothing is made if it is not there. Raises: UsageError, RunFolderError."""
+        place = path.absolute() / ledger.name_for(shard)
+        if not place.is_file():
+            return []
+        with Ledger.open(place) as base:
+            return base.rows()
 
     def add(self, entries: Sequence[Entry], *, source: str, add: bool = False) -> ledger.Added:
         """Queue what is not there yet.
@@ -852,9 +862,10 @@ def generate_many(
     from packforcing_cli.worker import Worker
 
     lines = manifest.of_values(jobs, defaults={"model": "demo", **(defaults or {})})
-    opened = Folder.open(Path(folder))
+    place = Path(folder).absolute()
+    entries, _ = plan_jobs(lines, template=Template(name), seed=seed, there=Folder.rows_of(place), root=place)
+    opened = Folder.open(place)
     with opened.ledger as base:
-        entries, _ = plan_jobs(lines, template=Template(name), seed=seed, there=base.rows(), root=opened.path)
         opened.add(entries, source="generate_many", add=True)
         opened.check_done()
         base.set_meta("paused", None)

@@ -17,7 +17,7 @@ import io
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -148,6 +148,7 @@ class Line:
     request: what it asks for. The prompts of a `timeline` file are not in it yet.
     output:  the file's name as written; None = from the template.
     title:   what lists show and the file is called after, if it is not the prompt.
+    columns: where each key stands in the line, from 1.
     """
 
     index: int
@@ -157,6 +158,7 @@ class Line:
     timeline: Timeline
     output: str | None = None
     title: str | None = None
+    columns: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def shown(self) -> str:
@@ -456,7 +458,7 @@ def _line(
         if request.image is not None and request.pin_images:
             problem("pin_image", "image and pin_image both say what block 0 is")
             return None
-    return Line(index, entry.line, values, request, scenes, output, title)
+    return Line(index, entry.line, values, request, scenes, output, title, entry.columns)
 
 
 def _text(plain: dict[str, Any], name: str, problem: Any, name_of: Mapping[str, str]) -> str | None:
@@ -584,7 +586,7 @@ def with_timeline_file(line: Line) -> Line:
     request, story, said = _first_prompt(request, story, "prompt" in line.values)
     if said:
         raise UsageError(said)
-    return Line(line.index, line.line, line.values, request, story, line.output, line.title)
+    return replace(line, request=request, timeline=story)
 
 
 def _lone_surrogate(value: Any) -> str:

@@ -227,18 +227,22 @@ def run(
         kind = manifests.kind_of(manifest, data, wanted=kind)
         lines = manifests.parse(data, source=name, kind=kind, defaults=defaults)
         lines = _with_models(lines, place)
+        entries, notes = batch.plan_jobs(
+            lines,
+            template=template,
+            seed=seed,
+            source=name,
+            there=batch.Folder.rows_of(place, shard=part),
+            root=place,
+        )
+        entries = batch.of_shard(entries, part)
         if dry_run:
-            entries, notes = batch.plan_jobs(lines, template=template, seed=seed, source=name, root=place)
-            _show_plan(batch.of_shard(entries, part), notes, shown, as_json=as_json)
+            _show_plan(entries, notes, shown, as_json=as_json)
             return
         gpus = _gpus(lines)
         count = workers or max(1, len(gpus))
         folder = batch.Folder.open(place, shard=part)
         with folder.ledger as base:
-            entries, notes = batch.plan_jobs(
-                lines, template=template, seed=seed, source=name, there=base.rows(), root=place
-            )
-            entries = batch.of_shard(entries, part)
             added = folder.add(entries, source=name, add=add)
             for note in notes:
                 shown.warn(note)
