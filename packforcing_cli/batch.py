@@ -13,7 +13,9 @@ A job is known by the hash of what it will do, never by a file's name. Workers a
 
 from __future__ import annotations
 
+import abc
 import contextlib
+import dataclasses
 import difflib
 import hashlib
 import json
@@ -31,13 +33,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from packforcing_cli import catalog, config, durable, ledger, machine, manifest, packages
+from packforcing_cli import config, continuation, durable, ledger, machine, manifest, packages, runfolder
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError
 from packforcing_cli.ledger import Entry, Ledger, Row
-from packforcing_cli.manifest import Line
+from packforcing_cli.manifest import ExtendRequest, Line
 from packforcing_cli.provenance import NOT_REPEATED
-from packforcing_cli.tasks import Options, Task, file_sha256, run_folder
+from packforcing_cli.tasks import Options, Task, file_sha256, model_hash, run_folder
 
 TEMPLATE = "{index:04d}-{slug}-{seed}"
 FIELDS = ("index", "line", "slug", "seed", "id")
@@ -162,16 +164,7 @@ class Inputs:
     def model(self, name: str) -> str:
         """Hash of all files of a package; of a random model its name. Raises: PackforcingError if it is not here."""
         if name not in self._models:
-            if catalog.of_random(name) is not None:
-                self._models[name] = f"random {name.lower()}"
-            else:
-                folder = packages.find_package(name)
-                known = packages.read_manifest(folder)
-                packages.require_complete(folder, known)
-                parts = [
-                    f"{part} {known.part_hash(part)}" for part in sorted({*known.parts, *known.references})
-                ]
-                self._models[name] = _hash([known.name, known.version, *parts])
+            self._models[name] = model_hash(name)
         return self._models[name]
 
 
@@ -296,28 +289,144 @@ def _draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Ent
         asked["timeline file"] = line.values.get("timeline")
         files = {"image": request.image, "embeddings": request.embeddings}
         files |= {f"picture {n}": path for n, path in enumerate(request.pin_images)}
-        kind, model, vae = "generate", request.model, request.vae
-        compressor: str | None = request.memory.compressor
-        values = request.to_values()
-        layout = [values["size"], values["memory"], values["frames_per_block"]]
-        load = [values[name] for name in _LOAD_OPTIONS] + [compressor]
+        kind, values = "generate", request.to_values()
     else:
-        raise NotImplementedError
+        assert isinstance(request, ExtendRequest)
+        return _extension_draft(line, request, inputs, seed, counts)
     if request.seed is None:
-        known = _hash([kind, asked])
-        counts[known] = counts.get(known, 0) + 1
-        chosen = int(_hash([seed, known, counts[known]])[:8], 16) % 2**31
-        asked["seed"] = values["seed"] = chosen
-    key = _hash([kind, asked])
-    contents: dict[str, str] = {}
-    looks: list[tuple[str, Callable[[], str]]] = [("model", lambda: inputs.model(model))]
+        asked["seed"] = values["seed"] = _chosen_seed(seed, [kind, asked], counts)
+    looks: list[tuple[str, Callable[[], str]]] = []
     if "timeline" in line.values:
         files["timeline"] = Path(line.values["timeline"]).expanduser().absolute()
     for name, path in files.items():
         if path is not None:
             looks.append((name, lambda path=path: inputs.file(path)))  # type: ignore[misc]
-    if compressor is not None and compressor not in config.COMPRESSORS:
-        looks.append(("compressor", lambda: packages.find_compressor(str(compressor)).verify()))
+    return _entry(line, kind, asked, request, values, {}, looks, inputs, error)
+
+
+def _extension_draft(
+    line: Line, request: ExtendRequest, inputs: Inputs, seed: int, counts: dict[str, int]
+) -> Entry:
+    """The job of a line that makes a video longer."""
+    asked = {**request.model_dump(mode="json", exclude={"overwrite"}), "timeline": line.timeline.to_json()}
+    asked["source"] = source = _source_place(request.source)
+    chosen = request.seed
+    more: dict[str, Any] = {"source": source}
+    error: PackforcingError | None = None
+    whole = GenerateRequest(
+        prompt=request.prompt or "x", model=request.model or "demo", seconds=request.seconds
+    )
+    looks: list[tuple[str, Callable[[], str]]] = []
+    kind = "extend"
+    try:
+        run = continuation.find(source)
+        if run is not None:
+            whole, more["blocks"], content = _branch_request(run, line, request)
+            more["run"] = str(run)
+            looks.append(("source", lambda: content))
+        else:
+            kind = "extend file"
+            if chosen is None:
+                chosen = _chosen_seed(seed, [kind, asked], counts)
+            whole, part = _file_request(Path(source), line, request, chosen)
+            more["of_file"] = dataclasses.asdict(part)
+            looks.append(("source", lambda: inputs.file(Path(source))))
+    except PackforcingError as failure:
+        error = failure
+        looks.append(("source", lambda: "missing"))
+    values = {**whole.to_values(), "overwrite": request.overwrite}
+    return _entry(line, kind, {**asked, "kind": "extend"}, whole, values, more, looks, inputs, error)
+
+
+def _source_place(source: str) -> str:
+    """The name of a source that holds wherever a worker runs: a file's or folder's place, or a run's id."""
+    path = Path(source).expanduser()
+    with contextlib.suppress(OSError):
+        if path.exists() or path.suffix:
+            return str(path.absolute())
+    return source
+
+
+def _branch_request(folder: Path, line: Line, request: ExtendRequest) -> tuple[GenerateRequest, int, str]:
+    """What a branch of a run asks for, how many blocks it takes over, and their hash."""
+    given = {
+        name: getattr(request, name) for name in ("model", "size", "fit", "from_time", "to_time", "only_new")
+    }
+    wrong = [name for name, value in given.items() if value and name in line.columns]
+    if wrong:
+        raise UsageError(f"{wrong[0]} is for videos made elsewhere; {request.source} goes on from its run")
+    with runfolder.RunFolder.open_to_read(folder) as old:
+        blocks, total = continuation.lengths(old, request.seconds, request.start)
+        timeline = continuation.timeline_of(old.record, blocks, total, request.prompt, line.timeline)
+        whole = continuation.request_of(
+            old.record,
+            seconds=total,
+            timeline=timeline,
+            has_new_prompts=request.prompt is not None or bool(line.timeline.scenes),
+            output=None,
+            overwrite=request.overwrite,
+            changes={"seed": request.seed, "device": request.device},
+        )
+        digest = hashlib.sha256(old.record.id.encode())
+        for entry in old.entries(0, blocks):
+            digest.update(entry.latents.contiguous().flatten().float().numpy().tobytes())
+        return whole, blocks, digest.hexdigest()
+
+
+def _file_request(
+    path: Path, line: Line, request: ExtendRequest, seed: int
+) -> tuple[GenerateRequest, continuation.OfFile]:
+    """What going on with somebody's video asks for."""
+    from packforcing_cli.video import VideoReader
+
+    said = request.prompt if request.prompt is not None else VideoReader(path).metadata.get("prompt", "")
+    given = {
+        "model": request.model or "demo",
+        "size": request.size,
+        "fit": request.fit,
+        "device": request.device,
+    }
+    whole = GenerateRequest(
+        prompt=said.strip() or f"more of {path.stem}",
+        seconds=request.seconds,
+        seed=seed,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    wanted = continuation.OfFile(
+        str(path), said.strip(), request.from_time, request.to_time, 0, request.only_new
+    )
+    return continuation.plan_file(whole, path, asked=line.timeline, wanted=wanted)
+
+
+def _chosen_seed(seed: int, asked: Any, counts: dict[str, int]) -> int:
+    """The seed of a job that names none."""
+    known = _hash(asked)
+    counts[known] = counts.get(known, 0) + 1
+    return int(_hash([seed, known, counts[known]])[:8], 16) % 2**31
+
+
+def _entry(
+    line: Line,
+    kind: str,
+    asked: Mapping[str, Any],
+    request: GenerateRequest,
+    values: Mapping[str, Any],
+    more: Mapping[str, Any],
+    looks: list[tuple[str, Callable[[], str]]],
+    inputs: Inputs,
+    error: PackforcingError | None,
+) -> Entry:
+    """A job without a name.
+
+    asked: what its key is the hash of.  values: the request.  more: what its spec has besides.
+    looks: names and what hashes the contents of its inputs.
+    """
+    key = _hash([kind if kind == "generate" else "extend", asked])
+    compressor, vae = request.memory.compressor, request.vae
+    contents: dict[str, str] = {}
+    looks.append(("model", lambda: inputs.model(request.model)))
+    if compressor not in config.COMPRESSORS:
+        looks.append(("compressor", lambda: packages.find_compressor(compressor).verify()))
     if vae is not None and Path(vae).is_dir():
         looks.append(("vae", lambda: _folder_hash(Path(vae), inputs)))
     for name, look in looks:
@@ -325,6 +434,8 @@ def _draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Ent
             contents[name] = look()
         except PackforcingError as failure:
             contents[name], error = "missing", error or failure
+    weights = [contents.get(name) for name in ("model", "compressor", "vae")]
+    load = [values[name] for name in _LOAD_OPTIONS]
     return Entry(
         id=_hash([key, contents]),
         key=key,
@@ -332,9 +443,9 @@ def _draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Ent
         line=line.line,
         shown=line.shown,
         output="",
-        spec={"kind": kind, "request": values},
-        load_key=_hash([load, contents["model"], contents.get("compressor"), contents.get("vae")]),
-        layout_key=_hash(layout),
+        spec={"kind": kind, "request": dict(values), "model": contents["model"], **more},
+        load_key=_hash([load, compressor, weights]),
+        layout_key=_hash([values["size"], values["memory"], values["frames_per_block"]]),
         weight=float(manifest.seconds_of(line)) * _pixels(request),
         problem=error,
     )
@@ -588,14 +699,25 @@ class State:
     new_failures: int
 
 
-class Engine:
-    """What all engines have: the ledger is looked at again and again until nothing is left to do."""
+class Engine(abc.ABC):
+    """What all engines have: the ledger is looked at again and again until nothing is left to do.
+
+    Attributes: why: the reason why no more jobs are begun, "" while they are.
+    """
 
     def __init__(self, folder: Folder, *, max_failures: int | None = None) -> None:
         self.folder = folder
         self.max_failures = max_failures
         self.why = ""
         self._failed_before = folder.ledger.counts()["failed"]
+
+    @abc.abstractmethod
+    def run(self) -> Iterator[State]:
+        """Do all jobs; yields how it stands, a few times a second."""
+
+    @abc.abstractmethod
+    def stop(self, why: str) -> None:
+        """Let workers end after the block they are at."""
 
     def state(self, workers: int) -> State:
         """How it stands now."""

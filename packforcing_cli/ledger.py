@@ -451,6 +451,14 @@ class Ledger:
             self._event(base, job, status if cancelled else "released", row["attempt"], holder, why)
         return True
 
+    def lost(self, job: str, holder: str) -> bool:
+        """Give a job back whose worker died. Returns: False if the holder had lost it."""
+        with self._write() as base:
+            row = self._held(base, job, holder)
+            if row is not None:
+                self._queue_after_death(base, row)
+        return row is not None
+
     # -- a person's side
 
     def cancel(self, jobs: Sequence[str] | None = None) -> tuple[int, int]:
@@ -599,21 +607,24 @@ class Ledger:
             if row["holder"] not in dead:
                 continue
             count += 1
-            self._event(base, row["id"], "died", row["attempt"], row["holder"], "")
-            if row["wants_cancel"]:
-                base.execute("UPDATE jobs SET status = 'cancelled', holder = '' WHERE id = ?", (row["id"],))
-            elif row["deaths"] + 1 >= MAX_DEATHS:
-                error = RunFolderError(
-                    f"{MAX_DEATHS} processes in a row died over this job",
-                    hint="The logs are in the folder .packforcing; memory may have run out.",
-                )
-                self._fail(base, row["id"], row["attempt"], row["holder"], error)
-            else:
-                base.execute(
-                    "UPDATE jobs SET status = 'queued', holder = '', deaths = deaths + 1 WHERE id = ?",
-                    (row["id"],),
-                )
+            self._queue_after_death(base, row)
         return count
+
+    def _queue_after_death(self, base: sqlite3.Connection, row: sqlite3.Row) -> None:
+        self._event(base, row["id"], "died", row["attempt"], row["holder"], "")
+        if row["wants_cancel"]:
+            base.execute("UPDATE jobs SET status = 'cancelled', holder = '' WHERE id = ?", (row["id"],))
+        elif row["deaths"] + 1 >= MAX_DEATHS:
+            error = RunFolderError(
+                f"{MAX_DEATHS} processes in a row died over this job",
+                hint="The logs are in the folder .packforcing; memory may have run out.",
+            )
+            self._fail(base, row["id"], row["attempt"], row["holder"], error)
+        else:
+            base.execute(
+                "UPDATE jobs SET status = 'queued', holder = '', deaths = deaths + 1 WHERE id = ?",
+                (row["id"],),
+            )
 
     def _held(self, base: sqlite3.Connection, job: str, holder: str) -> sqlite3.Row | None:
         found: sqlite3.Row | None = base.execute(
@@ -691,7 +702,7 @@ def _failure(error: sqlite3.Error, path: Path) -> PackforcingError:
 def _error_text(error: BaseException) -> str:
     message = getattr(error, "message", None) or " ".join(str(error).split()) or "no message"
     values = {
-        "kind": type(error).__name__,
+        "kind": getattr(error, "kind", "") or type(error).__name__,
         "message": message,
         "hint": getattr(error, "hint", ""),
         "exit_code": getattr(error, "exit_code", 1),

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from packforcing_cli import catalog, packages
+
 
 @dataclass(frozen=True)
 class Task:
@@ -94,3 +96,15 @@ def file_sha256(path: Path) -> str:
     """Hash of a file, read as a stream. Raises: OSError."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_hash(name: str) -> str:
+    """Hash of all files of a model package; of a random model its name. Raises: PackforcingError if it is not here."""
+    if catalog.of_random(name) is not None:
+        return f"random {name.lower()}"
+    folder = packages.find_package(name)
+    known = packages.read_manifest(folder)
+    packages.require_complete(folder, known)
+    parts = sorted({*known.parts, *known.references})
+    lines = [known.name, known.version, *(f"{part} {known.part_hash(part)}" for part in parts)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -29,9 +29,12 @@ from threading import Event
 from typing import Any
 
 import av
+import torch
+from torch import Tensor
 
-from packforcing_cli import jobs, planner, rollout, runfolder, video
+from packforcing_cli import continuation, extension, jobs, planner, rollout, runfolder, video
 from packforcing_cli.config import GenerateRequest
+from packforcing_cli.continuation import OfFile
 from packforcing_cli.durable import is_full_disk
 from packforcing_cli.errors import (
     DiskFullError,
@@ -40,12 +43,13 @@ from packforcing_cli.errors import (
     RunFolderError,
     UsageError,
     VideoError,
+    WeightsError,
 )
 from packforcing_cli.jobs import Device, Job
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.rollout import Block, Story
 from packforcing_cli.runfolder import RunFolder
-from packforcing_cli.tasks import Board, Options, Task, file_sha256
+from packforcing_cli.tasks import Board, Options, Task, file_sha256, model_hash
 
 TICK_SECONDS = 0.1
 HUNG_EXIT = 75
@@ -174,6 +178,7 @@ class Worker:
         request = _request(task, self._options)
         if self._loaded is None or self._loaded.key != task.load_key:
             self._unload()
+            _check_model(task)
             on = jobs.choose_device(request, Path(task.output).parent)
             job = _prepare(task, request, on)
             self._loaded = _Loaded(task.load_key, on, _keeping(jobs.open_source(job)), _is_roomy(job))
@@ -187,7 +192,7 @@ class Worker:
             if loaded.model is not None and not loaded.is_roomy:  # the encoder would not fit beside it
                 loaded.model = None
                 _free_memory()
-            story = jobs.encode(job, loaded.source)
+            story = _encoded(task, job, loaded.source)
             seconds["text"] = time.perf_counter() - began
             if not loaded.is_roomy:
                 self._encode_ahead(task.layout_key, WARM_JOBS)
@@ -216,7 +221,7 @@ class Worker:
                 if name not in self._warm:
                     began = time.perf_counter()
                     job = _prepare(task, _request(task, self._options), loaded.on)
-                    story = jobs.encode(job, loaded.source)
+                    story = _encoded(task, job, loaded.source)
                     self._warm[name] = (job, story, time.perf_counter() - began)
         except Exception as error:
             _log.debug("not prepared ahead: %s", error)
@@ -235,7 +240,7 @@ class Worker:
         """Make the video of a job and say how it went."""
         task = work.task
         try:
-            result = self._made(work)
+            result = self._made_from_file(work) if "of_file" in task.spec else self._made(work)
         except _EndedError as ended:
             self._ended(task, str(ended))
         except Exception as error:
@@ -265,7 +270,7 @@ class Worker:
         try:
             made = jobs.make(job, loaded.model, work.story, run=run, on_block=on_block)
             began_last = time.perf_counter()
-            result = _result(task, job, run)
+            result = _result(task, run)
             result["warnings"] = list(job.plan.warnings)
             result["figures"] = {
                 "replayed": made.replayed,
@@ -277,6 +282,56 @@ class Worker:
         finally:
             run.close()
         _drop_run(task)
+        return result
+
+    def _made_from_file(self, work: _Work) -> dict[str, Any]:
+        """Go on with somebody's video; it has no run folder, and begins anew after an interruption."""
+        task, job, loaded = work.task, work.job, self._loaded
+        assert loaded is not None
+        assert loaded.model is not None
+        model, request = loaded.model, job.request
+        part = OfFile(**task.spec["of_file"])
+        history = part.history(request, fps=job.plan.fps, grid=job.plan.layout.grid)
+        latents, began = hashlib.sha256(), time.perf_counter()
+
+        def on_block(block: Block) -> None:
+            number, total = block.index + 1, job.plan.blocks
+            if not block.replayed:
+                latents.update(_bytes(block.latents))
+            if number == total:
+                work.seconds["make"] = time.perf_counter() - began
+                work.computed.set()
+                return
+            why = self._board.progress(task, number, total)
+            if work.why or why:
+                raise _EndedError(work.why or why)
+
+        said = rollout.provenance_of(model, request, job.plan.layout)
+        said = said.model_copy(update={"extends": part.command(job)})
+        if task.attempt > 1:  # what an interruption left of this job
+            video.part_path(job.path).unlink(missing_ok=True)
+        assert request.seed is not None
+        made = extension.extend_video(
+            model,
+            history,
+            work.story,
+            job.path,
+            new_blocks=part.new_blocks,
+            seed=request.seed,
+            schedule=jobs.schedule_of(job, model),
+            memory=request.memory,
+            only_new=part.only_new,
+            codec=request.codec,
+            crf=request.crf,
+            preset=request.preset,
+            metadata=said.tags() if request.metadata else {},
+            overwrite=request.overwrite,
+            on_block=on_block,
+        )
+        facts = {"fps": job.plan.fps, "blocks": job.plan.blocks, "seed": request.seed, "model": model.name}
+        result = _facts_of_file(task, made.frames, latents.hexdigest(), run="", **facts)
+        result["warnings"] = [*history.source.warnings, *job.plan.warnings]
+        result["figures"] = {f"{name}_seconds": round(value, 4) for name, value in work.seconds.items()}
         return result
 
     def _watch(self, work: _Work, making: Future[None]) -> None:
@@ -350,7 +405,7 @@ class Worker:
             request = GenerateRequest.from_values(run.record.request)
             if str(request.output) != task.output or not rollout.finish(run):
                 return False
-            result = _result(task, None, run)
+            result = _result(task, run)
         _drop_run(task)
         self._board.done(task, {**result, "warnings": [], "figures": {"replayed": result["blocks"]}})
         return True
@@ -376,7 +431,9 @@ def _prepare(task: Task, request: GenerateRequest, on: Device) -> Job:
     """`jobs.prepare` for a new job, or one that has a run folder. Raises: PackforcingError; nothing is loaded."""
     run = Path(task.run)
     there = (run / runfolder.HEADER).is_file()
-    blocks = len(list((run / runfolder.LATENTS).glob("*.safetensors"))) if there else 0
+    blocks = (
+        len(list((run / runfolder.LATENTS).glob("*.safetensors"))) if there else task.spec.get("blocks", 0)
+    )
     why = dict.fromkeys(("model", "device", "precision"), "as the batch says")
     job = jobs.prepare(request, on=on, path=request.output if there else None, blocks=blocks, why=why)
     job.plan.require_fit()
@@ -418,9 +475,51 @@ def _open_run(task: Task, job: Job, model: VideoModel) -> RunFolder:
         video.part_path(job.path).unlink(missing_ok=True)
     if folder.exists():  # a kill left it before it was a run
         shutil.rmtree(folder)
+    if "blocks" in task.spec:
+        return _branch(task, job, model)
     run = jobs.new_run(job, model, folder)
     assert run is not None  # keep_run is set
     return run
+
+
+def _branch(task: Task, job: Job, model: VideoModel) -> RunFolder:
+    """The run folder of a job that goes on with another run.
+
+    Raises: UsageError if that was made with something else.
+    """
+    blocks = task.spec["blocks"]
+    with RunFolder.open_to_read(Path(task.spec["run"])) as old:
+        before = GenerateRequest.from_values(old.record.request)
+        made = {rollout.PICTURE.format(block) for block in range(old.blocks)}
+        then = {name: value for name, value in old.record.must.items() if name not in made}
+        changed = runfolder.differences(then, rollout.must_be_same(model, before, made=old.blocks))
+        if changed:
+            raise UsageError(
+                f"{old.record.id} was made with something else: {'; '.join(changed[:4])}",
+                hint="Bring back what it was made with.",
+            )
+        other = min(old.record.other_memory, blocks)
+        return continuation.branch(old, blocks, job, model, Path(task.run), other_memory=other)
+
+
+def _check_model(task: Task) -> None:
+    """Raises: WeightsError if the model here is not the one the job was planned with."""
+    name = task.spec["request"]["model"]
+    if model_hash(name) != task.spec["model"]:
+        raise WeightsError(
+            f"{name} is not the model the job was planned with",
+            hint="Run the batch again, or install the same version on every machine.",
+        )
+
+
+def _encoded(task: Task, job: Job, source: ModelSource) -> Story:
+    """The prompts of a job, encoded."""
+    if "of_file" not in task.spec:
+        return jobs.encode(job, source)
+    part = OfFile(**task.spec["of_file"])
+    history = part.history(job.request, fps=job.plan.fps, grid=job.plan.layout.grid)
+    guided = jobs.schedule_of(job, source).guidance != 1.0
+    return rollout.encode_script(source, part.script(job.request, history), guided=guided)
 
 
 def _let_go(task: Task) -> None:
@@ -435,36 +534,42 @@ def _drop_run(task: Task) -> None:
         runfolder.remove(runfolder.look(Path(task.run)))
 
 
-def _result(task: Task, job: Job | None, run: RunFolder) -> dict[str, Any]:
+def _result(task: Task, run: RunFolder) -> dict[str, Any]:
     """Hashes and facts of a finished file. Raises: VideoError if it does not have the frames it should have."""
+    record = run.record
+    frames = sum(rollout.block_frames(record, n) for n in range(record.blocks))
+    latents = hashlib.sha256()
+    for entry in run.entries():
+        latents.update(_bytes(entry.latents))
+    facts = {
+        "fps": record.fps,
+        "blocks": record.blocks,
+        "seed": record.request["seed"],
+        "model": record.model,
+    }
+    return _facts_of_file(task, frames, latents.hexdigest(), run=record.id, **facts)
+
+
+def _facts_of_file(task: Task, frames: int, latents: str, **more: Any) -> dict[str, Any]:
     output = Path(task.output)
-    frames = sum(rollout.block_frames(run.record, n) for n in range(run.record.blocks))
     packets, count = packets_sha256(output)
     if count != frames:
         raise VideoError(f"{output} has {count} frames, and {frames} were made")
-    latents = hashlib.sha256()
-    for entry in run.entries():
-        latents.update(entry.latents.contiguous().flatten().view(_uint8()).numpy().data)
     return {
         "sha256": file_sha256(output),
         "size_bytes": output.stat().st_size,
         "packets_sha256": packets,
-        "latents_sha256": latents.hexdigest(),
+        "latents_sha256": latents,
         "frames": frames,
-        "fps": run.record.fps,
-        "blocks": run.record.blocks,
-        "seed": run.record.request["seed"],
-        "model": run.record.model,
-        "run": run.record.id,
+        **more,
         "attempt": task.attempt,
         "fit": dict(task.fit),
     }
 
 
-def _uint8() -> Any:
-    import torch
-
-    return torch.uint8
+def _bytes(tensor: Tensor) -> Any:
+    """The bytes of a tensor, as a hash takes them."""
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def packets_sha256(path: Path) -> tuple[str, int]:
@@ -538,8 +643,6 @@ def _keeping(source: ModelSource) -> ModelSource:
 
 
 def _free_memory() -> None:
-    import torch
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -35,6 +35,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("rollout", "convert"),
     ("metrics", "training", "extension"),
     ("jobs",),
+    ("continuation",),
     ("worker",),
     ("batch", "bench"),
     ("ray_engine",),

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 JOBS_PANEL = "Every job that does not say otherwise"
 WORK_PANEL = "Workers"
+CLUSTER_PANEL = "More than one machine"
 FOLDER_PANEL = "Output"
 SHOWN_FAILURES = 20
 PLAIN_EVERY_SECONDS = 5.0
@@ -136,6 +137,41 @@ def run(
             help="CPU threads of a worker; fixed for a folder, as results may depend on it. Default: all cores shared.",
         ),
     ] = None,
+    engine_name: Annotated[
+        str,
+        typer.Option(
+            "--engine",
+            metavar="NAME",
+            rich_help_panel=CLUSTER_PANEL,
+            help="local: processes here; ray: actors of a Ray cluster, --out on storage all machines share.",
+        ),
+    ] = "local",
+    address: Annotated[
+        str | None,
+        typer.Option(
+            "--address",
+            metavar="ADDRESS",
+            rich_help_panel=CLUSTER_PANEL,
+            help="Of the cluster: auto, HOST:PORT or ray://HOST:PORT. Default: one is started on this machine.",
+        ),
+    ] = None,
+    cpus: Annotated[
+        float | None,
+        typer.Option(
+            "--cpus-per-worker",
+            min=0.1,
+            rich_help_panel=CLUSTER_PANEL,
+            help="CPU cores of an actor. Default: a GPU each, or one core where there is none.",
+        ),
+    ] = None,
+    ship: Annotated[
+        bool,
+        typer.Option(
+            "--ship-models",
+            rich_help_panel=CLUSTER_PANEL,
+            help="Send models as bundles to machines that lack them; else they must be installed there.",
+        ),
+    ] = False,
     timeout: Annotated[
         float | None,
         typer.Option(
@@ -189,7 +225,7 @@ def run(
         typer.Option(
             "--shard",
             metavar="I/N",
-            rich_help_panel=WORK_PANEL,
+            rich_help_panel=CLUSTER_PANEL,
             help="Only every N-th job from the I-th on: one such command on each of N machines.",
         ),
     ] = None,
@@ -220,6 +256,7 @@ def run(
 
     shown = choose(progress, quiet=quiet)
     try:
+        is_ray = _is_ray(engine_name, address, cpus, ship=ship)
         part = None if shard is None else batch.parse_shard(shard)
         place, template = _place(out, manifest)
         name, data = _read(manifest)
@@ -239,7 +276,7 @@ def run(
         if dry_run:
             _show_plan(entries, notes, shown, as_json=as_json)
             return
-        gpus = _gpus(lines)
+        gpus = [] if is_ray else _gpus(lines)
         count = workers or max(1, len(gpus))
         folder = batch.Folder.open(place, shard=part)
         with folder.ledger as base:
@@ -253,15 +290,31 @@ def run(
             if retry_failed:
                 base.retry()
             base.set_meta("paused", None)
-            fixed = batch.threads_of(folder, count, threads)
-            engine = batch.Local(
-                folder,
-                Options(timeout=timeout, retries=retries, auto_fit=auto_fit),
-                workers=count,
-                gpus=gpus if count > 1 else (),
-                threads=fixed,
-                max_failures=max_failures,
-            )
+            fixed = batch.threads_of(folder, count, threads if threads or cpus is None else max(1, int(cpus)))
+            how = Options(timeout=timeout, retries=retries, auto_fit=auto_fit)
+            engine: Engine
+            if is_ray:
+                from packforcing_cli import ray_engine
+
+                engine = ray_engine.Ray(
+                    folder,
+                    how,
+                    address=address,
+                    cpus=cpus,
+                    workers=workers,
+                    threads=fixed,
+                    ship=sorted({str(line.request.model) for line in lines}) if ship else (),
+                    max_failures=max_failures,
+                )
+            else:
+                engine = batch.Local(
+                    folder,
+                    how,
+                    workers=count,
+                    gpus=gpus if count > 1 else (),
+                    threads=fixed,
+                    max_failures=max_failures,
+                )
             shown.begin(folder, engine, entries, count, fixed)
             code = _drive(engine, shown)
             rows = base.rows()
@@ -355,6 +408,27 @@ def cancel(folder: FolderArgument, jobs: Jobs = None) -> None:
             cancelled, asked = cancelled + now, asked + later
     ends = f", {asked} at work will end after the block" if asked else ""
     console.say(f"{_count(cancelled, 'job')} cancelled{ends}.")
+
+
+def _is_ray(engine: str, address: str | None, cpus: float | None, *, ship: bool) -> bool:
+    """Whether Ray does the work. Raises: UsageError for options that do not go together."""
+    import difflib
+
+    from packforcing_cli.errors import UsageError
+
+    if engine not in ("local", "ray"):
+        near = difflib.get_close_matches(engine, ("local", "ray"), n=1)
+        raise UsageError(
+            f"--engine {engine}: must be local or ray" + (f"; did you mean {near[0]}?" if near else "")
+        )
+    given = [
+        name
+        for name, value in (("--address", address), ("--cpus-per-worker", cpus), ("--ship-models", ship))
+        if value
+    ]
+    if engine == "local" and given:
+        raise UsageError(f"{given[0]} is for --engine ray", hint="Add --engine ray, or leave it away.")
+    return engine == "ray"
 
 
 # -- before ---------------------------------------------------------------------------------------------------------
