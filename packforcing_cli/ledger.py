@@ -592,11 +592,11 @@ class Ledger:
         only = f" AND id IN ({', '.join('?' * len(ids))})" if ids else ""
         return base.execute(
             f"SELECT * FROM jobs WHERE status = 'queued' AND not_before <= ?{only}"
-            " ORDER BY load_key = ? DESC, layout_key = ? DESC,"
+            " ORDER BY load_key = ? DESC, load_key = ? AND layout_key = ? DESC,"
             " load_key IN (SELECT load_key FROM jobs WHERE status = 'started'),"
             " MIN(position) OVER (PARTITION BY load_key),"
             " MIN(position) OVER (PARTITION BY load_key, layout_key), position LIMIT ? OFFSET ?",
-            (time.time(), *ids, load_key, layout_key, limit, skip),
+            (time.time(), *ids, load_key, load_key, layout_key, limit, skip),
         ).fetchall()
 
     def _take_over(self, base: sqlite3.Connection) -> int:

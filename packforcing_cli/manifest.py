@@ -83,7 +83,12 @@ class ExtendRequest(Options):
     device:    None = as before, or auto.
     output:    the new file.
     overwrite: replace an existing output.
-    model:     of a video made elsewhere, as `size`, `fit`, `from_time`, `to_time` and `only_new` are for one.
+    model:     for a video made elsewhere; one from a run keeps its own.
+    size:      (width, height) in pixels, for a video made elsewhere.
+    fit:       how the pictures of a video made elsewhere come to that size: crop, pad or stretch.
+    from_time: use a video made elsewhere from there; None = its beginning.
+    to_time:   use a video made elsewhere up to there; None = its end.
+    only_new:  write the new part without a source made elsewhere.
     """
 
     source: str

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from typer.core import TyperGroup
 
@@ -34,7 +33,7 @@ PLAIN_EVERY_SECONDS = 5.0
 class _RunByDefault(TyperGroup):
     """A group whose command `run` need not be named: what is no command's name is its first argument."""
 
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         asks = ctx.help_option_names
         if args and args[0] not in self.commands and args[0] not in asks:
             args = ["run", *args]
