@@ -379,6 +379,12 @@ def _file_request(
     """What going on with somebody's video asks for."""
     from packforcing_cli.video import VideoReader
 
+    if request.start is not None:
+        raise UsageError(
+            f"from is for videos whose run is here; {path} is read as pictures",
+            hint="To use a part of it: from_time and to_time.",
+        )
+
     said = request.prompt if request.prompt is not None else VideoReader(path).metadata.get("prompt", "")
     given = {
         "model": request.model or "demo",
@@ -970,9 +976,9 @@ def generate_many(
 ) -> Iterator[Made]:
     """Make many videos in this process with models that are loaded once; yields each as it is done or fails.
 
-    The same folder and jobs go on where they ended: what is done is verified and yielded again, not made again. What a
-    job may say is what a line of `packforcing batch` may; a model must be named, there or in `defaults`, unless it is
-    the demo.
+    The same folder and jobs go on where they ended: what is done is verified and yielded again, not made again; what
+    failed is tried again. What a job may say is what a line of `packforcing batch` may; a model must be named, there or
+    in `defaults`, unless it is the demo.
     Args:
         jobs:     prompts, or keys and values like {"prompt": "a red circle", "seconds": 5, "seed": 7}.
         defaults: key -> value for jobs that do not say otherwise.
@@ -988,13 +994,11 @@ def generate_many(
     entries, _ = plan_jobs(lines, template=Template(name), seed=seed, there=Folder.rows_of(place), root=place)
     opened = Folder.open(place)
     with opened.ledger as base:
+        number_of = {entry.id: entry.position - 1 for entry in entries}
+        base.retry(list(number_of))  # what failed or was cancelled before
         opened.add(entries, source="generate_many", add=True)
         opened.check_done()
         base.set_meta("paused", None)
-        number_of = {entry.id: entry.position - 1 for entry in entries}
-        for row in base.rows():
-            if row.id in number_of and row.status == "failed" and not row.result:
-                base.retry([row.id])
         told = set[str]()
         board = LedgerBoard(opened, only=list(number_of))
         options = Options(timeout=timeout, retries=retries, auto_fit=auto_fit)
