@@ -13,6 +13,7 @@ Knows no models, videos or manifests: a job's `spec` is text to it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -28,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
+from packforcing_cli import durable
 from packforcing_cli.errors import DiskFullError, LockedError, PackforcingError, RunFolderError, UsageError
 
 SCHEMA = 1
@@ -247,21 +249,13 @@ class Ledger:
 
     @classmethod
     def create(cls, path: Path, *, meta: Mapping[str, str]) -> Self:
-        """Open a ledger, made if it is not there. Raises: UsageError if it is of another version; as every method."""
-        opened = cls(path)
-        try:
-            with opened._write() as base:
-                there = base.execute("SELECT 1 FROM sqlite_master WHERE name = 'jobs'").fetchone()
-                if there is None:
-                    for statement in filter(str.strip, _TABLES.split(";")):
-                        base.execute(statement)
-                    for name, value in {"schema": str(SCHEMA), **meta}.items():
-                        base.execute("INSERT INTO meta VALUES (?, ?)", (name, value))
-            opened._check_schema()
-        except PackforcingError:
-            opened.close()
-            raise
-        return opened
+        """Open a ledger, made if it is not there: under its name it is whole from the first moment on.
+
+        Raises: UsageError if it cannot be made, or is of another version; as every method.
+        """
+        if not path.exists():
+            _build(path, {"schema": str(SCHEMA), **meta})
+        return cls.open(path)
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -679,6 +673,29 @@ class Ledger:
             yield
         except sqlite3.Error as error:
             raise _failure(error, self.path) from error
+
+
+def _build(path: Path, meta: Mapping[str, str]) -> None:
+    """Make an empty ledger; one that appears meanwhile stays."""
+    new = path.with_name(f".{path.name}-{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        base = sqlite3.connect(new)
+        try:
+            base.executescript(_TABLES)
+            base.executemany("INSERT INTO meta VALUES (?, ?)", list(meta.items()))
+            base.commit()
+        finally:
+            base.close()
+        durable.sync_file(new)
+        with contextlib.suppress(FileExistsError):
+            durable.rename_new(new, path)
+        durable.sync_folder(path.parent)
+    except sqlite3.Error as error:
+        raise _failure(error, path) from error
+    except OSError as error:
+        raise durable.failure(error, path, kind=UsageError) from error
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _failure(error: sqlite3.Error, path: Path) -> PackforcingError:

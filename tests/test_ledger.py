@@ -261,6 +261,7 @@ def test_what_is_no_ledger_is_refused(tmp_path: Path) -> None:
     sqlite3.connect(path).close()
     with pytest.raises(UsageError, match="no ledger"):
         Ledger.open(path)
+    path.unlink()
     with Ledger.create(path, meta={}) as made:
         made.set_meta("schema", "99")
     with pytest.raises(UsageError, match="has schema 99"):
@@ -289,6 +290,25 @@ def test_each_job_is_claimed_once_by_many_processes(tmp_path: Path) -> None:
         assert base.counts()["done"] == 60
         finished = [event["job"] for event in base.events() if event["event"] == "done"]
         assert sorted(finished) == sorted(f"id-{n}" for n in range(1, 61))
+
+
+def test_a_ledger_is_whole_as_soon_as_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / ledger.NAME
+    program = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from packforcing_cli.ledger import Ledger
+        with Ledger.create(Path({str(path)!r}), meta={{}}) as base:
+            assert base.meta("schema") == "1"
+        """
+    )
+    processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(6)]
+    while any(process.poll() is None for process in processes):
+        if path.exists():
+            with Ledger.open(path) as base:
+                assert base.counts()["done"] == 0
+    assert [process.wait() for process in processes] == [0] * 6
+    assert [name.name for name in tmp_path.glob(".ledger*.tmp*")] == []
 
 
 def test_shards_have_ledgers_of_their_own(tmp_path: Path) -> None:
