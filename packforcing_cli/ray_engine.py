@@ -243,6 +243,11 @@ class Ray(Engine):
 
     def run(self) -> Iterator[State]:
         """Do all jobs; yields how it stands, a few times a second."""
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if (
+            self._address is None
+        ):  # read when Ray is imported: a cluster of this machine alone is not on the network
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray = _ray()
         count = self._connect(ray)
         try:
@@ -289,7 +294,6 @@ class Ray(Engine):
 
     def _connect(self, ray: Any) -> int:
         """Join or start a cluster. Returns: how many actors it has room for, as many as were wanted at most."""
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
         if self._address is None:
             cores = os.cpu_count() or 1

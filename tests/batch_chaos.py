@@ -63,20 +63,31 @@ def environment() -> dict[str, str]:
 
 
 def workers_of(driver: int) -> list[int]:
-    """Processes that do jobs: the driver's children, or Ray's actors."""
-    found = []
+    """Processes that do jobs for a driver: its children, or Ray's actors below it."""
+    parents: dict[int, int] = {}
+    words: dict[int, str] = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdecimal():
             continue
         try:
-            words = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            words[int(entry.name)] = (
+                (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            )
+            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):
             continue
-        is_actor = words.startswith("ray::") and "Actor" in words
-        if is_actor or (parent == driver and "packforcing_cli.batch" in words):
-            found.append(int(entry.name))
-    return sorted(found)
+
+    def is_below(pid: int) -> bool:
+        while pid in parents and pid != driver:
+            pid = parents[pid]
+        return pid == driver
+
+    kinds = ("ray::BatchActor", "packforcing_cli.batch")
+    return sorted(
+        pid
+        for pid, text in words.items()
+        if pid != driver and any(kind in text for kind in kinds) and is_below(pid)
+    )
 
 
 def torment(
