@@ -32,7 +32,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_s
 complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l size -x -d 'Pixels'
 complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l device -x -a 'auto cpu cuda' -d 'auto, cpu or cuda'
 complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l set -x -d 'Any other key of a line; repeatable, --set crf=23'
-complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l seed -x -d 'The seeds of lines without one come from it'
+complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l seed -x -d 'The seeds of lines without one come from it, each another'
 complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l workers -x -d 'Processes, each with its own model'
 complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l threads -x -d 'CPU threads of a worker; fixed for a folder, as results may depend on it'
 complete -c packforcing -n '__fish_seen_subcommand_from batch; and __fish_seen_subcommand_from run' -l engine -x -d 'local, processes here; ray, actors of a Ray cluster, --out on storage all machines share'

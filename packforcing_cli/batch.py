@@ -35,11 +35,12 @@ from typing import Any
 
 from packforcing_cli import config, continuation, durable, ledger, machine, manifest, packages, runfolder
 from packforcing_cli.config import GenerateRequest, MemoryOptions
-from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError
-from packforcing_cli.ledger import Entry, Ledger, Row
+from packforcing_cli.errors import DiskFullError, EnvironmentProblem, PackforcingError, UsageError
+from packforcing_cli.ledger import Added, Entry, Ledger, Row
 from packforcing_cli.manifest import ExtendRequest, Line
 from packforcing_cli.provenance import NOT_REPEATED
 from packforcing_cli.tasks import Options, Task, file_sha256, model_hash, run_folder
+from packforcing_cli.timeline import Place, Problem
 
 TEMPLATE = "{index:04d}-{slug}-{seed}"
 FIELDS = ("index", "line", "slug", "seed", "id")
@@ -201,7 +202,7 @@ def plan_jobs(
     names = {row.id: row.output for row in there if row.id not in gone}
     freed = {row.key: row.output for row in gone.values()}
     used = {same_name(name): job for job, name in names.items()}
-    problems: list[manifest.Problem] = []
+    problems: list[Problem] = []
     notes, first_of = list[str](), dict[str, Entry]()
     for line, draft in drafts:
         given = None if line.output is None else _given_name(line.output)
@@ -224,7 +225,7 @@ def plan_jobs(
             first_of[draft.id] = replace(draft, output=name)
         if said:
             column = line.columns.get("output", 1)
-            problems.append(manifest.Problem(manifest.Place(source, line.line, column), said))
+            problems.append(Problem(Place(source, line.line, column), said))
     manifest.raise_if_any(problems)
     entries = []
     for line, draft in drafts:
@@ -533,7 +534,7 @@ class Folder:
         with Ledger.open(place) as base:
             return base.rows()
 
-    def add(self, entries: Sequence[Entry], *, source: str, add: bool = False) -> ledger.Added:
+    def add(self, entries: Sequence[Entry], *, source: str, add: bool = False) -> Added:
         """Queue what is not there yet.
 
         Args:
@@ -725,6 +726,10 @@ class Engine(abc.ABC):
     def stop(self, why: str) -> None:
         """Let workers end after the block they are at."""
 
+    @abc.abstractmethod
+    def kill(self) -> None:
+        """End all workers at once; calling it again does no harm."""
+
     def state(self, workers: int) -> State:
         """How it stands now."""
         base = self.folder.ledger
@@ -848,7 +853,7 @@ class Local(Engine):
         self._fast_deaths += 1
         if self._fast_deaths >= _MAX_FAST_DEATHS * self._count:
             last = text.splitlines()[-1] if text else "it said nothing"
-            raise UsageError(
+            raise EnvironmentProblem(
                 f"workers end before they begin a job: {how}; the last words: {last}", hint=f"See {one.log}."
             )
 

@@ -169,7 +169,7 @@ class Line:
     def shown(self) -> str:
         """Title, prompt or source, printable, at most 80 characters."""
         request = self.request
-        text = self.title or request.prompt or getattr(request, "source", "")
+        text = self.title or request.prompt or str(getattr(request, "source", ""))
         return printable(text, 80)
 
 
@@ -681,7 +681,8 @@ def _schema_of(name: str, kind: type[Options] = GenerateRequest) -> dict[str, An
         return _OWN_SCHEMAS[name]
     owner = kind if name in kind.model_fields else MemoryOptions
     field = owner.model_fields[name]
-    schema = TypeAdapter(field.annotation).json_schema()
+    annotation: Any = field.annotation
+    schema = TypeAdapter(annotation).json_schema()
     options = [part for part in schema.get("anyOf", [schema]) if part.get("type") != "null"]
     found = dict(options[0])
     found.pop("format", None)

@@ -367,7 +367,8 @@ class Worker:
         left = self._options.retries - task.retries
         pause = min(_BACKOFF_SECONDS * 2**task.retries, _MAX_BACKOFF_SECONDS)
         if jobs.is_out_of_memory(error):
-            fit = _smaller(task, job) if self._options.auto_fit and job is not None else {}
+            may_change = self._options.auto_fit or task.spec["request"].get("auto_fit", False)
+            fit = _smaller(task, job) if may_change and job is not None else {}
             told = error if job is None else jobs.memory_ran_out(job, "")
             self._unload_later()
             self._board.fail(task, told, retry_in=pause if left > 0 else None, fit={**task.fit, **fit})
@@ -477,9 +478,9 @@ def _open_run(task: Task, job: Job, model: VideoModel) -> RunFolder:
         shutil.rmtree(folder)
     if "blocks" in task.spec:
         return _branch(task, job, model)
-    run = jobs.new_run(job, model, folder)
-    assert run is not None  # keep_run is set
-    return run
+    new = jobs.new_run(job, model, folder)
+    assert new is not None  # keep_run is set
+    return new
 
 
 def _branch(task: Task, job: Job, model: VideoModel) -> RunFolder:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from batch_chaos import workers_of
 
-from packforcing_cli import batch, ledger, ray_engine
+from packforcing_cli import batch, generate_many, ledger, ray_engine
 from packforcing_cli.errors import EnvironmentProblem, GenerationError
 from packforcing_cli.ledger import Ledger, Row
 from packforcing_cli.tasks import Options, Task
@@ -98,7 +98,7 @@ def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest
 
 def some_jobs(tmp_path: Path) -> Path:
     common = {"model": "demo", "size": "64x64"}
-    jobs = [{"prompt": "a red circle", "seconds": 20, "seed": 0, **common}]
+    jobs = [{"prompt": "a red circle", "seconds": 12, "seed": 0, **common}]
     jobs += [{"prompt": "a blue square", "seconds": 1, "seed": n, **common} for n in (1, 2, 3)]
     path = tmp_path / "jobs.jsonl"
     path.write_text("\n".join(map(json.dumps, jobs)), encoding="utf-8")
@@ -135,7 +135,8 @@ def test_actors_and_the_driver_may_be_killed_and_the_bytes_are_those_of_the_loca
     tmp_path: Path,
 ) -> None:
     manifest = some_jobs(tmp_path)
-    assert start(manifest, "local").wait(timeout=300) == 0
+    lines = manifest.read_text("utf-8").splitlines()
+    assert all(made.path for made in generate_many([json.loads(line) for line in lines], tmp_path / "local"))
     calm = rows_of(manifest, "local")
 
     driver = start(manifest, "ray", *RAY)

@@ -111,11 +111,14 @@ def run(
         ),
     ] = None,
     seed: Annotated[
-        int,
+        int | None,
         typer.Option(
-            "--seed", min=0, rich_help_panel=JOBS_PANEL, help="The seeds of lines without one come from it."
+            "--seed",
+            min=0,
+            rich_help_panel=JOBS_PANEL,
+            help="The seeds of lines without one come from it, each another. Default 0.",
         ),
-    ] = 0,
+    ] = None,
     workers: Annotated[
         int | None,
         typer.Option(
@@ -259,14 +262,14 @@ def run(
         part = None if shard is None else batch.parse_shard(shard)
         place, template = _place(out, manifest)
         name, data = _read(manifest)
-        defaults = _defaults(settings, model=model, seconds=seconds, size=size, device=device)
+        defaults = _defaults(settings, model=model, seconds=seconds, size=size, device=device, seed=seed)
+        base_seed = _base_seed(defaults.pop("seed", 0))
         kind = manifests.kind_of(manifest, data, wanted=kind)
-        lines = manifests.parse(data, source=name, kind=kind, defaults=defaults)
-        lines = _with_models(lines, place)
+        lines = _with_models(manifests.parse(data, source=name, kind=kind, defaults=defaults), place)
         entries, notes = batch.plan_jobs(
             lines,
             template=template,
-            seed=seed,
+            seed=base_seed,
             source=name,
             there=batch.Folder.rows_of(place, shard=part),
             root=place,
@@ -488,7 +491,7 @@ def _defaults(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
     for text in settings or ():
         key, equals, value = text.partition("=")
         name = key.strip().replace("-", "_")
-        if not equals or name not in known or name in ("prompt", "source", "output", "title"):
+        if not equals or name not in known or name in ("prompt", "source", "output", "title", "seed"):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
             raise UsageError(
                 f"--set {text}: must be KEY=VALUE with a key of a line"
@@ -507,8 +510,14 @@ def _defaults(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
     size = found.get("size")
     if isinstance(size, tuple):
         found["size"] = list(size)
-    found.pop("seed", None) if "seed" not in given else None
     return {**found, **extra}
+
+
+def _base_seed(value: object) -> int:
+    """What seeds of lines without one come from; a variable or a file may say it, too. Raises: ConfigError."""
+    from packforcing_cli.config import GenerateRequest
+
+    return GenerateRequest(prompt="x", seed=value).seed or 0  # type: ignore[arg-type]
 
 
 def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
@@ -595,15 +604,15 @@ def _drive(engine: Engine, shown: Display) -> int:
     before = {number: signal.signal(number, caught) for number in (signal.SIGINT, signal.SIGTERM)}
     told = False
     try:
-        with contextlib.closing(engine.run()) as states:
-            for state in states:
-                shown.state(state)
-                if code and not told:
-                    told = True
-                    engine.stop("interrupted")
+        for state in engine.run():
+            shown.state(state)
+            if code and not told:
+                told = True
+                engine.stop("interrupted")
     except KeyboardInterrupt:
         pass
     finally:
+        engine.kill()
         for number, handler in before.items():
             signal.signal(number, handler)
         shown.stop()

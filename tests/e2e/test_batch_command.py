@@ -511,6 +511,29 @@ def test_a_dry_run_lists_files_and_makes_nothing(four: Path, run_command: Any, t
     assert not (tmp_path / "v").exists()
 
 
+def test_settings_and_flags_are_defaults_of_lines(
+    run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "p.txt").write_text("a red circle\n", encoding="utf-8")
+    plan = ("batch", "p.txt", "--dry-run", "--json", "--model", "demo")
+    ids = {run_command(*plan).out}
+    for more in (
+        ("--seed", "1"),
+        ("--seconds", "3"),
+        ("--size", "64x64"),
+        ("--set", "top-k=2"),
+        ("--set", 'at=["0:05 x"]'),
+    ):
+        ids.add(run_command(*plan, *more).out)
+    (tmp_path / "packforcing.toml").write_text("crf = 30\n", encoding="utf-8")
+    ids.add(run_command(*plan).out)
+    monkeypatch.setenv("PACKFORCING_SEED", "2")
+    ids.add(run_command(*plan).out)
+    found = [json.loads(text)["jobs"][0] for text in ids]
+    assert len({job["id"] for job in found}) == 8
+    assert all(job["problem"] is None for job in found)
+
+
 def test_planning_a_batch_loads_no_torch(four: Path) -> None:
     program = (
         "import sys; from packforcing_cli.cli import main\n"
