@@ -54,6 +54,8 @@ from packforcing_cli.tasks import Board, Options, Task, file_sha256, model_hash
 TICK_SECONDS = 0.1
 HUNG_EXIT = 75
 """How a process ends that a job would not let go of; another one takes its place."""
+HANG_SECONDS = 10.0
+"""A job that does not end at its timeout has its process ended after as long again, and this."""
 WARM_JOBS = 64
 """So many jobs have their prompts encoded at a time where encoder and transformer do not fit together."""
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
@@ -345,7 +347,7 @@ class Worker:
             spent = time.monotonic() - started
             if limit is not None and spent > limit:
                 work.why = work.why or "timeout"
-                if self._options.may_exit and spent > 2 * limit + 10:
+                if self._options.may_exit and spent > 2 * limit + HANG_SECONDS:
                     self._board.fail(work.task, _too_long(limit))
                     os._exit(HUNG_EXIT)
 

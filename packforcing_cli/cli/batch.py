@@ -711,7 +711,7 @@ def _failures(rows: Sequence[Row]) -> Any:
     for name in ("job", "line", "what", "why"):
         table.add_column(name, overflow="fold")
     for row in failed[:SHOWN_FAILURES]:
-        why = f"{row.error.get('kind', '')}: {row.error.get('message', '')}"
+        why = f"{row.error.get('kind', '')}: {row.error.get('message', '').rstrip('.')}"
         hint = row.error.get("hint", "")
         table.add_row(
             str(row.position),

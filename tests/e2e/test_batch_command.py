@@ -235,6 +235,30 @@ def test_a_job_that_takes_too_long_keeps_its_blocks(calm: Any, package: Path, tm
     assert hashes(tmp_path / "v")[0] == calm[1][0]
 
 
+def test_a_job_that_hangs_has_its_process_ended(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, codes = threading.Event(), list[int]()
+
+    def exits(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(worker, "HANG_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", exits)
+
+    def hang(*_: Any, **__: Any) -> None:
+        assert ended.wait(60)
+        raise ValueError("too late")
+
+    monkeypatch.setattr(jobs, "make", hang)
+    folder = open_folder(tmp_path / "v", some_jobs(package, 1))
+    with folder.ledger as base:
+        run_worker(folder, timeout=0.01, may_exit=True)
+        assert codes[0] == worker.HUNG_EXIT
+        assert base.rows()[0].error["kind"] == "TimeoutError"
+
+
 def fail_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
     """Let the first video that is made end with an error. Returns: the number of calls so far, in a list."""
     make, calls = jobs.make, [0]
