@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import dataclasses
 import difflib
 import hashlib
 import json
@@ -326,11 +325,9 @@ def _extension_draft(
             more["run"] = str(run)
             looks.append(("source", lambda: content))
         else:
-            kind = "extend file"
             if chosen is None:
                 chosen = _chosen_seed(seed, [kind, asked], counts)
-            whole, part = _file_request(Path(source), line, request, chosen)
-            more["of_file"] = dataclasses.asdict(part)
+            whole = _file_request(Path(source), line, request, chosen)
             looks.append(("source", lambda: inputs.file(Path(source))))
     except PackforcingError as failure:
         error = failure
@@ -374,9 +371,7 @@ def _branch_request(folder: Path, line: Line, request: ExtendRequest) -> tuple[G
         return whole, blocks, digest.hexdigest()
 
 
-def _file_request(
-    path: Path, line: Line, request: ExtendRequest, seed: int
-) -> tuple[GenerateRequest, continuation.OfFile]:
+def _file_request(path: Path, line: Line, request: ExtendRequest, seed: int) -> GenerateRequest:
     """What going on with somebody's video asks for."""
     from packforcing_cli.video import VideoReader
 
@@ -399,10 +394,15 @@ def _file_request(
         seed=seed,
         **{name: value for name, value in given.items() if value is not None},
     )
-    wanted = continuation.OfFile(
-        str(path), said.strip(), request.from_time, request.to_time, 0, request.only_new
+    return continuation.request_for_file(
+        whole,
+        path,
+        prompt=said,
+        asked=line.timeline,
+        from_time=request.from_time,
+        to_time=request.to_time,
+        only_new=request.only_new,
     )
-    return continuation.plan_file(whole, path, asked=line.timeline, wanted=wanted)
 
 
 def _chosen_seed(seed: int, asked: Any, counts: dict[str, int]) -> int:

@@ -1,7 +1,7 @@
 """What making a video longer decides before a model is loaded: where it goes on, how long it gets, what it shows.
 
     source: a run, or a video of one         -> its blocks up to some time are taken over: `branch`
-            any other video                  -> its pictures become the history: `OfFile`
+            any other video                  -> its pictures become the history: `request_for_file`
 
 `extend` and `batch` do the same with it.
 """
@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packforcing_cli import jobs, packages, provenance, runfolder
-from packforcing_cli.config import GenerateRequest, PlanRequest
+from packforcing_cli.config import GenerateRequest, PlanRequest, SourceVideo
 from packforcing_cli.errors import RunFolderError, UsageError
 from packforcing_cli.jobs import Job
-from packforcing_cli.layout import TEMPORAL_STRIDE, Grid
 from packforcing_cli.runfolder import Record, RunFolder
-from packforcing_cli.source import History, Source
-from packforcing_cli.timeline import Scene, Script, Timeline, clock, parse_time
+from packforcing_cli.source import Source
+from packforcing_cli.tasks import file_sha256
+from packforcing_cli.timeline import Scene, Timeline, clock, parse_time
 from packforcing_cli.video import VideoReader
 
 if TYPE_CHECKING:
@@ -103,18 +103,30 @@ def lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, flo
 
     Raises: UsageError; RunFolderError if a block of the kept part is missing.
     """
-    record = old.record
-    frames = TEMPORAL_STRIDE * record.frames_per_block
-    blocks = old.blocks
+
+    record, lengths, parts = old.record, old.record.lengths, old.record.shown
+    blocks, late = old.blocks, Fraction(old.record.shown.late, old.record.fps)
     if start is not None:
         try:
             wanted = parse_time(start.strip())
         except ValueError as error:
             raise UsageError(f"--from: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
-        blocks = max(1, round((wanted * record.fps + TEMPORAL_STRIDE - 1) / frames))
-    length = _shown((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
+        blocks = max(1, lengths.nearest_block(max(wanted - late, Fraction(0)), record.fps))
+    there = Fraction(lengths.frames_for(old.blocks), record.fps) + (late if old.blocks else 0)
+    if blocks < parts.history:
+        source = GenerateRequest.from_values(record.request).source
+        assert source is not None
+        if start is None:
+            raise UsageError(
+                f"{record.id} was stopped within {source.path}, which it goes on with",
+                hint=f"To finish it first: packforcing resume {record.id}",
+            )
+        raise UsageError(
+            f"--from {start}: that is a part of {source.path}, which {record.id} goes on with",
+            hint=f"packforcing extend {shlex.quote(str(source.path))} --to-time {start} --seconds N",
+        )
     if old.missing and (start is None or not 0 < blocks <= old.blocks):
-        whole = clock(Fraction(max(0, frames * old.blocks - TEMPORAL_STRIDE + 1), record.fps))
+        whole = clock(there)
         raise RunFolderError(
             f"{old.missing} of {record.id} is missing, and {whole} before it is whole",
             hint=f"Branch off before it, at the latest with --from {whole}."
@@ -123,11 +135,12 @@ def lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, flo
         )
     if not 0 < blocks <= old.blocks:
         raise UsageError(
-            f"{record.id} has {length}" + (f", so there is nothing at {start}" if start else ""),
+            f"{record.id} has {_shown(float(there)) if there else 'nothing'}"
+            + (f", so there is nothing at {start}" if start else ""),
             hint=f"To finish it first: packforcing resume {record.id}",
         )
-    new = max(1, round(PlanRequest(seconds=seconds).seconds * record.fps / frames))
-    return blocks, (frames * (blocks + new) - TEMPORAL_STRIDE + 1) / record.fps
+    new = lengths.blocks_more(PlanRequest(seconds=seconds).seconds, record.fps)
+    return blocks, lengths.frames_for(blocks + new) / record.fps
 
 
 def timeline_of(record: Record, blocks: int, total: float, prompt: str | None, asked: Timeline) -> Timeline:
@@ -136,28 +149,31 @@ def timeline_of(record: Record, blocks: int, total: float, prompt: str | None, a
     Scenes and pins of the source behind the branch stay as far as they fit, unless new prompts are given.
     Raises: UsageError for a scene or a pin in the old part, which is made already.
     """
+
     before = GenerateRequest.from_values(record.request).timeline
-    begins = Fraction(TEMPORAL_STRIDE * (record.frames_per_block * blocks - 1) + 1, record.fps)
-    half_a_block = Fraction(TEMPORAL_STRIDE * record.frames_per_block, 2 * record.fps)
+    begins = Fraction(record.lengths.frames_for(blocks), record.fps)
+    half_a_block = Fraction(record.lengths.block_frames(blocks), 2 * record.fps)
     ends = Fraction(round(total * record.fps), record.fps) if prompt is None and not asked.scenes else begins
-    new = asked.scenes
+    late = Fraction(record.shown.late, record.fps)  # times are those of the file
+    early = [span.text for span in asked.pins if span.start - late < begins]
+    if early:
+        raise UsageError(
+            f"--pin {early[0]}: the memory of the old part is made already",
+            hint=f"Pin from {clock(begins + late)} on.",
+        )
+    given = asked.moved(-late)
+    new = given.scenes
     if prompt is not None:
         new = (Scene(begins, prompt), *new)
     for scene in new:
         if scene.seconds < begins - half_a_block:
             raise UsageError(
-                f"--at {clock(scene.seconds)}: the old part is made already",
-                hint=f"The first possible time is {clock(begins)}; to branch off earlier: --from.",
+                f"--at {clock(scene.seconds + late)}: the old part is made already",
+                hint=f"The first possible time is {clock(begins + late)}; to branch off earlier: --from.",
             )
-    early = [span.text for span in asked.pins if span.start < begins]
-    if early:
-        raise UsageError(
-            f"--pin {early[0]}: the memory of the old part is made already",
-            hint=f"Pin from {clock(begins)} on.",
-        )
     return Timeline(
         (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
-        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *asked.pins),
+        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *given.pins),
     )
 
 
@@ -174,8 +190,10 @@ def made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | N
         was_branch or is_other or before.request.get("image") or before.request.get("seed") != request.seed
     ):
         return None
-    kept = job.plan.layout.frames_for(blocks) / job.plan.fps
-    words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{job.plan.exact_seconds - kept:g}"]
+    lengths = before.lengths
+    kept = (lengths.frames_for(blocks) + before.shown.late) / before.fps
+    new = (lengths.frames_for(job.plan.blocks) - lengths.frames_for(blocks)) / before.fps
+    words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{new:g}"]
     words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
     return shlex.join(["packforcing", *words])
 
@@ -200,83 +218,49 @@ def branch(
 # ----------------------------------------------------------------------------------------- a video from elsewhere
 
 
-@dataclass(frozen=True)
-class OfFile:
-    """Going on with a video file: what a request for the new video does not say.
-
-    prompt:  of the source's part, and of the new one unless the timeline says otherwise; may be empty.
-    start, end: the part of the source that is used, in seconds; end None = all.
-    new_blocks: that follow.
-    """
-
-    source: str
-    prompt: str
-    start: str | None
-    end: str | None
-    new_blocks: int
-    only_new: bool
-
-    def history(self, request: GenerateRequest, *, fps: int, grid: Grid) -> History:
-        """The source as blocks. Raises: as `source.Source`."""
-        size = request.size
-        assert size is not None, "plan_file decides it"
-        start = Fraction(0) if self.start is None else parse_time(self.start)
-        end = None if self.end is None else parse_time(self.end)
-        return Source(self.source, fps=fps, size=size, fit=request.fit, start=start, end=end).history(grid)
-
-    def script(self, request: GenerateRequest, history: History) -> Script:
-        """The prompts of all blocks, the source's included."""
-        return request.timeline.script(
-            self.prompt,
-            history.grid,
-            fps=history.source.fps,
-            num_blocks=history.blocks + self.new_blocks,
-            start=history.blocks,
-        )
-
-    def command(self, job: Job) -> str:
-        """The command that makes the same video again."""
-        assert job.plan.layout is not None
-        grid = job.plan.layout.grid
-        seconds = self.new_blocks * grid.block_frames(1) / job.plan.fps
-        values = {
-            "seconds": f"{seconds:g}",
-            "prompt": self.prompt or None,
-            "seed": job.request.seed,
-            "model": job.request.model,
-            "size": "x".join(map(str, job.plan.size)),
-            "fit": job.request.fit,
-            "from-time": self.start,
-            "to-time": self.end,
-        }
-        words = [
-            word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
-        ]
-        words += ["--only-new"] if self.only_new else []
-        return shlex.join(["packforcing", "extend", self.source, *words])
-
-
-def plan_file(
-    request: GenerateRequest, path: Path, *, asked: Timeline, wanted: OfFile
-) -> tuple[GenerateRequest, OfFile]:
-    """The request for source and new part together, and how many blocks are new.
+def request_for_file(
+    request: GenerateRequest,
+    source: Path,
+    *,
+    prompt: str,
+    asked: Timeline,
+    from_time: str | None,
+    to_time: str | None,
+    only_new: bool,
+) -> GenerateRequest:
+    """What going on with a video file asks for.
 
     Args:
         request: its `seconds` are those of the new part; its model is decided.
+        prompt:  of the source's part, and of the new one unless `asked` says otherwise; may be empty.
         asked:   prompts and pins, times counted from the file's beginning.
-    Raises: UsageError, VideoError; UsageError for prompts and pins that do not fit.
+        from_time, to_time: the part of the file that is used.
+        only_new: write the new part alone.
+    Raises: UsageError or VideoError if the file cannot be read, or there is nothing between these times.
     """
     from packforcing_cli import extension
 
     facts = packages.facts(request.model)
     size = request.size or facts.default_size
     grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)
-    request = request.model_copy(update={"size": size})
-    history = wanted.history(request, fps=facts.fps, grid=grid)
-    new = extension.new_blocks_for(grid, request.seconds, facts.fps)
-    wanted = replace(wanted, source=str(path.absolute()), new_blocks=new)
-    scenes = extension.on_blocks(asked, history, fps=facts.fps)
-    seconds = grid.frames_for(history.blocks + new) / facts.fps
-    request = request.model_copy(update={"seconds": seconds, "timeline": scenes})
-    wanted.script(request, history)
-    return request, wanted
+    start = Fraction(0) if from_time is None else parse_time(from_time)
+    end = None if to_time is None else parse_time(to_time)
+    opened = Source(source, fps=facts.fps, size=size, fit=request.fit, start=start, end=end)
+    parts = opened.history(grid, only_new=only_new).shown
+    blocks = parts.history + grid.blocks_more(request.seconds, facts.fps)
+    changes: dict[str, Any] = {
+        "prompt": prompt.strip(),
+        "seconds": grid.frames_for(blocks) / facts.fps,
+        "timeline": extension.on_blocks(asked, parts, fps=facts.fps),
+        "source": SourceVideo(
+            path=source,
+            sha256=file_sha256(source),
+            from_time=from_time,
+            to_time=to_time,
+            only_new=only_new,
+            blocks=parts.history,
+            lead=parts.lead,
+            padded=parts.padded,
+        ),
+    }
+    return request.model_copy(update=changes)

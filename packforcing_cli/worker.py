@@ -32,9 +32,8 @@ import av
 import torch
 from torch import Tensor
 
-from packforcing_cli import continuation, extension, jobs, planner, rollout, runfolder, video
+from packforcing_cli import continuation, jobs, planner, rollout, runfolder, video
 from packforcing_cli.config import GenerateRequest
-from packforcing_cli.continuation import OfFile
 from packforcing_cli.durable import is_full_disk
 from packforcing_cli.errors import (
     DiskFullError,
@@ -194,7 +193,7 @@ class Worker:
             if loaded.model is not None and not loaded.is_roomy:  # the encoder would not fit beside it
                 loaded.model = None
                 _free_memory()
-            story = _encoded(task, job, loaded.source)
+            story = jobs.encode(job, loaded.source)
             seconds["text"] = time.perf_counter() - began
             if not loaded.is_roomy:
                 self._encode_ahead(task.layout_key, WARM_JOBS)
@@ -223,7 +222,7 @@ class Worker:
                 if name not in self._warm:
                     began = time.perf_counter()
                     job = _prepare(task, _request(task, self._options), loaded.on)
-                    story = _encoded(task, job, loaded.source)
+                    story = jobs.encode(job, loaded.source)
                     self._warm[name] = (job, story, time.perf_counter() - began)
         except Exception as error:
             _log.debug("not prepared ahead: %s", error)
@@ -242,7 +241,7 @@ class Worker:
         """Make the video of a job and say how it went."""
         task = work.task
         try:
-            result = self._made_from_file(work) if "of_file" in task.spec else self._made(work)
+            result = self._made(work)
         except _EndedError as ended:
             self._ended(task, str(ended))
         except Exception as error:
@@ -273,7 +272,8 @@ class Worker:
             made = jobs.make(job, loaded.model, work.story, run=run, on_block=on_block)
             began_last = time.perf_counter()
             result = _result(task, run)
-            result["warnings"] = list(job.plan.warnings)
+            sources = [] if job.history is None else job.history.source.warnings
+            result["warnings"] = [*sources, *job.plan.warnings]
             result["figures"] = {
                 "replayed": made.replayed,
                 "total_seconds": round(made.total_seconds, 4),
@@ -284,56 +284,6 @@ class Worker:
         finally:
             run.close()
         _drop_run(task)
-        return result
-
-    def _made_from_file(self, work: _Work) -> dict[str, Any]:
-        """Go on with somebody's video; it has no run folder, and begins anew after an interruption."""
-        task, job, loaded = work.task, work.job, self._loaded
-        assert loaded is not None
-        assert loaded.model is not None
-        model, request = loaded.model, job.request
-        part = OfFile(**task.spec["of_file"])
-        history = part.history(request, fps=job.plan.fps, grid=job.plan.layout.grid)
-        latents, began = hashlib.sha256(), time.perf_counter()
-
-        def on_block(block: Block) -> None:
-            number, total = block.index + 1, job.plan.blocks
-            if not block.replayed:
-                latents.update(_bytes(block.latents))
-            if number == total:
-                work.seconds["make"] = time.perf_counter() - began
-                work.computed.set()
-                return
-            why = self._board.progress(task, number, total)
-            if work.why or why:
-                raise _EndedError(work.why or why)
-
-        said = rollout.provenance_of(model, request, job.plan.layout)
-        said = said.model_copy(update={"extends": part.command(job)})
-        if task.attempt > 1:  # what an interruption left of this job
-            video.part_path(job.path).unlink(missing_ok=True)
-        assert request.seed is not None
-        made = extension.extend_video(
-            model,
-            history,
-            work.story,
-            job.path,
-            new_blocks=part.new_blocks,
-            seed=request.seed,
-            schedule=jobs.schedule_of(job, model),
-            memory=request.memory,
-            only_new=part.only_new,
-            codec=request.codec,
-            crf=request.crf,
-            preset=request.preset,
-            metadata=said.tags() if request.metadata else {},
-            overwrite=request.overwrite,
-            on_block=on_block,
-        )
-        facts = {"fps": job.plan.fps, "blocks": job.plan.blocks, "seed": request.seed, "model": model.name}
-        result = _facts_of_file(task, made.frames, latents.hexdigest(), run="", **facts)
-        result["warnings"] = [*history.source.warnings, *job.plan.warnings]
-        result["figures"] = {f"{name}_seconds": round(value, 4) for name, value in work.seconds.items()}
         return result
 
     def _watch(self, work: _Work, making: Future[None]) -> None:
@@ -515,16 +465,6 @@ def _check_model(task: Task) -> None:
         )
 
 
-def _encoded(task: Task, job: Job, source: ModelSource) -> Story:
-    """The prompts of a job, encoded."""
-    if "of_file" not in task.spec:
-        return jobs.encode(job, source)
-    part = OfFile(**task.spec["of_file"])
-    history = part.history(job.request, fps=job.plan.fps, grid=job.plan.layout.grid)
-    guided = jobs.schedule_of(job, source).guidance != 1.0
-    return rollout.encode_script(source, part.script(job.request, history), guided=guided)
-
-
 def _let_go(task: Task) -> None:
     """Take away the lock of a worker on another machine that is known to be gone."""
     if task.is_orphan:
@@ -540,7 +480,7 @@ def _drop_run(task: Task) -> None:
 def _result(task: Task, run: RunFolder) -> dict[str, Any]:
     """Hashes and facts of a finished file. Raises: VideoError if it does not have the frames it should have."""
     record = run.record
-    frames = sum(rollout.block_frames(record, n) for n in range(record.blocks))
+    frames = record.shown.frames_for(record.blocks)
     latents = hashlib.sha256()
     for entry in run.entries():
         latents.update(_bytes(entry.latents))
