@@ -928,16 +928,23 @@ def work(path: Path, options: Options) -> int:
 
     Returns: the exit code.
     """
-    from packforcing_cli.worker import Worker
-
     told: list[str] = []
+    has_begun = threading.Event()
 
     def listen() -> None:
         for line in sys.stdin:
-            told.append(line.strip())
-        told.append("stop")  # whoever started this process is gone
+            hear(line.strip())
+        hear("stop")  # whoever started this process is gone
+
+    def hear(word: str) -> None:
+        told.append(word)
+        if not has_begun.is_set():  # still importing: no job is held
+            os._exit(0)
 
     threading.Thread(target=listen, daemon=True).start()
+    from packforcing_cli.worker import Worker
+
+    has_begun.set()
     signal.signal(signal.SIGTERM, lambda *_: told.append("stop"))
     with Ledger.open(path) as base:
         board = LedgerBoard(Folder(path.parent, base), slot=options.slot)

@@ -168,6 +168,9 @@ class Worker:
             if self._is_done_already(task):
                 return None
             work = self._prepared(task)
+        except _EndedError as ended:
+            self._ended(task, str(ended))
+            return None
         except Exception as error:
             self._failed(task, error)
             return None
@@ -197,6 +200,8 @@ class Worker:
             seconds["text"] = time.perf_counter() - began
             if not loaded.is_roomy:
                 self._encode_ahead(task.layout_key, WARM_JOBS)
+        if self._stop() not in ("", "drain"):
+            raise _EndedError(self._stop())
         if loaded.model is None:
             began = time.perf_counter()
             if not loaded.is_roomy:

@@ -24,7 +24,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def test_forty_jobs_survive_kills_of_workers_and_driver() -> None:
-    found = run("40", "--seed", "32", "--pause", "3", "6")
+    found = run("40", "--seed", "2", "--pause", "2", "4")
     assert found["kills"]["worker"] >= 1
     assert found["kills"]["driver"] >= 1
 
