@@ -517,7 +517,7 @@ def _base_seed(value: object) -> int:
     """What seeds of lines without one come from; a variable or a file may say it, too. Raises: ConfigError."""
     from packforcing_cli.config import GenerateRequest
 
-    return GenerateRequest(prompt="x", seed=value).seed or 0  # type: ignore[arg-type]
+    return GenerateRequest(prompt="x", seed=value).seed or 0
 
 
 def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
