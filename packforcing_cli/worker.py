@@ -37,6 +37,7 @@ from packforcing_cli.config import GenerateRequest
 from packforcing_cli.durable import is_full_disk
 from packforcing_cli.errors import (
     DiskFullError,
+    GenerationError,
     LockedError,
     PackforcingError,
     RunFolderError,
@@ -275,6 +276,11 @@ class Worker:
         run = _open_run(task, job, loaded.model)
         try:
             made = jobs.make(job, loaded.model, work.story, run=run, on_block=on_block)
+            if made.ended:
+                raise GenerationError(
+                    f"the guard ended the video after {made.blocks} of {job.plan.blocks} blocks: {made.ended}",
+                    hint="Another seed, or guard retry, makes other noise.",
+                )
             began_last = time.perf_counter()
             result = _result(task, run)
             sources = [] if job.history is None else job.history.source.warnings
