@@ -363,7 +363,7 @@ def _branch_request(folder: Path, line: Line, request: ExtendRequest) -> tuple[G
             has_new_prompts=request.prompt is not None or bool(line.timeline.scenes),
             output=None,
             overwrite=request.overwrite,
-            changes={"seed": request.seed, "device": request.device},
+            changes={"seed": request.seed, "device": request.device, "guard": request.guard},
         )
         digest = hashlib.sha256(old.record.id.encode())
         for entry in old.entries(0, blocks):
@@ -387,6 +387,7 @@ def _file_request(path: Path, line: Line, request: ExtendRequest, seed: int) -> 
         "size": request.size,
         "fit": request.fit,
         "device": request.device,
+        "guard": request.guard,
     }
     whole = GenerateRequest(
         prompt=said.strip() or f"more of {path.stem}",

@@ -89,6 +89,7 @@ class ExtendRequest(Options):
     from_time: use a video made elsewhere from there; None = its beginning.
     to_time:   use a video made elsewhere up to there; None = its end.
     only_new:  write the new part without a source made elsewhere.
+    guard:     what happens to an unhealthy block of the new part; None = as before, or warn.
     """
 
     source: str
@@ -104,6 +105,7 @@ class ExtendRequest(Options):
     from_time: str | None = None
     to_time: str | None = None
     only_new: bool = False
+    guard: str | None = None
 
     @field_validator("source")
     @classmethod
@@ -128,7 +130,7 @@ class ExtendRequest(Options):
             timelines.parse_time(str(value).strip())
         return None if value is None else str(value).strip()
 
-    @field_validator("seconds", "device", "model", "size", "fit", mode="before")
+    @field_validator("seconds", "device", "model", "size", "fit", "guard", mode="before")
     @classmethod
     def _as_in_generate(cls, value: object, info: Any) -> object:
         if value is not None:
