@@ -6,9 +6,12 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import runpy
+import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 
 import av
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -815,6 +819,89 @@ def test_a_snapshot_is_a_file_of_the_safetensors_library(tmp_path: Path) -> None
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a number": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "the header": lambda data: data.replace(b'"cache.', b'"cachf.', 1),
+    "the count": lambda data: data.replace(b'"blocks":"2"', b'"blocks":"1"', 1),
+    "the end": lambda data: data[:-1],
+    "all but the beginning": lambda data: data[:20],
+    "everything": lambda _: b"",
+    "more": lambda data: data + b"0",
+    "the hash": lambda data: re.sub(rb'"sha256":"\w{64}"', b'"sha256":' + b"1" * 66, data),
+}
+
+
+@pytest.fixture(scope="module")
+def with_snapshot(model: VideoModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was stopped after 3 blocks, with a snapshot after 2."""
+    folder = tmp_path_factory.mktemp("snapshot")
+    with folder_of(folder / "run", folder / "a.mp4") as run:
+        make(model, folder / "a.mp4", run, fail_at=2, snapshot_every=2)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_snapshot_is_noticed_whatever_is_wrong_with_it(
+    damage: str, with_snapshot: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(with_snapshot / "run", tmp_path / "run")
+    path = tmp_path / "run" / "snapshot.safetensors"
+    with RunFolder.open(tmp_path / "run") as run:
+        assert (run.snapshot_blocks(), run.snapshot_problem) == (2, "")
+        data = path.read_bytes()
+        broken = DAMAGE[damage](data)
+        assert broken != data
+        path.write_bytes(broken)
+        os.utime(path, (1, 1))
+        assert run.snapshot_blocks() == 0
+        assert run.snapshot_problem == f"{path} is damaged: its contents are not what was written"
+
+
+def test_without_its_snapshot_a_run_goes_on_from_its_blocks(
+    model: VideoModel, with_snapshot: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot is as good as the blocks; a damaged one, and one of an older version, is left alone, and said."""
+    sound, old = (shutil.copytree(with_snapshot, tmp_path / name) for name in ("sound", "old"))
+    told: list[str] = []
+    for name in ("note", "warn"):
+        monkeypatch.setattr(Display, name, lambda _, text: told.append(text))
+    state = safetensors.torch.load_file(old / "run" / "snapshot.safetensors")
+    safetensors.torch.save_file(state, old / "run" / "snapshot.safetensors", {"blocks": "2"})
+    for folder, replayed, said in ((sound, 1, ""), (old, 3, "is of an older version; it is not used")):
+        with RunFolder.open(folder / "run") as run:
+            run.update(output=str(folder / "a.mp4"))
+            told.clear()
+            resuming.announce(run, model, Display(quiet=False))
+            assert said in " ".join(told) and f"; {replayed} to go through again" in told[-1]
+            frames, _ = make(model, folder / "a.mp4", run)
+        assert len(frames) == BLOCKS - 3 + replayed
+        assert torch.equal(latents(folder / "run"), latents(unbroken / "run"))
+        assert packets(folder / "a.mp4") == packets(unbroken / "a.mp4")
+
+
+def test_a_pointer_to_a_run_that_is_gone_is_ignored_and_swept_up(tmp_path: Path) -> None:
+    """--run DIR twice, the first run deleted by hand: DIR is the second one's; a disk that is away comes back."""
+    place, root = tmp_path / "kept", runfolder.default_root()
+    first, second = record(id="first"), record(id="second")
+    RunFolder.create(place, first).close()
+    away = tmp_path / "usb" / "runs" / "third"
+    RunFolder.create(away, record(id="third")).close()
+    shutil.rmtree(place)
+    assert [run.name for run in runfolder.all_runs()] == ["third"]
+    RunFolder.create(place, second).close()
+    (tmp_path / "usb").rename(tmp_path / "unplugged")
+    assert [run.name for run in runfolder.all_runs()] == ["second"]
+    assert (runfolder.folder_of("first"), runfolder.folder_of("second")) == (None, place)
+    with pytest.raises(UsageError, match="there is no run"):
+        runfolder.find("first")
+    assert runfolder.remove_leftovers() == 1
+    assert sorted(path.name for path in root.glob("*.where")) == ["second.where", "third.where"]
+    (tmp_path / "unplugged").rename(tmp_path / "usb")
+    assert [run.name for run in runfolder.all_runs()] == ["second", "third"]
+    (root / "fourth.where").write_bytes(b"\xff")
+    assert runfolder.remove_leftovers() == 1
 
 
 def test_changed_files_and_torchao_are_named(

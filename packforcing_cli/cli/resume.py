@@ -188,6 +188,8 @@ def announce(
             " bit for bit"
         )
     cost = rollout.replay_cost(run, keep=keep, blocks=blocks)
+    if run.snapshot_problem:
+        shown.warn(f"{run.snapshot_problem}; it is not used, the blocks are enough")
     there, length = keep or run.blocks, blocks or run.record.blocks
     shown.note(
         f"{run.record.id}: {there} of {length} blocks are there; {cost.blocks} to go through again"
