@@ -997,8 +997,11 @@ def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -
     """What the file of a request is to say of itself."""
     manifest = model.manifest
     files = {name: record.sha256 for name, record in manifest.files.items()}
-    if "vae" in manifest.parts and model.hashes["vae"] != manifest.part_hash("vae"):
-        files["another VAE"] = model.hashes["vae"]
+    for part, name in (("vae", "VAE"), ("compressor", "compressor")):
+        own = manifest.part_hash(part) if part in manifest.parts else None
+        used = model.hashes.get(part)
+        if used not in (None, own) and part not in manifest.references:
+            files[f"another {name}"] = used
     return Provenance(
         version=__version__,
         request={k: v for k, v in request.to_values().items() if k not in provenance.NOT_REPEATED},
@@ -1008,10 +1011,18 @@ def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -
             files=files,
         ),
         layout=provenance.layout_values(layout),
-        image_sha256=None
-        if request.image is None
-        else hashlib.sha256(request.image.read_bytes()).hexdigest(),
+        image_sha256=None if request.image is None else _file_hash(request.image),
+        files_sha256={name: _file_hash(path) for name, path in provenance.files_of(request).items()},
+        libraries=libraries(model, request),
     )
+
+
+def libraries(model: VideoModel, request: GenerateRequest) -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    names = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
+    if (model.quantize, request.quantize_text) != ("none", "none"):
+        names.append("torchao")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 # -- the run folder ---------------------------------------------------------------------------------------------
@@ -1061,9 +1072,6 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
     memory = request.memory.with_defaults(model.manifest.cache.model_dump())
     blocks = grid.blocks_for(request.seconds, model.manifest.fps)
     layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
-    versions = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
-    if (model.quantize, request.quantize_text) != ("none", "none"):
-        versions.append("torchao")
     pictures = request.pin_images if request.image is None else (request.image,)
     files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
     if request.embeddings is not None:
@@ -1072,7 +1080,7 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
         files["source video"] = request.source.path
     facts = {
         "packforcing": __version__,
-        **{name: importlib.metadata.version(name) for name in versions},
+        **libraries(model, request),
         "model": model.name,
         **{f"weights of {part}": sha256 for part, sha256 in model.hashes.items()},
         **{f"layout {name}": value for name, value in layout.items()},

@@ -364,13 +364,9 @@ def _provenance(path: Path) -> Provenance:
 
 def _compare(before: Provenance, now: Provenance, shown: Display) -> None:
     """Say what is no longer as it was when the file was made."""
-    changed = []
-    if now.model.files != before.model.files:
-        changed.append(f"the weights of {before.model.name} {before.model.version}")
-    if before.image_sha256 is not None and now.image_sha256 not in (None, before.image_sha256):
-        changed.append("the start image")
-    if before.version != now.version:
-        changed.append(f"packforcing {before.version}, here {now.version}")
+    from packforcing_cli import provenance
+
+    changed = provenance.changes(before, now)
     if changed:
         shown.warn(f"not as it was when the file was made: {', '.join(changed)}; the video may differ")
 
@@ -474,7 +470,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         ("memory", _memory_text(job)),
         ("KV memory", f"{console.gb(plan.memory.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
         ("peak memory", f"about {console.gb(plan.peak_bytes)}: {_stages_text(plan)}"),
-        ("disk", f"at most about {console.gb(plan.disk_bytes)}"),
+        ("disk", _disk_text(plan)),
         ("output", str(job.path)),
         ("downloads", _downloads_text(job)),
         ("fits", fits),
@@ -483,6 +479,15 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         console.result(f"{name:<12} {value}")
     for warning in plan.warnings:
         shown.warn(warning)
+
+
+def _disk_text(plan: Plan) -> str:
+    """Most disk space while the video is made: at most about 1.2 GB: video 0.2 GB, run folder 1.0 GB."""
+    from packforcing_cli.cli import console
+
+    video = console.gb(plan.disk_bytes - plan.run_bytes)
+    parts = f"video {video}, run folder {console.gb(plan.run_bytes)}" if plan.run_bytes else "the video alone"
+    return f"at most about {console.gb(plan.disk_bytes)}: {parts}"
 
 
 def _downloads_text(job: Job) -> str:
