@@ -942,6 +942,8 @@ def generate(
             writer.abort()
             if run is None:
                 part_path(writer.path).unlink(missing_ok=True)
+        elif run is not None:
+            note_end(run, writer)
         blocks = last.index + 1 if unfinished else max(last.index + 1, shown.blocks_in(writer.blocks_written))
     if run is not None and not unfinished:
         close_run(run, writer)
@@ -1252,7 +1254,7 @@ def finished_blocks(run: RunFolder, output: Path) -> int:
     except VideoError:
         return 0
     record = run.record
-    is_known = record.output == str(output.absolute()) and record.frames == frames
+    is_known = record.output == str(output.absolute()) and frames in (record.frames, record.closing)
     blocks = record.shown.blocks_of(frames) or 0
     return blocks if owner == record.id or (owner is None and is_known) else 0
 
@@ -1294,7 +1296,7 @@ def finish(run: RunFolder) -> bool:
         return False
     if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
         if record.status != "finished":
-            run.update(status="finished", frames=frames)
+            run.update(status="finished", frames=frames, closing=0)
         return True
     history = open_history(request, record.lengths, fps=record.fps, size=record.size)
     encoding = Encoding.of(
@@ -1315,16 +1317,24 @@ def finish(run: RunFolder) -> bool:
     if shown.blocks_in(writer.blocks_written) < record.blocks:
         writer.abort()
         return False
+    note_end(run, writer)
     writer.close()
     close_run(run, writer)
     return True
+
+
+def note_end(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
+    """Before a file without tags gets its name, note in run.json what it will be: nothing else says whose it is."""
+    if not run.record.tags:
+        writer.flush()
+        run.update(closing=writer.frames_written)
 
 
 def close_run(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
     """Note in run.json how far the finished file goes."""
     blocks = run.record.shown.blocks_in(writer.blocks_written)
     status = "finished" if blocks == run.record.blocks else "stopped"
-    run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written)
+    run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written, closing=0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -65,6 +65,7 @@ class Record(_Frozen):
 
     status:   running (also when a kill ended it), stopped (asked to end early, the file was finished), finished.
     output:   the finished video, an absolute path; `frames` are in it once the status is not running.
+    closing:  frames that it has once it got its name; only while a file without tags gets it, else 0.
     blocks:   length of the whole video; `fps`, `size` and `frames_per_block` are the video's.
     request:  what was asked for, everything decided: config.GenerateRequest as JSON values.
     tags:     of the video file.
@@ -82,6 +83,7 @@ class Record(_Frozen):
     prompt: str
     output: str
     frames: int = Field(0, ge=0)
+    closing: int = Field(0, ge=0)
     blocks: int = Field(ge=1)
     fps: int = Field(ge=1)
     size: tuple[int, int]

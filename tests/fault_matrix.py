@@ -1,7 +1,7 @@
 """Break the writers and the command on purpose, in forked children of one warmed process, and see that nothing is lost.
 
     python tests/fault_matrix.py writers                every write, fsync, rename, close … x every fault (minutes)
-    python tests/fault_matrix.py writers --every 13     a sample, as the tests take it
+    python tests/fault_matrix.py writers --every 13     a sample, as the tests take it; also with --no-metadata
     python tests/fault_matrix.py generate 1000          so many SIGKILLs of `packforcing generate` and its resumes
 
 `writers` runs run folder, video, snapshot and run.json for real, fed by a made-up block source whose frames are a
@@ -55,6 +55,7 @@ from packforcing_cli.video import VideoReader, VideoWriter  # noqa: E402
 
 BLOCKS = 6
 SNAPSHOT_EVERY = 2
+TAGGED = True  # whether the file says whose it is
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "short write")
 CALLS = ("write", "fsync", "rename", "replace", "link", "unlink", "close", "ftruncate")
 NOISE = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -138,7 +139,7 @@ def a_record(output: Path) -> Record:
         size=(64, 64),
         frames_per_block=4,
         request=GenerateRequest(prompt="made up", seed=3).to_values(),
-        tags={"run": "20260101-000000-faults"},
+        tags={"run": "20260101-000000-faults"} if TAGGED else {},
         must={"model": "tiny"},
         numerics={},
     )
@@ -440,10 +441,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     some = commands.add_parser("writers")
     some.add_argument("--every", type=int, default=1)
+    some.add_argument("--no-metadata", action="store_true", help="the file does not say whose it is")
     killed = commands.add_parser("generate")
     killed.add_argument("kills", type=int)
     killed.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    global TAGGED
+    TAGGED = not getattr(arguments, "no_metadata", False)
     torch.set_num_threads(1)
     if arguments.command == "writers":
         result = writers(arguments.every)

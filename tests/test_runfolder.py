@@ -296,6 +296,40 @@ def test_a_finished_run_whose_file_was_not_yet_noted_needs_no_model(
 # -- extending ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stopped_before", [False, True])
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_file_that_does_not_say_whose_it_is_is_known_when_it_has_its_name(
+    where: str, stopped_before: bool, model: VideoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without tags a kill right before or right behind the last rename must not lock the run out of its own file."""
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output, tags={}) as run:
+        if stopped_before:
+            make(model, output, run, stop_after=3, metadata={})
+            assert (run.record.frames, run.record.closing) == (45, 0)
+        with monkeypatch.context() as patch:
+            if where == "before":
+                patch.setattr(VideoWriter, "close", lambda writer: kill(writer.abort()))
+            else:
+                patch.setattr(rollout, "close_run", kill)
+            assert make(model, output, run)[1] is None
+    assert output.exists() is (stopped_before or where == "behind")
+    with RunFolder.open(tmp_path / "run") as run:
+        assert (run.record.status, run.record.closing) == (
+            "running" if not stopped_before else "stopped",
+            109,
+        )
+        assert rollout.finish(run)
+        assert (run.record.status, run.record.frames, run.record.closing) == ("finished", 109, 0)
+        assert rollout.finish(run)
+    assert VideoReader(output).num_frames == 109
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "run"]
+
+
 @pytest.mark.parametrize("policy", ["packforcing", "full", "window"])
 def test_continuing_a_run_equals_the_same_seconds_of_a_longer_one(
     policy: str, model: VideoModel, tmp_path: Path

@@ -165,10 +165,10 @@ def _go_on(
         run.update(other_memory=run.blocks)
     announce(run, model, shown)
     is_same = run.record.output == str(request.output)
-    frames = run.record.frames if is_same else 0
+    frames, closing = (run.record.frames, run.record.closing) if is_same else (0, 0)
+    changes = {"output": str(request.output), "frames": frames, "closing": closing}
     asked = {**run.record.request, "guard": request.guard}
-    must = {**run.record.must, **now}
-    run.update(status="running", output=str(request.output), frames=frames, must=must, request=asked)
+    run.update(status="running", **changes, must={**run.record.must, **now}, request=asked)
     return run
 
 
