@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,7 @@ from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli.progress import Display
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
+from packforcing_cli.layout import Lengths
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
@@ -569,6 +571,34 @@ def test_a_pin_over_the_branch_point_ends_there() -> None:
     cut = [span.text for span in branch_of(prompt="red", pins=pins).pins]
     assert cut == ["0:01-0:02.8125", "0:02-0:02.8125"]
     assert [span.text for span in branch_of(pins=pins).pins] == ["0:01-0:04", "0:02-0:05.8125", "0:03-0:04"]
+
+
+def test_a_pinned_scene_over_the_branch_point_is_pinned_up_to_there() -> None:
+    """Blocks begin at 0, 0.8125, 1.8125 and 2.8125 s, where the branch is."""
+    pinned = {
+        "0:01 blue [pin 4s]": "2",
+        "0:01 blue [pin]": "0",
+        "0:01 blue [pin 1s]": "1",
+        "0:02 blue [pin 2s]": "1",
+    }
+    for text, seconds in pinned.items():
+        branch = branch_of(prompt="red", scenes=(text,))
+        assert branch.scenes[0].pin == Fraction(seconds)
+        script = branch.script("a", Lengths(4), fps=16, num_blocks=6, start=0)
+        assert script.pins <= {1, 2} and script.starts[-1] == 3
+    assert branch_of(scenes=("0:01 blue [pin 8s]",)).scenes[0].pin == 5  # to the end, 0:05.8125
+    within_its_blend = branch_of(at=("0:04 red",), scenes=("0:02 blue [blend 1s] [pin 3s]",)).scenes[0]
+    assert (within_its_blend.blend, within_its_blend.pin) == (1, None)
+
+
+@pytest.mark.parametrize("fps", [15, 16, 24, 30])
+def test_a_cut_timeline_has_no_frame_more_when_it_is_read_again(fps: int) -> None:
+    had = Timeline(parse_at([("0:00.9", "b [pin 3600s]")]), parse_pins(["0:00-1:00:00"]))
+    lengths = Lengths(4)
+    for blocks in range(3, 12):
+        end = Fraction(lengths.frames_for(blocks), fps)
+        cut = Timeline.from_json(had.until(end, lengths, fps=fps).to_json())
+        assert cut.script("a", lengths, fps=fps, num_blocks=blocks).pins == set(range(blocks))
 
 
 @pytest.mark.parametrize("more", [(), ("--prompt", "a square"), ("--at", "0:03 a square")])
