@@ -361,8 +361,9 @@ def extend_command(job: Job) -> str:
         "fit": request.fit,
         "from-time": source.from_time,
         "to-time": source.to_time,
-        **{name: getattr(request, name) for name in FILE_SETTINGS if name in request.model_fields_set},
     }
+    usual = {name: GenerateRequest.model_fields[name].default for name in FILE_SETTINGS}
+    values |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
     words = [
         word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
     ]

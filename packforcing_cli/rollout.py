@@ -978,6 +978,11 @@ def open_history(
     wanted = request.source
     if wanted is None:
         return None
+    if not wanted.path.is_file():
+        raise UsageError(
+            f"there is no file {wanted.path}, and the video goes on with it",
+            hint="Bring it back to that place.",
+        )
     source = Source(
         wanted.path,
         fps=fps,

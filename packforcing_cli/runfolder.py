@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from packforcing_cli import durable
-from packforcing_cli.config import GenerateRequest
+from packforcing_cli.config import GenerateRequest, SourceVideo
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError
 from packforcing_cli.layout import Lengths, Shown
 
@@ -112,8 +112,12 @@ class Record(_Frozen):
     @property
     def shown(self) -> Shown:
         """Which blocks are in the file."""
-        source = GenerateRequest.from_values(self.request).source
-        return Shown(self.lengths) if source is None else source.shown(self.lengths)
+        return Shown(self.lengths) if self.source is None else self.source.shown(self.lengths)
+
+    @property
+    def source(self) -> SourceVideo | None:
+        """Somebody's video that it goes on with."""
+        return GenerateRequest.from_values(self.request).source
 
     @property
     def model(self) -> str:

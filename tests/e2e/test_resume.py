@@ -440,6 +440,7 @@ def test_runs_are_listed_shown_removed_and_pruned(
         "size_bytes",
         "video",
         "parent",
+        "source",
         "folder",
         "problem",
     }
