@@ -44,7 +44,7 @@ import torch  # noqa: E402
 from test_source import RAMP, write  # noqa: E402
 from tiny import embeds, video_model  # noqa: E402
 
-from packforcing_cli import __version__, cli, rollout  # noqa: E402
+from packforcing_cli import __version__, cli, rollout, trace  # noqa: E402
 from packforcing_cli.cache import CacheStats  # noqa: E402
 from packforcing_cli.cli import generate as generate_command  # noqa: E402
 from packforcing_cli.cli.progress import Display  # noqa: E402
@@ -89,6 +89,7 @@ def made_up_blocks(
             cache=CacheStats(empty, (), (), (), ()),
             seconds={"denoise": 0.1},
             replayed=old is not None,
+            record=trace.Record(n),
             state=lambda n=n: {"n": torch.tensor(n + 1), "more": torch.zeros(1000)},
         )
 
@@ -223,8 +224,8 @@ def facts(folder: Path) -> dict[str, Any]:
     with RunFolder.open(folder / "run") as run:
         assert run.record.status == "finished", run.record.status
         entries = [(e.latents.tolist(), e.selected.tolist(), e.retry) for e in run.entries()]
-        trace = [line["block"] for line in run.trace()]
-    assert trace == sorted(set(trace)), trace
+        traced = [line["block"] for line in run.trace()]
+    assert traced == sorted(set(traced)), traced
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     return {"latents": entries, "packets": packets(folder / "v.mp4"), "files": names}
 
