@@ -308,8 +308,13 @@ def _extension_draft(
     line: Line, request: ExtendRequest, inputs: Inputs, seed: int, counts: dict[str, int]
 ) -> Entry:
     """The job of a line that makes a video longer."""
-    asked = {**request.model_dump(mode="json", exclude={"overwrite"}), "timeline": line.timeline.to_json()}
+    asked = {
+        **request.model_dump(mode="json", exclude={"overwrite", *NOT_REPEATED}),
+        "timeline": line.timeline.to_json(),
+    }
     asked["source"] = source = _source_place(request.source)
+    if request.frames is not None:
+        request = request.model_copy(update={"frames": request.frames.expanduser().absolute()})
     chosen = request.seed
     more: dict[str, Any] = {"source": source}
     error: PackforcingError | None = None
@@ -363,12 +368,21 @@ def _branch_request(folder: Path, line: Line, request: ExtendRequest) -> tuple[G
             has_new_prompts=request.prompt is not None or bool(line.timeline.scenes),
             output=None,
             overwrite=request.overwrite,
-            changes={"seed": request.seed, "device": request.device, "guard": request.guard},
+            frames=request.frames,
+            changes={"seed": request.seed, "device": request.device, **_file_changes(request)},
         )
         digest = hashlib.sha256(old.record.id.encode())
         for entry in old.entries(0, blocks):
             digest.update(entry.latents.contiguous().flatten().float().numpy().tobytes())
         return whole, blocks, digest.hexdigest()
+
+
+def _file_changes(request: ExtendRequest) -> dict[str, Any]:
+    """Settings of the new file, None = not given."""
+    return {
+        name: getattr(request, name)
+        for name in ("guard", "codec", "crf", "preset", "metadata", "snapshot_every")
+    }
 
 
 def _file_request(path: Path, line: Line, request: ExtendRequest, seed: int) -> GenerateRequest:
@@ -387,7 +401,8 @@ def _file_request(path: Path, line: Line, request: ExtendRequest, seed: int) -> 
         "size": request.size,
         "fit": request.fit,
         "device": request.device,
-        "guard": request.guard,
+        "frames": request.frames,
+        **_file_changes(request),
     }
     whole = GenerateRequest(
         prompt=said.strip() or f"more of {path.stem}",

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,19 +73,21 @@ def request_of(
     has_new_prompts: bool,
     output: Path | None,
     overwrite: bool,
+    frames: Path | None,
     changes: Mapping[str, Any],
 ) -> GenerateRequest:
     """What a branch of a run asks for: as before, but for what is said here.
 
     Args:
         seconds, timeline: of the whole new video.
+        frames:  folder for PNGs; those of the source stay as they are.
         changes: name -> value, None = as before.
     """
     return GenerateRequest.from_values(
         {
             **record.request,
             "image": None,  # it is in the first block
-            "frames": None,  # those of the source stay as they are
+            "frames": frames,
             **({"embeddings": None} if has_new_prompts else {}),  # not for new prompts
             **{name: value for name, value in changes.items() if value is not None},
             "seconds": seconds,
@@ -171,10 +172,8 @@ def timeline_of(record: Record, blocks: int, total: float, prompt: str | None, a
                 f"--at {clock(scene.seconds + late)}: the old part is made already",
                 hint=f"The first possible time is {clock(begins + late)}; to branch off earlier: --from.",
             )
-    return Timeline(
-        (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
-        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *given.pins),
-    )
+    kept = before.until(ends, record.lengths, fps=record.fps)
+    return Timeline((*kept.scenes, *new), (*kept.pins, *given.pins))
 
 
 def made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | None:
@@ -195,6 +194,9 @@ def made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | N
     new = (lengths.frames_for(job.plan.blocks) - lengths.frames_for(blocks)) / before.fps
     words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{new:g}"]
     words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
+    for name in jobs.FILE_SETTINGS:
+        value = getattr(request, name)
+        words += [] if before.request.get(name) == value else [f"--{name}", str(value)]
     return shlex.join(["packforcing", *words])
 
 

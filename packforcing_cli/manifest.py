@@ -90,6 +90,12 @@ class ExtendRequest(Options):
     to_time:   use a video made elsewhere up to there; None = its end.
     only_new:  write the new part without a source made elsewhere.
     guard:     what happens to an unhealthy block of the new part; None = as before, or warn.
+    codec:     of the new file; None = as before, or h264.
+    crf:       quality of the new file, 0 (lossless) to 51; None = as before, or 18.
+    preset:    of the encoder; None = as before, or its usual one.
+    metadata:  write into the file how it was made; None = as before, or yes.
+    frames:    folder that gets every frame as a PNG, too.
+    snapshot_every: blocks between two exact snapshots in the run folder; None = as before, or none.
     """
 
     source: str
@@ -106,6 +112,12 @@ class ExtendRequest(Options):
     to_time: str | None = None
     only_new: bool = False
     guard: str | None = None
+    codec: str | None = None
+    crf: int | None = Field(None, ge=0, le=51)
+    preset: str | None = None
+    metadata: bool | None = None
+    frames: Path | None = None
+    snapshot_every: int | None = Field(None, ge=1)
 
     @field_validator("source")
     @classmethod
@@ -130,7 +142,7 @@ class ExtendRequest(Options):
             timelines.parse_time(str(value).strip())
         return None if value is None else str(value).strip()
 
-    @field_validator("seconds", "device", "model", "size", "fit", "guard", mode="before")
+    @field_validator("seconds", "device", "model", "size", "fit", "guard", "codec", mode="before")
     @classmethod
     def _as_in_generate(cls, value: object, info: Any) -> object:
         if value is not None:
@@ -540,7 +552,7 @@ def _built(
 ) -> Any:
     """The request of some values, or None and a problem for each that is wrong."""
     for name, value in fields.items():
-        if isinstance(value, bool) and kind.model_fields[name].annotation is not bool:
+        if isinstance(value, bool) and kind.model_fields[name].annotation not in (bool, bool | None):
             problem(
                 name_of.get(_key(name), _key(name)),
                 f"{_key(name)} {json.dumps(value)}: must not be true or false",

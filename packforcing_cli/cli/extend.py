@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packforcing_cli.cli import extend_file as foreign
+from packforcing_cli.cli import file_options as files
 from packforcing_cli.cli import generate as runner
 from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import resume as resuming
@@ -42,13 +43,14 @@ def extend(
         str | None,
         typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: as before."),
     ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="DIR", help="Where to keep the new run. Default: a new folder."),
-    ] = None,
-    no_run: Annotated[
-        bool, typer.Option("--no-run", help="Keep nothing: the new video cannot be resumed.")
-    ] = False,
+    codec: files.Codec = None,
+    crf: files.Crf = None,
+    preset: files.Preset = None,
+    frames: files.Frames = None,
+    metadata: files.Metadata = None,
+    run: files.RunPlace = None,
+    no_run: files.NoRun = False,
+    snapshot_every: files.SnapshotEvery = None,
     model: foreign.Model = None,
     size: foreign.Size = None,
     fit: foreign.Fit = None,
@@ -71,6 +73,7 @@ def extend(
     The new file has the old part and the new one; the source and its run stay as they are. With the same prompt
     and seed the result is what one longer run would have made. A video that was made elsewhere is read, brought to
     the model's size and rate, and remembered in the same bounded memory; how visible the join is will be printed.
+    Options of the file that are not given are those of the run.
 
     Example: packforcing extend a-red-circle.mp4 --seconds 30 --from 0:40 --prompt "a blue square" -o branch.mp4
 
@@ -85,6 +88,16 @@ def extend(
 
     shown = display.choose(progress, quiet=quiet, verbose=verbose)
     options = foreign.Options(model, size, fit, from_time, to_time, only_new)
+    changes: dict[str, Any] = {
+        "seed": seed,
+        "device": device,
+        "codec": codec,
+        "crf": crf,
+        "preset": preset,
+        "metadata": metadata,
+        "snapshot_every": snapshot_every,
+        "guard": guard,
+    }
     try:
         if foreign.is_foreign(source, shown):
             for name, given in (("--from", start), ("--force", force)):
@@ -94,8 +107,8 @@ def extend(
                         hint="To use a part of it: --from-time and --to-time.",
                     )
             code = foreign.extend_file(
-                Path(source), options, seconds, prompt, at, pin, seed, device, output, run,
-                guard=guard, keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+                Path(source), options, seconds, prompt, at, pin, changes, frames, output, run,
+                keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
             )  # fmt: skip
             if code:
                 raise typer.Exit(code)
@@ -114,7 +127,6 @@ def extend(
                 shown.warn(f"{old.dropped} of {old.record.id} is torn and left out")
             blocks, total = continuation.lengths(old, seconds, start)
             before = GenerateRequest.from_values(old.record.request)
-            changes: dict[str, Any] = {"seed": seed, "device": device, "guard": guard}
             asked = Timeline(
                 parse_at(value.strip().partition(" ")[::2] for value in at or ()), parse_pins(pin or ())
             )
@@ -126,6 +138,7 @@ def extend(
                 has_new_prompts=prompt is not None or bool(at),
                 output=output,
                 overwrite=overwrite,
+                frames=frames,
                 changes=changes,
             )
             job = runner.prepare(request, blocks=blocks, why=resuming.as_before(device))

@@ -15,8 +15,8 @@ from packforcing_cli.quiet import known_import_noise_dropped
 if TYPE_CHECKING:
     from transformers import UMT5Config
 
-DEMO_TEXT_LENGTH = 12
-"""Tokens of a demo prompt; a caption has 9 words and an end token."""
+DEMO_TEXT_LENGTH = 16
+"""Tokens of a demo prompt; a caption has 9 words, with a visitor 13, and an end token."""
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 """Ids 0, 1, 2 as in UMT5."""
@@ -41,8 +41,8 @@ def demo_vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def build_demo_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, byte for byte the same every time.
+def build_demo_tokenizer(folder: Path, length: int = DEMO_TEXT_LENGTH) -> None:
+    """Write tokenizer.json and tokenizer_config.json, byte for byte the same every time; prompts have `length` tokens.
 
     Upper case and punctuation do not matter; a word outside WORDS becomes <unk>; the prompt ends in </s>.
     """
@@ -69,7 +69,7 @@ def build_demo_tokenizer(folder: Path) -> None:
         "unk_token": "<unk>",
         "padding_side": "right",
         "truncation_side": "right",
-        "model_max_length": DEMO_TEXT_LENGTH,
+        "model_max_length": length,
         "clean_up_tokenization_spaces": False,
     }
     folder.mkdir(parents=True, exist_ok=True)
