@@ -142,7 +142,7 @@ def test_a_segment_of_rendered_truth_is_all_right_and_a_damaged_one_is_not() -> 
     clip = world.render(scene, 0, 160)
     picture = detectors.background_picture(clip)
     right = suite.read_segment(clip, scene.caption, picture, picture)
-    assert all(right[word] for word in suite.WORDS)
+    assert all(right[word] for word in (*suite.WORDS, "count"))
     assert right["moves"]
     assert right["background_correlation"] == 1
     assert right["speed"] == pytest.approx(scene.speed, rel=0.05)
@@ -219,7 +219,7 @@ def test_each_recall_is_the_video_of_its_own_timeline(
             "2": {"hidden": True, "again": {"present": False, "colour": "red", "shape": "tall"}},
         },
     }
-    here, away = (suite.visitor_caption(caption, is_here=value) for value in (True, False))
+    here, away = (world.caption_of(world.parse_caption(caption), visitor=value) for value in (True, False))
     assert here.endswith(", the visitor is here")
     story = encode_script(model, Script((away, here, away, here), (0, 1, 2, 4), (0,) * 4), guided=True)
     memory = suite.memory_of(model, {"sink_blocks": 1})

@@ -494,6 +494,7 @@ def read_segment(clip: Tensor, prompt: str, picture: Tensor, first: Tensor) -> d
     seen = detectors.detect(clip)
     return {
         **detectors.score(seen, prompt),
+        "count": detectors.count_subjects(clip) == 1,
         "moves": seen.direction != detectors.NONE,
         "speed": round(seen.speed, 3),
         "outline": round(seen.outline, 3),
@@ -515,7 +516,8 @@ def recall(model: VideoModel, video: Video, *, grid: Grid, fps: int) -> dict[str
 
     come, visit, back, read = (blocks(s) for s in (VISIT_BEGINS, VISIT_SECONDS, BACK_SECONDS, READ_SECONDS))
     gone = come + visit
-    here, away = (visitor_caption(video.prompt, is_here=value) for value in (True, False))
+    combination = world.parse_caption(video.prompt)
+    here, away = (world.caption_of(combination, visitor=is_here) for is_here in (True, False))
     calls = {gone + blocks(delay): delay for delay in DELAYS}
     last = max(calls)
     whole = rollout.encode_script(
@@ -550,14 +552,9 @@ def recall(model: VideoModel, video: Video, *, grid: Grid, fps: int) -> dict[str
     return result
 
 
-def visitor_caption(caption: str, *, is_here: bool) -> str:
-    """A caption that says whether the visitor is there."""
-    return f"{caption}, the visitor is {'here' if is_here else 'away'}"
-
-
 def see_visitor(clip: Tensor) -> dict[str, Any]:
     """Whether a visitor is there, and its look."""
-    seen = detectors.detect_visitor(clip)  # type: ignore[attr-defined]
+    seen = detectors.detect_visitor(clip)
     return {"present": bool(seen.present), "colour": seen.colour, "shape": seen.shape}
 
 

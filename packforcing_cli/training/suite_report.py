@@ -45,6 +45,7 @@ Values = NDArray[np.float64]
 
 MEASURES = (
     *WORDS,
+    "count",
     "moves",
     "background_correlation",
     "background_drift",
@@ -59,6 +60,7 @@ TABLE = (  # column, measure of the last segment or of the whole video
     ("background", "background"),
     ("direction", "direction"),
     ("there", "present"),
+    ("one", "count"),
     ("all", "all"),
     ("background kept", "background_correlation"),
     ("dynamic degree", "dynamic_degree"),
@@ -299,21 +301,12 @@ def _same(name: str, first: Mapping[str, Any], again: Mapping[str, Any]) -> bool
     return bool(again["present"]) and all(first[word] == again[word] for word in words)
 
 
-VISITOR_SHAPES = 3
-
-
-def _visitor_colours(prompt: str) -> int:
-    """Colours that are neither the subject's nor the background's."""
-    words = world.parse_caption(prompt)
-    return len({*world.COLOURS} - {words.colour, words.background})
-
-
 def _guessed(suite: Suite, name: str, looks: Sequence[Look]) -> float:
     """Chance: one of the looks that a visitor may have in the scene of a prompt; it is always there."""
     shares = []
     for number, *_ in looks:
-        colours = _visitor_colours(suite.prompts[number])
-        shapes = VISITOR_SHAPES
+        colours = len(world.visitor_colours(world.parse_caption(suite.prompts[number])))
+        shapes = len(world.VISITOR_SHAPES)
         shares.append(
             {"colour": 1 / colours, "shape": 1 / shapes, "both": 1 / colours / shapes, "present": 1.0}[name]
         )
@@ -357,7 +350,7 @@ def markdown(report: Mapping[str, Any]) -> str:
         ]
     lines += [
         f"Shares and means of the last {SEGMENT_SECONDS} seconds, with 95 % bootstrap intervals over prompts."
-        " *there*: a subject. *background kept*: correlation of the background with that of"
+        " *there*, *one*: a subject, and no second one. *background kept*: correlation of the background with that of"
         " the first seconds. *dynamic degree* (%), and that of the first seconds; *jumps*, pictures set anew in"
         " the whole video: as `packforcing eval --explain` defines them. *speed, end : start*: of the subject.",
         "An interval without width says that these prompts agree, not that others would: when n prompts are all right,"
