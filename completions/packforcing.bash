@@ -19,14 +19,20 @@ _packforcing() {
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--block|--clip|--compare|--crf|--embeddings|--endpoint|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--recent-blocks|--repeats|--rows|--run|--seam|--seconds|--seed|--seeds|--set|--sink-blocks|--size|--snapshot-every|--steps|--suite|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --address|--at|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-failures|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--recent-blocks|--repeats|--retries|--rows|--run|--seam|--seconds|--seed|--seeds|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="bench doctor eval extend generate inspect-cache models resume runs show train --version --help -h" ;;
+        "packforcing") words="batch bench doctor eval extend generate inspect-cache models resume runs show train --version --help -h" ;;
+        "packforcing batch") words="cancel retry run schema status --help -h" ;;
+        "packforcing batch cancel") words="--job --help -h" ;;
+        "packforcing batch retry") words="--job --lost --help -h" ;;
+        "packforcing batch run") words="--out --format --model --seconds --size --device --set --seed --workers --threads --engine --address --cpus-per-worker --ship-models --timeout --retries --auto-fit --max-failures --retry-failed --add --shard --dry-run --json --progress -q --quiet -v --verbose --help -h" ;;
+        "packforcing batch schema") words="--help -h" ;;
+        "packforcing batch status") words="--json --help -h" ;;
         "packforcing bench") words="all cache engine load scaling startup --help -h" ;;
         "packforcing bench all") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
         "packforcing bench cache") words="--model --size --dtype --device --repeats --force --json --help -h" ;;

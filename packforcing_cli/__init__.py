@@ -16,17 +16,28 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from packforcing_cli import errors
+    from packforcing_cli.batch import generate_many
     from packforcing_cli.layout import Layout
     from packforcing_cli.registry import VideoModel, load_model
     from packforcing_cli.rollout import generate, stream_generate
 
-__all__ = ["Layout", "VideoModel", "__version__", "errors", "generate", "load_model", "stream_generate"]
+__all__ = [
+    "Layout",
+    "VideoModel",
+    "__version__",
+    "errors",
+    "generate",
+    "generate_many",
+    "load_model",
+    "stream_generate",
+]
 
 _MODULE_OF = {
     "Layout": "layout",
     "VideoModel": "registry",
     "load_model": "registry",
     "generate": "rollout",
+    "generate_many": "batch",
     "stream_generate": "rollout",
 }
 

@@ -47,7 +47,7 @@ def replacing(path: Path, *, overwrite: bool = True) -> Iterator[Path]:
         if overwrite:
             temporary.replace(path)
         else:
-            _rename_new(temporary, path)
+            rename_new(temporary, path)
         sync_folder(path.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -123,7 +123,7 @@ def failure(error: OSError, path: Path, *, kind: type[PackforcingError], hint: s
     return kind(f"{path} could not be written: {error.strerror or error}", hint=hint)
 
 
-def _rename_new(temporary: Path, target: Path) -> None:
+def rename_new(temporary: Path, target: Path) -> None:
     """Rename, never over a file that appeared meanwhile. Raises: FileExistsError."""
     try:
         os.link(temporary, target)  # unlike rename, fails if the target exists

@@ -31,6 +31,7 @@ COMMANDS = (
     ("extend", "extend", "extend"),
     ("resume", "resume", "resume"),
     ("runs", "runs", "app"),
+    ("batch", "batch", "app"),
     ("train", "train", "train"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from packforcing_cli.jobs import Job
     from packforcing_cli.registry import VideoModel
     from packforcing_cli.runfolder import RunFolder
-    from packforcing_cli.video import VideoReader
 
 PANEL = "Videos made elsewhere"
 
@@ -92,6 +91,7 @@ def is_foreign(source: str, shown: Display) -> bool:
 
     Raises: UsageError if it is a missing file's name; VideoError if it cannot be read.
     """
+    from packforcing_cli.continuation import run_of
     from packforcing_cli.errors import UsageError
     from packforcing_cli.video import VideoReader
 
@@ -108,23 +108,6 @@ def is_foreign(source: str, shown: Display) -> bool:
     if run_id:
         shown.note(f"The run of {source} ({run_id}) is not here: going on from its pictures.")
     return True
-
-
-def run_of(video: VideoReader) -> Path | None:
-    """The folder of the run here that made a video: the one it names, else the one that wrote this very file.
-
-    A file without metadata names none; it is known by its path and its number of frames.
-    """
-    from packforcing_cli import runfolder
-
-    run_id = video.metadata.get("run")
-    if run_id is not None:
-        return runfolder.folder_of(run_id)
-    known = (str(video.path.absolute()), video.num_frames)
-    for run in reversed(runfolder.all_runs()):  # the newest of those that wrote to this path
-        if run.record is not None and (run.record.output, run.record.frames) == known:
-            return run.folder
-    return None
 
 
 def extend_file(
@@ -200,10 +183,8 @@ def _request(
     output: Path | None,
 ) -> tuple[GenerateRequest, str]:
     """The request for a video that goes on with a file, and why it takes the model it does."""
-    from packforcing_cli import extension, packages, rollout
+    from packforcing_cli import continuation
     from packforcing_cli.cli import choose, settings
-    from packforcing_cli.config import SourceVideo
-    from packforcing_cli.source import Source
 
     _, wanted = story.gather(said, at, None, pin)
     request = settings.gather(flags).generate_request(
@@ -211,33 +192,22 @@ def _request(
     )
     output_folder = (request.output or Path()).absolute().parent
     request, _, why_model = choose.resolve_model(request, output_folder)
-    facts = packages.facts(request.model)
-    size = request.size or facts.default_size
-    grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)
-    start, end = time_of(options.from_time, "--from-time"), time_of(options.to_time, "--to-time")
-    opened = Source(source, fps=facts.fps, size=size, fit=request.fit, start=start or Fraction(0), end=end)
-    parts = opened.history(grid, only_new=options.only_new).shown
-    blocks = parts.history + grid.blocks_more(request.seconds, facts.fps)
+    for name, text in (("--from-time", options.from_time), ("--to-time", options.to_time)):
+        time_of(text, name)
     if request.output is None:  # its name is made before the prompt may be empty
         from packforcing_cli import jobs
 
         request = request.model_copy(update={"output": jobs.output_path(request)})
-    changes: dict[str, Any] = {
-        "prompt": said.strip(),
-        "seconds": grid.frames_for(blocks) / facts.fps,
-        "timeline": extension.on_blocks(wanted, parts, fps=facts.fps),
-        "source": SourceVideo(
-            path=source,
-            sha256=rollout.file_hash(source),
-            from_time=options.from_time,
-            to_time=options.to_time,
-            only_new=options.only_new,
-            blocks=parts.history,
-            lead=parts.lead,
-            padded=parts.padded,
-        ),
-    }
-    return request.model_copy(update=changes), why_model
+    request = continuation.request_for_file(
+        request,
+        source,
+        prompt=said,
+        asked=wanted,
+        from_time=options.from_time,
+        to_time=options.to_time,
+        only_new=options.only_new,
+    )
+    return request, why_model
 
 
 def time_of(text: str | None, option: str) -> Fraction | None:

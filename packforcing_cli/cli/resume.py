@@ -136,7 +136,7 @@ def _folder(run: str | None, *, last: bool) -> Path:
 def find_run(name: str) -> Path:
     """The run folder of a folder, an id, or a video file that a run here made. Raises: UsageError, VideoError."""
     from packforcing_cli import runfolder
-    from packforcing_cli.cli.extend_file import run_of
+    from packforcing_cli.continuation import run_of
     from packforcing_cli.errors import UsageError
     from packforcing_cli.video import VideoReader
 

@@ -1,0 +1,228 @@
+"""What a batch decides before any model is loaded: names, seeds, identities, shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packforcing_cli import batch, ledger, manifest
+from packforcing_cli.batch import Folder, Template
+from packforcing_cli.errors import UsageError
+from packforcing_cli.ledger import Entry
+
+
+def planned(jobs: list[Any], **options: Any) -> list[Entry]:
+    lines = manifest.of_values(jobs, defaults={"model": "demo"})
+    return batch.plan_jobs(lines, **options)[0]
+
+
+def names(jobs: list[Any], **options: Any) -> list[str]:
+    return [entry.output for entry in planned(jobs, **options)]
+
+
+def seeds(entries: list[Entry]) -> list[int]:
+    return [entry.spec["request"]["seed"] for entry in entries]
+
+
+def test_files_are_called_after_number_prompt_and_seed() -> None:
+    assert names(
+        [{"prompt": "A red circle!", "seed": 7}, {"prompt": "b", "seed": 8, "title": "Take two"}]
+    ) == [
+        "0001-A-red-circle-7.mp4",
+        "0002-Take-two-8.mp4",
+    ]
+
+
+def test_a_template_may_make_folders_and_other_endings() -> None:
+    template = Template("{seed:03d}/{slug}.mkv")
+    assert names([{"prompt": "a b", "seed": 5}], template=template) == ["005/a-b.mkv"]
+
+
+def test_names_that_are_one_file_on_some_system_get_numbers() -> None:
+    jobs = [{"prompt": text, "seed": n} for n, text in enumerate(["é", "e\u0301", "É", "x" * 300, "X" * 299])]
+    found = names(jobs, template=Template("{slug}"))
+    assert found[:3] == ["é.mp4", "é-2.mp4", "É-3.mp4"]
+    assert len({batch.same_name(name) for name in found}) == 5
+    assert found[3].startswith("x" * 150) and found[4].endswith("-2.mp4")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.text(min_size=1).filter(lambda text: text.strip()), min_size=1, max_size=8),
+    st.sampled_from(
+        ["{slug}", "{slug}-{slug}", "{index}/{slug}", "ü{slug}", "{index:04d}-{slug}-{seed}.mov"]
+    ),
+)
+def test_names_are_short_different_and_stay_inside(prompts: list[str], text: str) -> None:
+    found = names(
+        [{"prompt": prompt, "seed": n} for n, prompt in enumerate(prompts)], template=Template(text)
+    )
+    assert len({batch.same_name(name) for name in found}) == len(prompts)
+    for name in found:
+        assert batch.inside(name) == ""
+        assert all(0 < len(part.encode()) <= 200 for part in name.split("/"))
+        assert Path(name).suffix in batch.CONTAINERS
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{slog}", "the nearest is {slug}"),
+        ("{", "cannot be read"),
+        ("../{slug}", "leads out"),
+        ("/x/{slug}", "leads out"),
+        ("~/{slug}", "leads out"),
+        ("{index:s}", "format"),
+        ("{slug:04d}", "not possible"),
+        ("{seed!r}", "not possible"),
+        (".packforcing/{slug}", "not for videos"),
+        (" ", "empty"),
+    ],
+)
+def test_a_template_that_is_not_possible_is_refused(text: str, said: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        Template(text)
+    assert said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "output", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "C:/x.mp4", "a\\..\\x.mp4", "x.avi"]
+)
+def test_an_output_that_leaves_the_folder_is_refused(output: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="line 1, column 1: output"):
+        planned([{"prompt": "a", "output": output}], root=tmp_path)
+
+
+def test_an_output_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/link").symlink_to(tmp_path)
+    (tmp_path / "videos/file.mp4").symlink_to(tmp_path / "elsewhere.mp4")
+    for output in ("link/x.mp4", "file.mp4"):
+        with pytest.raises(UsageError, match="symbolic link"):
+            planned([{"prompt": "a", "output": output}], root=tmp_path / "videos")
+
+
+def test_two_jobs_for_one_file_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"output 'A\.mp4' is that of line 1, too"):
+        planned([{"prompt": "a", "output": "a.mp4"}, {"prompt": "b", "output": "A.mp4"}])
+
+
+def test_the_same_job_twice_is_made_once_and_said() -> None:
+    job = {"prompt": "a", "seed": 1}
+    lines = manifest.of_values([job, job], defaults={"model": "demo"})
+    entries, notes = batch.plan_jobs(lines)
+    assert len(entries) == 1
+    assert notes == ["line 2 asks for the same video as line 1: made once"]
+    with pytest.raises(UsageError, match="in another file; give it another seed"):
+        planned([job | {"output": "a"}, job | {"output": "b"}])
+
+
+def test_seeds_that_nobody_gave_stay_when_the_manifest_changes() -> None:
+    first = planned(["a", "b", "a"])
+    assert len(set(seeds(first))) == 3
+    assert seeds(planned(["new", "b", "a", "a"]))[1:] == [seeds(first)[n] for n in (1, 0, 2)]
+    assert not set(seeds(planned(["a", "b", "a"], seed=1))) & set(seeds(first))
+
+
+def test_an_identity_is_of_what_is_done_and_not_of_where_it_goes(tmp_path: Path) -> None:
+    job: dict[str, Any] = {"prompt": "a", "seed": 1}
+    (one,) = planned([job])
+    for same in ({"output": "x.mp4"}, {"title": "t"}, {"frames": str(tmp_path)}, {"keep_run": False}):
+        assert planned([job | same])[0].id == one.id, same
+    for other in ({"seed": 2}, {"seconds": 3}, {"prompt": "b"}, {"top_k": 3}, {"crf": 3}, {"at": "0:05 x"}):
+        assert planned([job | other])[0].id != one.id, other
+
+
+def test_an_identity_has_the_contents_of_its_inputs_in_it(tmp_path: Path) -> None:
+    image = tmp_path / "a.png"
+    job = {"prompt": "a", "seed": 1, "image": str(image)}
+    (missing,) = planned([job])
+    assert missing.problem is not None and "there is no file" in missing.problem.message
+    image.write_bytes(b"1")
+    (first,) = planned([job])
+    image.write_bytes(b"2")
+    (second,) = planned([job])
+    assert first.problem is None
+    assert len({missing.id, first.id, second.id}) == 3
+    assert missing.key == first.key == second.key
+
+
+def test_a_job_whose_model_is_not_here_fails_alone() -> None:
+    bad, good = planned([{"prompt": "a", "model": "nothing-like-it"}, "b"])
+    assert bad.problem is not None and "no model is named" in bad.problem.message
+    assert good.problem is None
+
+
+def test_jobs_that_share_a_model_have_one_load_key(tmp_path: Path) -> None:
+    plain, small, other = planned(["a", {"prompt": "b", "size": "64x64"}, {"prompt": "c", "dtype": "bf16"}])
+    assert plain.load_key == small.load_key != other.load_key
+    assert plain.layout_key != small.layout_key
+
+
+def test_a_folder_of_another_manifest_is_refused(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "videos")
+    with folder.ledger:
+        folder.add(planned(["a", "b"]), source="first.txt")
+        with pytest.raises(
+            UsageError, match=r"belongs to another manifest: 1 of its jobs \(from first\.txt\)"
+        ):
+            folder.add(planned(["a", "c"]), source="second.txt")
+        assert len(folder.ledger.rows()) == 2
+        folder.add(planned(["a", "b", "c"]), source="longer.txt")
+        folder.add(planned(["d"]), source="more.txt", add=True)
+        assert len(folder.ledger.rows()) == 4
+
+
+def test_jobs_keep_their_names_when_the_manifest_grows(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "videos")
+    with folder.ledger as base:
+        folder.add(planned([{"prompt": "a", "seed": 1}]), source="x")
+        more = [{"prompt": "b", "seed": 2}, {"prompt": "a", "seed": 1}]
+        assert names(more, there=base.rows()) == ["0001-b-2.mp4", "0001-a-1.mp4"]
+
+
+def test_shards_are_parts_that_nothing_is_missing_from() -> None:
+    entries = planned([{"prompt": "a", "seed": n} for n in range(7)])
+    parts = [batch.of_shard(entries, (n, 3)) for n in (1, 2, 3)]
+    assert [len(part) for part in parts] == [3, 2, 2]
+    assert sorted(entry.id for part in parts for entry in part) == sorted(entry.id for entry in entries)
+    assert batch.parse_shard("2/8") == (2, 8)
+    for text in ("0/3", "4/3", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(UsageError, match="must be I/N"):
+            batch.parse_shard(text)
+
+
+def test_a_folder_is_begun_with_shards_or_without(tmp_path: Path) -> None:
+    Folder.open(tmp_path / "v", shard=(1, 2)).ledger.close()
+    Folder.open(tmp_path / "v", shard=(2, 2)).ledger.close()
+    for shard in (None, (1, 3)):
+        with pytest.raises(UsageError, match="was begun with --shard I/2"):
+            Folder.open(tmp_path / "v", shard=shard)
+    assert len(ledger.ledgers(tmp_path / "v")) == 2
+
+
+def test_the_number_of_threads_is_fixed_for_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger:
+        assert batch.threads_of(folder, 2, None) == 3
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+        assert batch.threads_of(folder, 1, None) == 3
+        with pytest.raises(UsageError, match="begun with 3 threads"):
+            batch.threads_of(folder, 1, 2)
+
+
+def test_a_job_can_be_sent_as_plain_values(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned([{"prompt": "a", "at": "0:05 x", "seconds": 9}]), source="x")
+        row = base.claim(ledger.this_process())
+        assert row is not None
+        task = folder.task(row)
+        assert json.loads(json.dumps(task.spec)) == task.spec
+        assert task.output == str(tmp_path / "v" / row.output)
