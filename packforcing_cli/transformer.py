@@ -141,8 +141,18 @@ class AloneContext:
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Unmasked scaled-dot-product attention. q [B,Sq,N,D], k and v [B,Sk,N,D] -> [B,Sq,N,D]."""
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
+        return _attention_to_train_on_a_cpu(q, k, v)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2)
+
+
+def _attention_to_train_on_a_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # Forward and backward of the fused kernel take about three times as long there; memory is no concern at sizes
+    # that are trained on a CPU.
+    scores = (q.transpose(1, 2) * q.shape[-1] ** -0.5) @ k.permute(0, 2, 3, 1)  # [B,N,Sq,Sk]
+    weights = scores.softmax(-1, dtype=_accumulate_dtype(q.dtype)).to(v.dtype)
+    return (weights @ v.transpose(1, 2)).transpose(1, 2)
 
 
 @dataclass(frozen=True)
@@ -201,10 +211,12 @@ class Attention(nn.Module):
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
 
     def queries(self, x: Tensor) -> Tensor:
-        return self.norm_q(self.to_q(x)).unflatten(2, (self.heads, -1))  # [B,S,N,D]
+        # Under autocast a projection is narrower than the weights of its norm.
+        q = self.to_q(x).to(self.norm_q.weight.dtype)
+        return self.norm_q(q).unflatten(2, (self.heads, -1))  # [B,S,N,D]
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.norm_k(self.to_k(x)).unflatten(2, (self.heads, -1))
+        k = self.norm_k(self.to_k(x).to(self.norm_k.weight.dtype)).unflatten(2, (self.heads, -1))
         return k, self.to_v(x).unflatten(2, (self.heads, -1))
 
     def project(self, attended: Tensor) -> Tensor:
@@ -265,9 +277,14 @@ class Layer(nn.Module):
         return (self.attn1.queries(normed), *self.attn1.keys_values(normed))
 
     def forward(
-        self, x: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor], attend: Callable[..., Tensor]
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        attend: Callable[..., Tensor],
+        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
     ) -> Tensor:
-        """x [B,S,d] -> [B,S,d]; `attend(q, k, v)` is this layer's self-attention."""
+        """x [B,S,d] -> [B,S,d]; `attend(q, k, v)` is this layer's self-attention, `attend_text` that to the text."""
         index, acc = modulation.index, _accumulate_dtype(x.dtype)
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self.vectors(modulation, x.dtype)
         out = self.attn1.project(attend(*self.self_attention_inputs(x, modulation)))
@@ -275,7 +292,7 @@ class Layer(nn.Module):
         normed = F.layer_norm(
             x.to(acc), x.shape[-1:], self.norm2.weight.to(acc), self.norm2.bias.to(acc), self.eps
         ).to(x.dtype)
-        x = x + self.attn2.project(attention(self.attn2.queries(normed), *text))
+        x = x + self.attn2.project(attend_text(self.attn2.queries(normed), *text))
         out = self.ffn(self._modulated_norm(x, ffn_shift, ffn_scale, index))
         return _gated_sum(x.to(acc), out, ffn_gate, index).to(x.dtype)
 
@@ -400,10 +417,17 @@ class WanTransformer(nn.Module):
         out: Tensor = self.proj_out(_affine(normed, shift, scale, modulation.index).to(x.dtype))
         return out
 
-    def run_layers(self, x: Tensor, modulation: Modulation, text: TextKV, attend: Attend) -> Tensor:
+    def run_layers(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        text: TextKV,
+        attend: Attend,
+        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
+    ) -> Tensor:
         """All layers over x [B,S,d]; `attend(layer, q, k, v)` receives un-rotated queries and keys."""
         for i, layer in enumerate(self._layers()):
-            x = layer(x, modulation, text.layers[i], lambda q, k, v, i=i: attend(i, q, k, v))
+            x = layer(x, modulation, text.layers[i], lambda q, k, v, i=i: attend(i, q, k, v), attend_text)
         return x
 
     def _layers(self) -> Iterator[Layer]:
@@ -443,7 +467,8 @@ class WanTransformer(nn.Module):
         prompts = max(1, text.layers[0][0].shape[0] // latents.shape[0])
         attend = self._attend_in(context, latents.shape[0])
         modulation = self.modulation(timesteps.repeat(prompts, 1))
-        x = self.run_layers(self.patch(latents).repeat(prompts, 1, 1), modulation, text, attend)
+        tokens = self.patch(latents).to(latents.dtype)  # under autocast the residual stream keeps its width
+        x = self.run_layers(tokens.repeat(prompts, 1, 1), modulation, text, attend)
         return self.unpatch(self.head(x, modulation), frames, h // ph, w // pw)
 
     def commit(self, latents: Tensor, text: TextKV, context: Context) -> BlockKV:

@@ -6,8 +6,13 @@ A pool of scenes is rendered and encoded once. A step then draws three kinds of 
     packed   consecutive blocks from a scene's start, random layouts: sinks, mids (random drops, random span), recent
     long     sinks, then up to 16 far blocks as compressed tokens only, then true neighbours, as at minute one
 
-The loss is the plain flow-matching error of the velocity; it reaches the compressor through the keys and values of the
-mids. Figures behind the choices: the project's DEMO study. Needs torch and transformers only.
+Scenes are stories (`world.sample_story`): every block has its own caption, visitors come and go, words change. In most
+long items a visitor is back in a trained block that was away in the one before and was seen in far blocks: what it
+looks like is then in the compressed tokens alone.
+
+The loss is the plain flow-matching error of the velocity, with more weight on the few cells where a visitor stands; it
+reaches the compressor through the keys and values of the mids. Figures behind the choices: the project's DEMO study.
+Needs torch and transformers only.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -36,7 +41,7 @@ from packforcing_cli.training import demo_text, loop, world
 from packforcing_cli.training.muon import Muon
 from packforcing_cli.training.packed import PackedItem, PackedView, packed_forward
 from packforcing_cli.training.recipes import DemoFlow
-from packforcing_cli.transformer import AloneContext, TransformerConfig, WanTransformer
+from packforcing_cli.transformer import AloneContext, TextKV, TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, encode_lr, lr_pixels
 
 FRAMES_PER_BLOCK = 4
@@ -143,39 +148,86 @@ class Pool:
 
     latents: [n, T, C, F, h, w] float16, T blocks of F latent frames.
     lr:      [n, T, C, 2, h//4, w//4] float16 LR latents of each block.
-    caption: [n] index into `world.training_captions()`.
+    caption: [n, T] index of each block's caption in `world.story_captions()`.
+    place:   [n, h, w] float16, share of each latent cell that the scene's visitor takes when it is there.
+    here:    [n, T] 1 = the visitor is there, 0 = it is away or the scene has none.
     """
 
     latents: Tensor
     lr: Tensor
     caption: Tensor
+    place: Tensor
+    here: Tensor
 
 
-def build_pool(path: Path, codec: TinyCodec, *, scenes: int, blocks: int, seed: int) -> Pool:
-    """Render and encode `scenes` scenes of `blocks` blocks, or read them from `path` if it holds them already."""
-    wanted = {"scenes": str(scenes), "blocks": str(blocks), "seed": str(seed), "vae": fingerprint(codec)}
+def build_pool(
+    path: Path,
+    codec: TinyCodec,
+    *,
+    scenes: int,
+    blocks: int,
+    seed: int,
+    visitor_share: float,
+    switch_share: float,
+    quick: bool,
+) -> Pool:
+    """Render and encode `scenes` scenes of `blocks` blocks, or read them from `path` if it holds them already.
+
+    Args:
+        visitor_share, switch_share: of the scenes with a visitor, and of those with a switch of words.
+        quick: of the visitors, see `world.sample_story`.
+    """
+    wanted = {
+        "scenes": str(scenes), "blocks": str(blocks), "seed": str(seed), "vae": fingerprint(codec),
+        "story": f"{visitor_share:g} {switch_share:g} {quick}",
+    }  # fmt: skip
     if path.is_file():
         with safe_open(path, framework="pt") as handle:
             if handle.metadata() == wanted:
                 return Pool(**load_file(path))
-    captions = {caption: n for n, caption in enumerate(world.training_captions())}
+    captions = {caption: n for n, caption in enumerate(world.story_captions())}
     generator = loop.step_generator(seed, blocks)
-    latents: list[Tensor] = []
-    lr: list[Tensor] = []
-    caption: list[int] = []
-    batch = max(1, 32 // blocks)
-    while len(caption) < scenes:
-        drawn = [world.sample_scene(generator) for _ in range(min(batch, scenes - len(caption)))]
-        pixels = world.render_batch(drawn, [0] * len(drawn), 4 * FRAMES_PER_BLOCK * blocks - 3)
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("latents", "lr", "caption", "place", "here")}
+    batch, done = max(1, 32 // blocks), 0
+    while done < scenes:
+        drawn = [
+            draw_scene(generator, blocks, visitor_share, switch_share, quick)
+            for _ in range(min(batch, scenes - done))
+        ]
+        pixels = world.render_batch(drawn, [0] * len(drawn), world.first_frame(blocks))
         z, small = encode_scene(codec, pixels.permute(0, 4, 1, 2, 3).float() / 255)
-        latents.append(z.half())
-        lr.append(small.half())
-        caption += [captions[scene.caption] for scene in drawn]
-    pool = Pool(torch.cat(latents), torch.cat(lr), torch.tensor(caption))
+        kept["latents"].append(z.half())
+        kept["lr"].append(small.half())
+        said = [[captions[caption] for caption in scene.block_captions(blocks)] for scene in drawn]
+        kept["caption"].append(torch.tensor(said))
+        kept["place"].append(torch.stack([_place(scene) for scene in drawn]).half())
+        here = [[bool(scene.visitor_at(n)) for n in range(blocks)] for scene in drawn]
+        kept["here"].append(torch.tensor(here, dtype=torch.uint8))
+        done += len(drawn)
+    tensors = {name: torch.cat(parts) for name, parts in kept.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     with durable.replacing(path) as part:
-        save_file({"latents": pool.latents, "lr": pool.lr, "caption": pool.caption}, part, wanted)
-    return pool
+        save_file(tensors, part, wanted)
+    return Pool(**tensors)
+
+
+def draw_scene(
+    generator: torch.Generator, blocks: int, visitor_share: float, switch_share: float, quick: bool
+) -> world.Scene:
+    """A scene of training: plain, with a visitor, with a switch of words, or both."""
+    visitor, switch = (
+        torch.rand(2, generator=generator) < torch.tensor((visitor_share, switch_share))
+    ).tolist()
+    return world.sample_story(
+        generator, num_blocks=blocks, visitor=visitor, switch=switch and blocks > 1, quick=quick
+    )
+
+
+def _place(scene: world.Scene) -> Tensor:
+    """[h, w] share of each latent cell that the scene's visitor takes."""
+    if scene.visitor is None:
+        return torch.zeros(world.HEIGHT // 8, world.WIDTH // 8)
+    return nn.functional.avg_pool2d(world.visitor_coverage(scene.visitor)[None, None], 8)[0, 0]
 
 
 def fingerprint(codec: TinyCodec) -> str:
@@ -242,19 +294,34 @@ def strict_item(models: Models, blocks: int, generator: torch.Generator) -> Pack
     return PackedItem(tuple(range(blocks)), used, tuple(views), tuple(range(sinks)))
 
 
-def long_item(models: Models, blocks: int, generator: torch.Generator) -> tuple[PackedItem, tuple[int, ...]]:
+def long_item(
+    models: Models, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
+) -> tuple[PackedItem, tuple[int, ...]]:
     """Two sinks, 4..16 far mids, then three true neighbours of a scene of `blocks` blocks.
 
+    Args:
+        here:   for each block of the scene, whether its visitor is there.
+        recall: how often, where the scene allows it, one of the last two neighbours is a block to which the visitor
+                returns, having been away in the one before and seen in one of the mids.
     Returns: the item and, for each of its blocks, its number in the scene. Of the neighbours the first is only
     context: its own predecessor is not in the item.
     """
     sinks = LONG_SINKS
     layout = _layout(models, sinks, _draw(SPANS, generator))
-    last = int(torch.randint(sinks + 4 + 3, blocks, (), generator=generator))
+    first_last = sinks + 4 + 3
+    last = int(torch.randint(first_last, blocks, (), generator=generator))
+    returns = _returns(here, sinks)
+    wanted, which, late = torch.rand(3, generator=generator).tolist()
+    seen: tuple[int, ...] = ()
+    if returns and wanted < recall:
+        back, seen = returns[int(which * len(returns))]
+        last = min(max(back + int(late < 0.5), first_last), blocks - 1)
     candidates = range(sinks, last - 2)
     count = min(len(candidates), int(torch.randint(4, MAX_MIDS + 1, (), generator=generator)))
-    chosen = torch.randperm(len(candidates), generator=generator)[:count].sort().values.tolist()
-    scene = (*range(sinks), *(candidates[n] for n in chosen), last - 2, last - 1, last)
+    order = [candidates[n] for n in torch.randperm(len(candidates), generator=generator).tolist()]
+    order.sort(key=lambda block: block not in seen[-1:])  # the visitor's last block before is among them
+    chosen = sorted(order[:count])
+    scene = (*range(sinks), *chosen, last - 2, last - 1, last)
     first_near = sinks + count
     mids = tuple(range(sinks, first_near))
     near = (first_near, first_near + 1, first_near + 2)
@@ -265,6 +332,16 @@ def long_item(models: Models, blocks: int, generator: torch.Generator) -> tuple[
     views.append(packed_view(layout, near[2], tuple(range(sinks)), later, (near[1],)))
     full = (*range(sinks), *near)
     return PackedItem(full, (*mids, near[0]), tuple(views), tuple(range(sinks))), scene
+
+
+def _returns(here: Sequence[int], sinks: int) -> list[tuple[int, tuple[int, ...]]]:
+    """Blocks a visitor returns to, each with the blocks after the sinks it was there in and that can be far by then."""
+    found = []
+    for block in range(sinks + 2, len(here)):
+        seen = tuple(n for n in range(sinks, block - 1) if here[n])
+        if here[block] and not here[block - 1] and seen:
+            found.append((block, seen))
+    return found
 
 
 def packed_view(
@@ -295,14 +372,9 @@ class Batch:
     def randn(self, shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.device)
 
-    def pick(self, pool: Pool, count: int) -> tuple[Tensor, Tensor, list[int]]:
-        """Random scenes: (latents, lr, caption indices)."""
-        chosen = torch.randint(len(pool.caption), (count,), generator=self.generator)
-        return (
-            pool.latents[chosen].float().to(self.device),
-            pool.lr[chosen].float().to(self.device),
-            pool.caption[chosen].tolist(),
-        )
+    def choose(self, pool: Pool, count: int) -> Tensor:
+        """Numbers of `count` random scenes."""
+        return torch.randint(len(pool.caption), (count,), generator=self.generator)
 
     def sigmas(self, count: int, shift: float) -> Tensor:
         """Stratified, shifted noise levels [count]."""
@@ -312,27 +384,42 @@ class Batch:
         return torch.tensor([shifted(float(x), shift) for x in s]).to(self.device)
 
 
-def embed(models: Models, batch: Batch, captions: list[int], dropout: float) -> Tensor:
-    """Text embeddings [B,T,C] of training captions; each is replaced by the empty prompt with probability `dropout`."""
-    texts = world.training_captions()
-    dropped = torch.rand(len(captions), generator=batch.generator) < dropout
-    tokens = models.text.tokenize(["" if d else texts[c] for c, d in zip(captions, dropped, strict=True)])
-    return models.text.encode_tokens(tokens.ids.to(batch.device), tokens.mask.to(batch.device))
+def embed(models: Models, batch: Batch, captions: Tensor, dropped: Tensor) -> tuple[TextKV, Tensor]:
+    """Keys and values of the captions that occur, and the row of each.
+
+    Args:
+        captions: [...] indices into `world.story_captions()`.
+        dropped:  [...] bool, where the empty prompt is read instead.
+    Returns: the text of U prompts, and rows [...] in it.
+    """
+    used, rows = torch.where(dropped, -1, captions).unique(return_inverse=True)
+    texts = world.story_captions()
+    tokens = models.text.tokenize(["" if n < 0 else texts[n] for n in used.tolist()])
+    embeds = models.text.encode_tokens(tokens.ids.to(batch.device), tokens.mask.to(batch.device))
+    return models.transformer.embed_text(embeds), rows.to(batch.device)
+
+
+def visitor_weight(place: Tensor, weight: float) -> Tensor:
+    """Weight of each latent cell's error: `weight` where a visitor stands in its scene, 1 elsewhere."""
+    return 1 + (weight - 1) * (place > 0.05)
 
 
 def first_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count: int) -> Tensor:
     """Squared velocity errors of `count` scenes' block 0 alone, [count]."""
-    latents, _, captions = batch.pick(pool, count)
-    x0 = latents[:, 0]
+    chosen = batch.choose(pool, count)
+    x0 = pool.latents[chosen, 0].float().to(batch.device)
     sigma = batch.sigmas(count, recipe.shift)
     eps = batch.randn(x0.shape)
     wide = sigma.view(-1, 1, 1, 1, 1)
-    text = models.transformer.embed_text(embed(models, batch, captions, recipe.data.caption_dropout))
+    dropped = torch.rand(count, generator=batch.generator) < recipe.data.caption_dropout
+    text, rows = embed(models, batch, pool.caption[chosen, 0], dropped)
+    own = TextKV(tuple((k[rows], v[rows]) for k, v in text.layers))
     g = models.grid
     alone = AloneContext(rope.grid_positions(0.0, g.frames_per_block, g.rows, g.cols, device=batch.device))
     timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, g.frames_per_block)
-    v = models.transformer((1 - wide) * x0 + wide * eps, timesteps, text, alone)
-    return (v - (eps - x0)).square().mean((1, 2, 3, 4))
+    v = models.transformer((1 - wide) * x0 + wide * eps, timesteps, own, alone)
+    weight = visitor_weight(pool.place[chosen].float().to(batch.device), recipe.data.visitor_weight)
+    return ((v - (eps - x0)).square() * weight[:, None, None]).mean((1, 2, 3, 4))
 
 
 def packed_loss(
@@ -342,17 +429,23 @@ def packed_loss(
     recipe: DemoFlow,
     item: PackedItem,
     scene_blocks: tuple[int, ...],
-    count: int,
+    chosen: Tensor,
+    *,
+    targets: tuple[int, ...],
+    draws: int,
 ) -> Tensor:
-    """Squared velocity errors [count, K, M] of every full block of an item: `count` scenes, K noise draws each."""
-    latents, lr, captions = batch.pick(pool, count)
-    latents, lr = latents[:, list(scene_blocks)], lr[:, list(scene_blocks)]
-    history = latents[:, list(item.full)]
-    draws, M = recipe.data.packed_draws, len(item.full)
-    x0 = history.repeat(1, draws, 1, 1, 1, 1)
-    sigma = batch.sigmas(count * draws * M, recipe.shift).view(count, draws * M)
+    """Squared velocity errors [B, draws, J] of an item's `targets`: B chosen scenes, some noise draws each.
+
+    A noisy block loses its caption with the recipe's probability, and its history never does: so is guidance at
+    inference, where the two passes share one history.
+    """
+    here = list(scene_blocks)
+    latents, lr = (t[chosen][:, here].float().to(batch.device) for t in (pool.latents, pool.lr))
+    history, x0 = latents[:, list(item.full)], latents[:, list(targets)].repeat(1, draws, 1, 1, 1, 1)
+    count, num_noisy = x0.shape[:2]
+    sigma = batch.sigmas(count * num_noisy, recipe.shift).view(count, num_noisy)
     eps = batch.randn(x0.shape)
-    wide = sigma.view(count, draws * M, 1, 1, 1, 1)
+    wide = sigma.view(count, num_noisy, 1, 1, 1, 1)
     # Half of the clips meet a slightly noisy history, as their own past errors will be; its timestep stays 0.
     level = (
         batch.rand(count, 1, 1, 1, 1, 1)
@@ -360,7 +453,14 @@ def packed_loss(
         * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
     )
     clean = (1 - level) * history + level * batch.randn(history.shape)
-    text = models.transformer.embed_text(embed(models, batch, captions, recipe.data.caption_dropout))
+    captions = pool.caption[chosen][
+        :, [*(here[n] for n in (*item.full, *item.compressed, *(targets * draws)))]
+    ]
+    dropped = torch.zeros(captions.shape, dtype=torch.bool)
+    dropped[:, -num_noisy:] = (
+        torch.rand(count, num_noisy, generator=batch.generator) < recipe.data.caption_dropout
+    )
+    text, rows = embed(models, batch, captions, dropped)
     v = packed_forward(
         models.transformer,
         item,
@@ -370,8 +470,12 @@ def packed_loss(
         noisy=(1 - wide) * x0 + wide * eps,
         timesteps=NUM_TRAIN_TIMESTEPS * sigma,
         text=text,
+        prompts=rows,
+        targets=targets,
     )
-    return (v - (eps - x0)).square().mean((2, 3, 4, 5)).unflatten(1, (draws, M))
+    weight = visitor_weight(pool.place[chosen].float().to(batch.device), recipe.data.visitor_weight)
+    error = (v - (eps - x0)).square() * weight[:, None, None, None]
+    return error.mean((2, 3, 4, 5)).unflatten(1, (draws, len(targets)))
 
 
 def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -397,15 +501,38 @@ def step_loss(
         errors.append(error.flatten())
         parts[name] = round(float(error.detach().mean()), 4)
 
-    if data.first_clips:
-        add("first", first_loss(models, batch, pools["first"], recipe, data.first_clips))
-    item = strict_item(models, data.packed_blocks, generator)
-    scene = tuple(range(data.packed_blocks))
-    add("packed", packed_loss(models, batch, pools["short"], recipe, item, scene, data.packed_clips))
-    if data.long_clips and torch.rand((), generator=generator) < data.long_probability:
-        item, scene = long_item(models, data.long_blocks, generator)
-        error = packed_loss(models, batch, pools["long"], recipe, item, scene, data.long_clips)
-        add("long", error[:, :, -2:])
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        if data.first_clips:
+            add("first", first_loss(models, batch, pools["first"], recipe, data.first_clips))
+        if data.packed_clips:
+            item = strict_item(models, data.packed_blocks, generator)
+            scene = tuple(range(data.packed_blocks))
+            chosen = batch.choose(pools["short"], data.packed_clips)
+            add(
+                "packed",
+                packed_loss(
+                    models, batch, pools["short"], recipe, item, scene, chosen,
+                    targets=scene, draws=data.packed_draws,
+                ),
+            )  # fmt: skip
+        for _ in range(data.long_clips):
+            if torch.rand((), generator=generator) >= data.long_probability:
+                continue
+            chosen = batch.choose(pools["long"], 1)
+            item, scene = long_item(
+                models,
+                data.long_blocks,
+                generator,
+                here=pools["long"].here[int(chosen)].tolist(),
+                recall=data.recall_share,
+            )
+            add(
+                "long",
+                packed_loss(
+                    models, batch, pools["long"], recipe, item, scene, chosen,
+                    targets=item.full[-2:], draws=data.long_draws,
+                ),
+            )  # fmt: skip
     return torch.cat(errors).mean(), parts
 
 
@@ -490,6 +617,9 @@ def train(
                 scenes=max(1, scenes // workers.count),
                 blocks=blocks,
                 seed=data.seed * 1000 + workers.rank,
+                visitor_share=data.visitor_share,
+                switch_share=data.switch_share,
+                quick=name == "short",
             )
             for name, scenes, blocks in (
                 ("first", data.first_scenes, 1),
@@ -601,11 +731,17 @@ def mean_error(
         loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device
     )
     batch.level = sigma
-    with torch.no_grad():
+    with (
+        torch.no_grad(),
+        torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
+    ):
         first = first_loss(models, batch, pools["first"], recipe, count)
         item = strict_item(models, recipe.data.packed_blocks, batch.generator)
         scene = tuple(range(recipe.data.packed_blocks))
-        later = packed_loss(models, batch, pools["short"], recipe, item, scene, max(1, count // 4))[:, :, 1:]
+        chosen = batch.choose(pools["short"], max(1, count // 4))
+        later = packed_loss(
+            models, batch, pools["short"], recipe, item, scene, chosen, targets=scene[1:], draws=1
+        )
     return {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
 
 

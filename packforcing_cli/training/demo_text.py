@@ -15,8 +15,8 @@ from packforcing_cli.quiet import known_import_noise_dropped
 if TYPE_CHECKING:
     from transformers import UMT5Config
 
-DEMO_TEXT_LENGTH = 12
-"""Tokens of a demo prompt; a caption has 9 words and an end token."""
+DEMO_TEXT_LENGTH = 16
+"""Tokens of a demo prompt; a caption has 9 words, with a visitor 13, and an end token."""
 
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 """Ids 0, 1, 2 as in UMT5."""

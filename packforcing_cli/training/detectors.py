@@ -1,7 +1,8 @@
 """Exact detectors of the demo world: what a clip shows, read from its pixels alone.
 
 No learned weights. They use what is known of the world (`world.py`): one subject of another colour than its
-background, a background that stands still, three shapes, movement along one axis with wrap-around.
+background, a background that stands still, three shapes, movement along one axis with wrap-around, and at most one
+visitor: small, standing still, of a third colour. What is the visitor is taken out before the subject is read.
 
     frames --> colour of most pixels --> picture of the background --+
                      |                                               +--> cover of the subject (0..1 a pixel)
@@ -10,6 +11,8 @@ background, a background that stands still, three shapes, movement along one axi
 
 The background is averaged over the times at which a pixel is not covered: a large subject that moves up and
 down covers the middle of its columns more than half of the time, and there a temporal median is the subject.
+A visitor is where, for some frames, the same few pixels have a third named colour. The soft edges of a subject may look
+like one, too, but they are two pixels thick at most and are eroded away.
 This module imports torch, the standard library and the world.
 """
 
@@ -20,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packforcing_cli.training.world import (
@@ -31,6 +35,7 @@ from packforcing_cli.training.world import (
     SQUARE_HALF_SIDE,
     TRIANGLE_HALF_BASE,
     TRIANGLE_HALF_HEIGHT,
+    VISITOR_SIZES,
     Combination,
     Scene,
     coverage,
@@ -43,6 +48,10 @@ _SHADING = 32.0  # levels: a difference in brightness up to here may be gradient
 _NEAR = 25.0  # levels: farther from the background's colour than this is left out of the background picture
 _FAINT = 20.0  # levels: a subject that differs less than this is no subject
 _SMALLEST_AREA = 0.4 * 2 * TRIANGLE_HALF_BASE * 2 * TRIANGLE_HALF_HEIGHT / 2 * RADIUS[0] ** 2  # px
+_COLOURED = 45.0  # levels: a pixel that differs more from the background has a colour of its own
+_VISITOR_AREA = 180.0  # px
+_VISITOR_WINDOW = 32  # px: a visitor fits in twice over
+_VISITOR_FRAMES = 10  # frames a pixel has a third colour, at least; a block has 13 or 16
 _STANDSTILL = 0.3 * SPEED[0]  # px a frame
 _BASELINE = 4  # frames over which a movement is measured: at most 8 px of the 64 after which it would wrap
 _SHAPE_FRAMES = 24  # frames of a clip that the shape is read from
@@ -91,6 +100,12 @@ def detect(frames: Tensor) -> Detection:
     planes = _planes(frames)
     centre = _most_common(planes)
     distance = _distance(planes, centre)
+    visitor = _find_visitor(planes, distance)
+    if visitor is not None:
+        # Where it stands the background is what is left and right of it, up to the gradient and the bar.
+        plain = centre[:, None, None, None].expand_as(planes)
+        planes = torch.where(visitor.mask, plain, planes)
+        distance = torch.where(visitor.mask, 0.0, distance)
     background = _background(planes, distance)  # [3, H, W]
     background_rgb = background.flatten(1).median(1).values
     absent = Detection(
@@ -135,6 +150,158 @@ def detect(frames: Tensor) -> Detection:
         subject_rgb=_triple(subject_rgb),
         background_rgb=absent.background_rgb,
     )
+
+
+@dataclass(frozen=True)
+class VisitorDetection:
+    """What there is of a visitor; a word is "none" where nothing could be told.
+
+    Attributes:
+        present: whether it is there in at least half of the frames.
+        shape: one of `world.VISITOR_SHAPES`.
+        presence: share of the frames in which it is there.
+        area: median area in px, over the frames in which it is there.
+        x, y: its centre in px.
+    """
+
+    present: bool
+    colour: str
+    shape: str
+    presence: float = 0.0
+    area: float = 0.0
+    x: float = 0.0
+    y: float = 0.0
+
+
+def detect_visitor(frames: Tensor) -> VisitorDetection:
+    """Whether a visitor is there, and which colour and shape it has.
+
+    Args:
+        frames: uint8 [T, H, W, 3], at least ten frames: those of a block, or of some blocks with one caption.
+    Raises: ValueError on any other shape or dtype.
+    """
+    planes = _planes(frames)
+    found = _find_visitor(planes, _distance(planes, _most_common(planes)))
+    if found is None:
+        return VisitorDetection(False, NONE, NONE)
+    shown = found.area > _VISITOR_AREA / 3
+    presence = float(shown.float().mean())
+    if presence < 0.5:
+        return VisitorDetection(False, NONE, NONE, presence)
+    area = float(found.area[shown].median())
+    width, height = (math.sqrt(12 * spread) for spread in found.spread)
+    best = min(VISITOR_SIZES, key=lambda shape: abs(math.log(width / height) - _log_aspect(shape)))
+    return VisitorDetection(True, found.colour, best, presence, area, *found.centre)
+
+
+def _log_aspect(shape: str) -> float:
+    width, height = VISITOR_SIZES[shape]
+    return math.log(width / height)
+
+
+def count_subjects(frames: Tensor) -> int:
+    """How many separate objects there are besides the visitor: median over frames of the connected areas.
+
+    Args:
+        frames: uint8 [T, H, W, 3], two frames or more.
+    """
+    planes = _planes(frames)
+    distance = _distance(planes, _most_common(planes))
+    visitor = _find_visitor(planes, distance)
+    if visitor is not None:
+        distance = torch.where(visitor.mask, 0.0, distance)
+    contrast = _contrast(distance)
+    if contrast < _FAINT:
+        return 0
+    step = max(1, len(distance) // 8)
+    covered = distance[::step] > max(contrast / 2, _FAINT)  # [T, H, W]
+    counts = [sum(size >= _SMALLEST_AREA / 2 for size in _areas(picture)) for picture in covered]
+    return int(torch.tensor(counts).median())
+
+
+def _areas(covered: Tensor) -> list[int]:
+    # Pixels of each connected area of a mask [H, W] whose edges meet: every pixel takes the largest number around
+    # it until nothing changes.
+    numbers = torch.arange(1, covered.numel() + 1, device=covered.device).view(covered.shape).float()
+    label = numbers * covered
+    while True:
+        grown = F.max_pool2d(F.pad(label[None, None], (1, 1, 1, 1), mode="circular"), 3, 1)[0, 0] * covered
+        if torch.equal(grown, label):
+            break
+        label = grown
+    return label[covered].unique(return_counts=True)[1].tolist()
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A visitor: mask [T, H, W] of what to leave out; area [T] px; centre and variance in px, (x, y)."""
+
+    mask: Tensor
+    colour: str
+    area: Tensor
+    centre: tuple[float, float]
+    spread: tuple[float, float]
+
+
+def _find_visitor(planes: Tensor, distance: Tensor) -> _Found | None:
+    coloured = distance > _COLOURED
+    pixels = planes[:, coloured].T  # [P, 3]
+    if len(pixels) < _VISITOR_AREA:
+        return None
+    names = _nearest(pixels, tuple(COLOURS))  # [P]
+    counts = names.bincount(minlength=len(COLOURS))
+    subject = int(counts.argmax())
+    best: _Found | None = None
+    for number in counts.argsort(descending=True).tolist():
+        if number == subject or int(counts[number]) < _VISITOR_FRAMES * _VISITOR_AREA / 3:
+            continue
+        own = torch.zeros_like(coloured)
+        own[coloured] = names == number
+        found = _standing(planes, own, coloured, list(COLOURS)[number])
+        if found is not None and (best is None or found.area.sum() > best.area.sum()):
+            best = found
+    return best
+
+
+def _standing(planes: Tensor, own: Tensor, coloured: Tensor, colour: str) -> _Found | None:
+    # own [T, H, W]: pixels of one colour. What is thick enough and stays, if it is small and all in one place.
+    core = 1 - F.max_pool2d(1 - own.float()[:, None], 3, 1, 1)[:, 0]  # eroded by a pixel all around
+    stays = core.sum(0) >= min(_VISITOR_FRAMES, 0.8 * len(core))  # [H, W]
+    if int(stays.sum()) < _VISITOR_AREA / 8:
+        return None
+    rows, cols = stays.nonzero().T
+    top, left = (int(n.float().median()) - _VISITOR_WINDOW // 2 for n in (rows, cols))
+    inside = (rows >= top) & (rows < top + _VISITOR_WINDOW) & (cols >= left) & (cols < left + _VISITOR_WINDOW)
+    if float(inside.float().mean()) < 0.9 or int(stays.sum()) > 2 * _VISITOR_AREA:
+        return None
+    near = (
+        F.max_pool2d(stays.float()[None, None], 7, 1, 3)[0, 0] > 0
+    )  # [H, W] the visitor and what is around it
+    area = (own & near).flatten(1).sum(1).float()
+    shown = area > _VISITOR_AREA / 3
+    if not bool(shown.any()):
+        return None
+    usual = (own & near)[shown].float().mean(0)  # [H, W] share of the time
+    usual = usual * (usual > 0.5)
+    if float(usual.sum()) == 0:
+        return None
+    y = torch.arange(usual.shape[0], device=usual.device) + 0.5
+    x = torch.arange(usual.shape[1], device=usual.device) + 0.5
+    across, down = usual.sum(0) / usual.sum(), usual.sum(1) / usual.sum()
+    centre_x, centre_y = float(across @ x), float(down @ y)
+    spread = float(across @ (x - centre_x).square()), float(down @ (y - centre_y).square())
+    mask = near & shown[:, None, None]
+    return _Found(mask, colour, area, (centre_x, centre_y), spread)
+
+
+def _nearest(pixels: Tensor, names: tuple[str, ...]) -> Tensor:
+    # [P, 3] -> [P] number of the named colour of which a pixel is nearest to being a darker or lighter shade.
+    errors = []
+    for name in names:
+        b = torch.tensor(COLOURS[name], dtype=pixels.dtype, device=pixels.device)
+        gain = ((pixels @ b) / (b @ b)).clamp(*_GAINS)
+        errors.append((pixels - gain[:, None] * b).square().sum(1))
+    return torch.stack(errors).argmin(0)
 
 
 def score(detection: Detection, truth: Scene | Combination | str) -> dict[str, bool]:

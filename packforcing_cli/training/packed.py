@@ -10,12 +10,13 @@ and its own tokens; no masks. Pieces that share a view are one attention call ov
     compressed m2 sees c0 c1 and itself: the compressed forward
 
 One mask over absolutely rotated keys would be wrong as soon as a mid takes fewer slots than it has frames, or is
-dropped. Knows no data, loss or optimiser. Source: METHOD 2.4, 5 and 7.6; teacher forcing as in Self-Forcing.
+dropped. Every piece reads its own block's caption, so a clip may have a timeline of
+them. Knows no data, loss or optimiser. Source: METHOD 2.4, 5 and 7.6; teacher forcing as in Self-Forcing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -69,7 +70,9 @@ def _cell_centres(grid: Grid, start: Fraction, span: Fraction) -> Tensor:
     return torch.tensor(cells, dtype=torch.float64)
 
 
-def _groups(item: PackedItem, grid: Grid, head_dim: int, draws: int) -> list[_Group]:
+def _groups(
+    item: PackedItem, grid: Grid, head_dim: int, targets: tuple[int, ...], num_noisy: int
+) -> list[_Group]:
     """Query groups in token order: clean, compressed, noisy. Pieces are numbered in the same order."""
     frames = grid.frames_per_block
     clean = {b: n for n, b in enumerate(item.full)}
@@ -99,7 +102,10 @@ def _groups(item: PackedItem, grid: Grid, head_dim: int, draws: int) -> list[_Gr
 
     groups = []
     for n, (view, (keys, places)) in enumerate(zip(item.views, contexts, strict=True)):
-        noisy = tuple(first_noisy + n + draw * len(item.full) for draw in range(draws))
+        noisy: tuple[int, ...] = ()
+        if view.block in targets:
+            place = first_noisy + targets.index(view.block)
+            noisy = tuple(range(place, first_noisy + num_noisy, len(targets)))
         groups.append(group((n, *noisy), keys, places, block_at(view.slots.current_start)))
     if item.sinks is None:
         for block in item.compressed:
@@ -119,6 +125,29 @@ def _cast(angles: tuple[Tensor, Tensor], like: Tensor, dtype: torch.dtype) -> tu
     return angles[0].to(like.device, dtype), angles[1].to(like.device, dtype)
 
 
+def _attend_text(sizes: Sequence[int], prompts: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """Cross-attention in which every piece reads its own prompt: `prompts` [B,pieces] are rows of keys and values."""
+    if prompts is None:
+        return attention
+    runs: list[tuple[int, int, int]] = []  # first piece, pieces, tokens a piece
+    for n, size in enumerate(sizes):
+        if runs and runs[-1][2] == size:
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1, size)
+        else:
+            runs.append((n, 1, size))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        parts = q.split([count * size for _, count, size in runs], 1)
+        out = []
+        for part, (first, count, _) in zip(parts, runs, strict=True):
+            rows = prompts[:, first : first + count].flatten()
+            pieces = part.unflatten(1, (count, -1)).flatten(0, 1)  # [B*count,S,N,D]
+            out.append(attention(pieces, k[rows], v[rows]).unflatten(0, (-1, count)).flatten(1, 2))
+        return torch.cat(out, 1)
+
+    return attend
+
+
 def packed_forward(
     model: WanTransformer,
     item: PackedItem,
@@ -129,23 +158,32 @@ def packed_forward(
     noisy: Tensor,
     timesteps: Tensor,
     text: TextKV,
+    prompts: Tensor | None = None,
+    targets: Sequence[int] | None = None,
 ) -> Tensor:
     """Velocities of all noisy blocks of an item in one pass; differentiable in everything.
+
+    J is the number of blocks with noisy tokens: len(targets), or M.
 
     Args:
         clean:      [B,M,C,F,h,w] clean latents of the full blocks (M = len(item.full)), as the commit pass reads them.
         compressed: [B,K,N_c,d] compressor output of the compressed blocks (K = len(item.compressed), may be 0).
-        noisy:      [B,K*M,C,F,h,w] noisy latents of the full blocks, K draws of all of them one after another; the
+        noisy:      [B,D*J,C,F,h,w] noisy latents of the targets, D draws of all of them one after another; the
                     draws share the clean and compressed tokens and do not see each other.
-        timesteps:  [B,K*M] 1000*sigma of each noisy block.
-    Returns: [B,K*M,C,F,h,w] velocities eps - x0.
+        timesteps:  [B,D*J] 1000*sigma of each noisy block.
+        text:       of B prompts, one a clip; with `prompts` of any number.
+        prompts:    [B,M+K+D*J] row of `text` that each clean, compressed and noisy block reads; None = clip b reads
+                    row b.
+        targets:    which of the full blocks have noisy tokens; None = all.
+    Returns: [B,D*J,C,F,h,w] velocities eps - x0.
     """
     B, M, _, frames, h, w = clean.shape
+    targets = item.full if targets is None else tuple(targets)
     tokens = [model.patch(clean[:, n]) for n in range(M)]
     tokens += [compressed[:, n] for n in range(len(item.compressed))]
     tokens += [model.patch(noisy[:, n]) for n in range(noisy.shape[1])]
     sizes = [t.shape[1] for t in tokens]
-    x = torch.cat(tokens, dim=1)
+    x = torch.cat(tokens, dim=1).to(noisy.dtype)  # under autocast the residual stream keeps its width
 
     still = torch.zeros(B, 1, dtype=timesteps.dtype, device=timesteps.device)
     group_of_piece = [0] * (M + len(item.compressed)) + list(range(1, noisy.shape[1] + 1))
@@ -159,7 +197,7 @@ def packed_forward(
             angles=_cast(g.angles, x, wide),
             context_angles=None if g.context_angles is None else _cast(g.context_angles, x, wide),
         )
-        for g in _groups(item, grid, model.config.attention_head_dim, noisy.shape[1] // M)
+        for g in _groups(item, grid, model.config.attention_head_dim, targets, noisy.shape[1])
     ]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -180,7 +218,7 @@ def packed_forward(
             attended |= {n: out[:, i] for i, n in enumerate(g.pieces)}
         return torch.cat([attended[n] for n in range(len(sizes))], dim=1)
 
-    x = model.run_layers(x, modulation, text, attend)
+    x = model.run_layers(x, modulation, text, attend, _attend_text(sizes, prompts))
     start = sum(sizes[: M + len(item.compressed)])
     tail = model.modulation(timesteps)
     _, ph, pw = model.config.patch_size

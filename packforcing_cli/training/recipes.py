@@ -71,8 +71,8 @@ class FlowData(_Strict):
     """The latent pool (rendered and encoded once) and what a step draws from it.
 
     first_scenes scenes of one block, short_scenes of `short_blocks`, long_scenes of `long_blocks` blocks.
-    A step has `packed_clips` strict items (consecutive blocks), `long_clips` items with far mids, and
-    `first_clips` items of block 0 alone.
+    A step has `packed_clips` strict items (consecutive blocks), `long_clips` items with far mids, each with
+    `long_probability`, and `first_clips` items of block 0 alone.
     """
 
     first_scenes: int = Field(gt=0)
@@ -80,10 +80,24 @@ class FlowData(_Strict):
     long_scenes: int = Field(ge=0)
     short_blocks: int = Field(default=7, ge=3)
     long_blocks: int = Field(default=24, ge=10)
-    packed_clips: int = Field(gt=0)
+    visitor_share: float = Field(default=0.0, ge=0, le=1, description="scenes with a visitor")
+    switch_share: float = Field(
+        default=0.0, ge=0, le=1, description="scenes whose words change in the middle"
+    )
+    visitor_weight: float = Field(
+        default=1.0, ge=1, description="weight of the error in the latent cells where a visitor stands"
+    )
+    recall_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="items with far mids in which the visitor returns in a trained block",
+    )
+    packed_clips: int = Field(ge=0)
     packed_blocks: int = Field(ge=2)
     packed_draws: int = Field(default=1, ge=1, description="noise draws that share a clip's clean pass")
     long_clips: int = Field(ge=0)
+    long_draws: int = Field(default=2, ge=1, description="noise draws of the trained blocks of such an item")
     long_probability: float = Field(default=1.0, ge=0, le=1)
     first_clips: int = Field(ge=0)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
@@ -109,6 +123,10 @@ class DemoFlow(_Strict):
     data: FlowData
     train: Train
     shift: float = 5.0
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="bf16: products in bfloat16; weights, optimiser and residual stream in float32",
+    )
 
 
 Recipe = Annotated[DemoVae | DemoFlow, Field(discriminator="kind")]

@@ -13,9 +13,16 @@ The caption names four things; the rest is seen but never said, and only a memor
             |                 |##|         \____/        |     subject: wraps around the edge it moves to
          64 +-------------------------------------------+
 
+A story (`sample_story`) adds what a timeline of captions can say, block by block (`Scene.block_captions`):
+
+    visitor   a small second object that stands beside the subject's way in some blocks and is away in others. The
+              caption says "…, the visitor is here" or "…, the visitor is away" and never its colour, shape or place:
+              these are the same whenever it is back, and only a memory can tell them.
+    switch    from some block on other captioned words; the rest of the scene stays as it was.
+
 Some combinations are held out of training (`HELD_OUT`); every word and every pair of words stays in it.
-A scene has one caption for all of its blocks; `Scene.block_captions` is where a timeline of captions belongs.
-This module knows neither codec nor model. It imports torch and the standard library only.
+This module knows neither codec nor model, only how many frames a block has. It imports torch and the standard
+library only.
 """
 
 from __future__ import annotations
@@ -23,13 +30,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 HEIGHT, WIDTH, FPS = 64, 128, 16
+FIRST_BLOCK_FRAMES, BLOCK_FRAMES = 13, 16
+"""Pixel frames of block 0 and of every later one: 4 latent frames, of which the very first holds one pixel frame."""
 
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = ("left", "right", "up", "down")
@@ -57,6 +66,11 @@ TRIANGLE_HALF_BASE, TRIANGLE_HALF_HEIGHT = 1.28, 1.18  # of the radius, upright:
 GRADIENT = (5.0, 20.0)  # levels of 255 from the middle of the picture to a corner
 BAR_WIDTH, BAR_BRIGHTNESS = (3.0, 6.0), 32.0  # px, levels
 
+VISITOR_SHAPES = ("tall", "wide", "square")
+VISITOR_SIZES = {"tall": (9.0, 20.0), "wide": (20.0, 9.0), "square": (13.4, 13.4)}
+"""Width and height in px of boxes of one area, which differ in their outline even when they are blurred."""
+VISITOR_EDGE = 1.0  # px between a visitor and the edge of the picture, at least
+
 _STEPS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
 
 
@@ -71,6 +85,23 @@ class Combination(NamedTuple):
     @property
     def caption(self) -> str:
         return f"a {self.colour} {self.shape} moving {self.direction} on a {self.background} background"
+
+
+def caption_of(combination: Combination, visitor: bool | None = None) -> str:
+    """The caption of a block.
+
+    Args:
+        visitor: whether it is there; None = the scene has none, and nothing is said of it.
+    """
+    if visitor is None:
+        return combination.caption
+    return f"{combination.caption}, the visitor is {'here' if visitor else 'away'}"
+
+
+def visitor_colours(*combinations: Combination) -> tuple[str, ...]:
+    """Colours a visitor may have beside these subjects and backgrounds: one in so many is chance."""
+    taken = {word for c in combinations for word in (c.colour, c.background)}
+    return tuple(colour for colour in COLOURS if colour not in taken)
 
 
 def _is_held_out(shape: int, colour: int, background: int, direction: int) -> bool:
@@ -108,12 +139,34 @@ def held_out_captions() -> tuple[str, ...]:
     return tuple(combination.caption for combination in _HELD_OUT)
 
 
+def story_captions() -> tuple[str, ...]:
+    """Every caption a block of a training story may have: all training captions without a visitor, here, away."""
+    return tuple(
+        caption_of(combination, visitor) for visitor in (None, True, False) for combination in _TRAINING
+    )
+
+
 def parse_caption(caption: str) -> Combination:
-    """Read the four words of a caption of this world.
+    """Read the four words of a caption of this world; what it says of a visitor is read by `parse_visitor`.
 
     Raises: ValueError if the caption does not follow the grammar or its words are not of this world.
     """
+    return _parse(caption)[0]
+
+
+def parse_visitor(caption: str) -> bool | None:
+    """Whether a caption says that the visitor is here; None if it does not speak of one.
+
+    Raises: ValueError as `parse_caption`.
+    """
+    return _parse(caption)[1]
+
+
+def _parse(caption: str) -> tuple[Combination, bool | None]:
     words = caption.lower().replace(".", " ").replace(",", " ").split()
+    visitor = None
+    if len(words) == 13 and words[9:12] == ["the", "visitor", "is"] and words[12] in ("here", "away"):
+        visitor, words = words[12] == "here", words[:9]
     fits = len(words) == 9 and (words[0], words[3], *words[5:7], words[8]) == (
         "a", "moving", "on", "a", "background",
     )  # fmt: skip
@@ -122,7 +175,48 @@ def parse_caption(caption: str) -> Combination:
     combination = Combination(shape=words[2], colour=words[1], background=words[7], direction=words[4])
     if combination not in COMBINATIONS:
         raise ValueError(f"words or a combination unknown to the demo world: {caption!r}")
-    return combination
+    return combination, visitor
+
+
+def first_frame(block: int) -> int:
+    """Pixel frames before a block."""
+    return FIRST_BLOCK_FRAMES + (block - 1) * BLOCK_FRAMES if block else 0
+
+
+def block_of(frame: int) -> int:
+    """The block a pixel frame is in."""
+    return (frame + BLOCK_FRAMES - FIRST_BLOCK_FRAMES) // BLOCK_FRAMES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Visitor:
+    """The second object of a scene; it stands still, in front of everything, in some blocks.
+
+    Attributes:
+        x, y: centre in px.
+        here: whether it is there, for each block; later blocks are as the last one.
+    """
+
+    shape: str
+    colour: str
+    rgb: tuple[float, float, float]
+    x: float
+    y: float
+    here: tuple[bool, ...]
+
+    def is_here(self, block: int) -> bool:
+        return self.here[min(block, len(self.here) - 1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switch:
+    """Other captioned words from a block on, with the shades that go with them."""
+
+    block: int
+    combination: Combination
+    subject_rgb: tuple[float, float, float]
+    background_rgb: tuple[float, float, float]
+    bar_brightness: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +230,8 @@ class Scene:
         subject_rgb, background_rgb: the shades really painted, 0..255.
         gradient_angle, gradient_strength: direction in radians; levels from middle to farthest corner.
         bar_x, bar_width, bar_brightness: left edge and width in px; signed levels.
+        visitor: a second object, or None.
+        switch: other words from some block on, or None.
     """
 
     shape: str
@@ -153,6 +249,8 @@ class Scene:
     bar_x: float
     bar_width: float
     bar_brightness: float
+    visitor: Visitor | None = None
+    switch: Switch | None = None
 
     @property
     def combination(self) -> Combination:
@@ -160,11 +258,37 @@ class Scene:
 
     @property
     def caption(self) -> str:
-        return self.combination.caption
+        """The caption of the first block."""
+        return self.block_captions(1)[0]
+
+    def combination_at(self, block: int) -> Combination:
+        """The captioned words of a block."""
+        switched = self.switch is not None and block >= self.switch.block
+        return self.switch.combination if self.switch is not None and switched else self.combination
+
+    def visitor_at(self, block: int) -> bool | None:
+        """Whether the visitor is there in a block; None if the scene has none."""
+        return None if self.visitor is None else self.visitor.is_here(block)
 
     def block_captions(self, num_blocks: int) -> tuple[str, ...]:
         """The caption of each of the first `num_blocks` blocks."""
-        return (self.caption,) * num_blocks
+        return tuple(caption_of(self.combination_at(n), self.visitor_at(n)) for n in range(num_blocks))
+
+    def switched(self) -> Scene:
+        """The scene as it is from its switch on, without a switch; the subject goes on from where it is then."""
+        assert self.switch is not None
+        travel = self.speed * first_frame(self.switch.block)
+        before, after = _STEPS[self.direction], _STEPS[self.switch.combination.direction]
+        return replace(
+            self,
+            **self.switch.combination._asdict(),
+            x=(self.x + (before[0] - after[0]) * travel) % WIDTH,
+            y=(self.y + (before[1] - after[1]) * travel) % HEIGHT,
+            subject_rgb=self.switch.subject_rgb,
+            background_rgb=self.switch.background_rgb,
+            bar_brightness=self.switch.bar_brightness,
+            switch=None,
+        )
 
 
 def sample_scene(
@@ -187,14 +311,7 @@ def sample_scene(
     pool = COMBINATIONS if held_out is None else _HELD_OUT if held_out else _TRAINING
     words = combination or pool[int(u[0] * len(pool))]
 
-    def shade(base: tuple[int, int, int], i: int) -> tuple[float, float, float]:
-        gain = between(i, 0.88, 1.08)
-        r, g, b = (min(max(c * gain + between(i + 1 + n, -6, 6), 0.0), 255.0) for n, c in enumerate(base))
-        return r, g, b
-
-    background_rgb = shade(BACKGROUNDS[words.background], 10)
-    level = sum(background_rgb) / 3
-    sign = 1.0 if level < 64 else -1.0 if level > 180 else 1.0 if u[9] < 0.5 else -1.0  # never clipped away
+    background_rgb = _shade(BACKGROUNDS[words.background], u[10:14])
     bar_width = between(8, *BAR_WIDTH)
     radius = between(1, *RADIUS)
     sideways = words.direction in ("left", "right")
@@ -209,9 +326,115 @@ def sample_scene(
         gradient_strength=between(6, *GRADIENT),
         bar_x=between(7, 0, WIDTH - bar_width),
         bar_width=bar_width,
-        bar_brightness=sign * BAR_BRIGHTNESS,
+        bar_brightness=_bar_brightness(background_rgb, u[9] < 0.5),
         background_rgb=background_rgb,
-        subject_rgb=shade(COLOURS[words.colour], 14),
+        subject_rgb=_shade(COLOURS[words.colour], u[14:18]),
+    )
+
+
+def _shade(base: tuple[int, int, int], u: Sequence[float]) -> tuple[float, float, float]:
+    # A named colour, darker or lighter and a little off; u are four numbers in 0..1.
+    gain = 0.88 + 0.2 * u[0]
+    r, g, b = (min(max(c * gain + 12 * x - 6, 0.0), 255.0) for c, x in zip(base, u[1:4], strict=True))
+    return r, g, b
+
+
+def _bar_brightness(background_rgb: tuple[float, float, float], brighter: bool) -> float:
+    level = sum(background_rgb) / 3
+    sign = 1.0 if level < 64 else -1.0 if level > 180 else 1.0 if brighter else -1.0  # never clipped away
+    return sign * BAR_BRIGHTNESS
+
+
+def sample_story(
+    generator: torch.Generator,
+    *,
+    num_blocks: int,
+    visitor: bool,
+    switch: bool,
+    quick: bool = False,
+    held_out: bool | None = False,
+    combination: Combination | None = None,
+) -> Scene:
+    """Draw a scene with a visitor that comes and goes, with a switch of words, or both; always as many draws.
+
+    In three of four scenes the visitor first comes in block 2 or later, behind the usual sinks. It then stays for one
+    to three blocks and is away for one to eight. A story of one block has it in half of the cases.
+
+    Args:
+        num_blocks: blocks of the timeline; the switch is in one of them after the first.
+        quick: the visitor first comes in block 1 or 2, and stays and absences are of one or two blocks.
+        held_out, combination: as for `sample_scene`; a switch leads to combinations of the same kind.
+    """
+    scene = sample_scene(generator, held_out=held_out, combination=combination)
+    u = torch.rand(14 + num_blocks, generator=generator, dtype=torch.float64).tolist()
+    if switch:
+        pool = COMBINATIONS if held_out is None else _HELD_OUT if held_out else _TRAINING
+        scene = replace(scene, switch=_switch(scene, pool, u[:10], num_blocks))
+    if visitor:
+        scene = _with_visitor(scene, u[10:14], _comings_and_goings(u[14:], quick))
+    return scene
+
+
+def _switch(scene: Scene, pool: Sequence[Combination], u: Sequence[float], num_blocks: int) -> Switch:
+    # Every number of changed words is alike, so that small changes and wholly new captions are both met.
+    wanted = 1 + int(u[0] * 4)
+    differing = [c for c in pool if sum(a != b for a, b in zip(c, scene.combination, strict=True)) == wanted]
+    words = differing[int(u[1] * len(differing))]
+    same = words.background == scene.background
+    background_rgb = scene.background_rgb if same else _shade(BACKGROUNDS[words.background], u[2:6])
+    return Switch(
+        block=1 + int((num_blocks - 1) * u[9]),
+        combination=words,
+        background_rgb=background_rgb,
+        subject_rgb=scene.subject_rgb
+        if words.colour == scene.colour
+        else _shade(COLOURS[words.colour], u[5:9]),
+        bar_brightness=_bar_brightness(background_rgb, scene.bar_brightness > 0),
+    )
+
+
+def _comings_and_goings(u: Sequence[float], quick: bool) -> tuple[bool, ...]:
+    # One number a block: at the first block of a stay or an absence it says how long it is.
+    if len(u) == 1:
+        return (u[0] < 0.5,)
+    present = u[0] < 0.25
+    here = [] if present else [False] * (2 - int(quick) + int(u[0] >= 0.75))
+    present = True
+    while len(here) < len(u):
+        x = u[len(here)]
+        if quick:
+            blocks = 1 + int(1.4 * x)
+        else:
+            blocks = 1 + int(3 * x) if present else min(8, 1 + int(12 * x * x))
+        here += [present] * blocks
+        present = not present
+    return tuple(here[: len(u)])
+
+
+def _with_visitor(scene: Scene, u: Sequence[float], here: tuple[bool, ...]) -> Scene:
+    words = [scene.combination] + ([scene.switch.combination] if scene.switch else [])
+    colours = visitor_colours(*words)
+    colour, shape = colours[int(u[0] * len(colours))], VISITOR_SHAPES[int(u[1] * len(VISITOR_SHAPES))]
+    width, height = VISITOR_SIZES[shape]
+    margin = TRIANGLE_HALF_BASE * scene.radius + 1
+    if scene.direction in ("left", "right"):
+        # The subject's way is moved to one side of the picture, and the visitor stands on the other.
+        above = scene.y < HEIGHT / 2
+        scene = replace(scene, y=margin if above else HEIGHT - margin)
+        edge = height / 2 + VISITOR_EDGE
+        y = HEIGHT - edge if above else edge
+        x = edge + u[2] * (WIDTH - 2 * edge)
+    else:
+        free = width / 2 + VISITOR_EDGE
+        left, right = scene.x - margin - 2 * free, WIDTH - scene.x - margin - 2 * free
+        place = u[2] * (max(left, 0) + max(right, 0))
+        x = free + place if place < max(left, 0) else WIDTH - free - (place - max(left, 0))
+        edge = height / 2 + VISITOR_EDGE
+        y = edge + u[3] * (HEIGHT - 2 * edge)
+    rgb = tuple(float(level) for level in COLOURS[colour])
+    return replace(
+        scene,
+        visitor=Visitor(shape=shape, colour=colour, rgb=(rgb[0], rgb[1], rgb[2]), x=x, y=y, here=here),
     )
 
 
@@ -228,6 +451,13 @@ def render(scene: Scene, start_frame: int, num_frames: int, device: torch.device
     """
     if num_frames < 1:
         raise ValueError(f"num_frames must be positive, got {num_frames}")
+    if scene.switch is not None:
+        split = min(max(first_frame(scene.switch.block) - start_frame, 0), num_frames)
+        parts = (
+            (replace(scene, switch=None), start_frame, split),
+            (scene.switched(), start_frame + split, num_frames - split),
+        )
+        return torch.cat([render(part, start, count, device) for part, start, count in parts if count])
     # Sub-pixel positions in float64 on the CPU: exact after hours, and the same on every device.
     travel = torch.arange(start_frame, start_frame + num_frames, dtype=torch.float64) * scene.speed
     step_x, step_y = _STEPS[scene.direction]
@@ -240,7 +470,23 @@ def render(scene: Scene, start_frame: int, num_frames: int, device: torch.device
         behind = background[..., channel]
         levels = torch.addcmul(behind + 0.5, alpha, level - behind)
         planes.append(levels.to(torch.uint8))  # cuts off, so the 0.5 makes it round
-    return torch.stack(planes, -1)
+    frames = torch.stack(planes, -1)
+    if scene.visitor is not None:
+        present = [scene.visitor.is_here(block_of(start_frame + n)) for n in range(num_frames)]
+        cover = visitor_coverage(scene.visitor, device)[..., None]
+        rgb = torch.tensor(scene.visitor.rgb, device=device)
+        behind = frames[present].float()
+        frames[present] = (behind + 0.5 + cover * (rgb - behind)).to(torch.uint8)
+    return frames
+
+
+def visitor_coverage(visitor: Visitor, device: torch.device | str = "cpu") -> Tensor:
+    """How much of each pixel a visitor covers when it is there: float32 [H, W] in 0..1."""
+    x = torch.arange(WIDTH, device=device).float() + 0.5 - visitor.x
+    y = torch.arange(HEIGHT, device=device).float() + 0.5 - visitor.y
+    width, height = VISITOR_SIZES[visitor.shape]
+    across, down = (size / 2 + 0.5 - d.abs() for size, d in ((width, x), (height, y)))
+    return down.clamp(0, 1)[:, None] * across.clamp(0, 1)
 
 
 def render_batch(
