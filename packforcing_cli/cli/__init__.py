@@ -32,6 +32,8 @@ COMMANDS = (
     ("resume", "resume", "resume"),
     ("runs", "runs", "app"),
     ("train", "train", "train"),
+    ("recipes", "recipes", "app"),
+    ("data", "data", "app"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),
     ("doctor", "doctor", "doctor"),
