@@ -450,7 +450,7 @@ def _key_lengths(grid: Grid, item: Item, text_length: int) -> set[int]:
 class _Saved:
     """Counts the bytes of tensors kept for the backward pass inside a `with`; parameters are not among them.
 
-    ignored_lengths: tensors whose last dimension is one of these are attention scores that a fused kernel does not keep.
+    ignored_lengths: a last dimension of one of these is that of attention scores, which a fused kernel does not keep.
     """
 
     def __init__(self, ignored_lengths: frozenset[int] = frozenset()) -> None:

@@ -130,6 +130,16 @@ class Samples(Strict):
     seed: int = 0
 
 
+class Sampling(Strict):
+    """How the result is sampled; left out = as the model it starts from, or 40 steps at guidance 3 for a student.
+
+    Flow matching on clips trains a model for all noise levels: a few-step student becomes a many-step model.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
+
+
 class Finetune(Strict):
     """Every weight of a model's transformer and compressor, trained on clips by packed teacher forcing.
 
@@ -151,10 +161,16 @@ class Finetune(Strict):
     data: ItemData
     preset: Preset = Preset()
     samples: Samples = Samples()
+    sampling: Sampling = Sampling()
     train: Train
 
     @model_validator(mode="after")
-    def _one_optimiser(self) -> Finetune:
+    def _what_belongs_together(self) -> Finetune:
         if self.train.muon_learning_rate is not None:
             raise ValueError("train.muon_learning_rate: finetuning uses AdamW alone; leave it out")
+        if self.samples.every % self.train.evaluate_every:
+            raise ValueError(
+                f"samples.every {self.samples.every} must be a multiple of train.evaluate_every"
+                f" {self.train.evaluate_every}"
+            )
         return self
