@@ -222,7 +222,7 @@ class _Lines:
             self._talk.say("scenes are rendered and encoded, once for this folder …")
         elif event == "start":
             if record["step"]:
-                self._talk.say(f"{record['step']} of {self._steps} steps are done already")
+                self._talk.say(f"{record['step']} of {self._steps} steps done already")
         elif event == "evaluate":
             step = record.pop("step")
             self._talk.say(f"step {step}, evaluated: {_figures(record)}")

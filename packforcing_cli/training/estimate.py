@@ -208,7 +208,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     blocks = data.first_scenes + data.short_scenes * data.short_blocks + data.long_scenes * data.long_blocks
     pool = blocks * (demo_flow.FRAMES_PER_BLOCK * 16 * 8 * 16 + 2 * 16 * 2 * 4) * 2
     memory = Memory(4 * count, 16 * count, activations, _other(device) + pool)
-    mids = {demo_flow.LONG_SINKS: demo_flow.MAX_MIDS if data.long_clips else data.packed_blocks - 4}
+    mids = {demo_flow.LONG_SINKS: demo_flow.MAX_MIDS if data.long_clips else max(0, data.packed_blocks - 4)}
     context = Context(demo_flow.FRAMES_PER_BLOCK, mids, tuple(sorted(set(demo_flow.SPANS))))
     preset = CacheDefaults(
         frames_per_block=demo_flow.FRAMES_PER_BLOCK,

@@ -111,14 +111,15 @@ def item_loss(
     """
     settings, device = recipe.data, models.device
     item = shape.item(models.grid, scene.blocks, generator)
-    latents, lr = (t[None].to(device) for t in data.load(scene, item.scene))
+    dtype = next(models.transformer.parameters()).dtype
+    latents, lr = (t[None].to(device, dtype) for t in data.load(scene, item.scene))
     draws, count = settings.draws, settings.draws * len(item.targets)
     x0 = latents[:, list(item.targets)].repeat(1, draws, 1, 1, 1, 1)
     history = latents[:, list(item.packed.full)]
     order, inside = torch.randperm(count, generator=generator), torch.rand(count, generator=generator)
     levels = [shifted(float(s), models.shift) for s in (order + inside) / count]
-    noise = torch.randn(x0.shape, generator=generator).to(device)
-    past_noise = torch.randn(history.shape, generator=generator).to(device)
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    past_noise = torch.randn(history.shape, generator=generator).to(x0)
     dice = torch.rand(3, generator=generator).tolist()
     caption, level = scene.caption, 0.0
     if sigma is None:
@@ -127,7 +128,7 @@ def item_loss(
         caption = UNCONDITIONAL if dice[2] < settings.caption_dropout else caption
     else:
         levels = [sigma] * count
-    sigmas = torch.tensor(levels, device=device)[None]
+    sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
     wide = sigmas.view(1, count, 1, 1, 1, 1)
     with torch.autocast(device.type, torch.bfloat16, enabled=models.precision == torch.bfloat16):
         velocity = packed_forward(
@@ -138,10 +139,10 @@ def item_loss(
             compressed=compress(models, latents, lr, item.packed.compressed),
             noisy=(1 - wide) * x0 + wide * noise,
             timesteps=NUM_TRAIN_TIMESTEPS * sigmas,
-            text=models.transformer.embed_text(data.embedding(caption).to(device)),
+            text=models.transformer.embed_text(data.embedding(caption).to(x0)),
             targets=item.targets,
         )
-    return (velocity.float() - (noise - x0)).square().mean()
+    return (velocity.to(dtype) - (noise - x0)).square().mean()
 
 
 def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -150,7 +151,7 @@ def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...
         return latents.new_zeros(1, 0, models.grid.compressed_tokens, models.transformer.config.dim)
     chosen = list(blocks)
     tokens = models.transformer.patch(lr[0, chosen])
-    return models.compressor(latents[0, chosen], tokens)[None].float()
+    return models.compressor(latents[0, chosen], tokens)[None].to(latents.dtype)
 
 
 # -- the run ------------------------------------------------------------------------------------------------------
