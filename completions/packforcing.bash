@@ -19,14 +19,14 @@ _packforcing() {
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--embeddings|--endpoint|--frames|--frames-per-block|--from|--from-time|--guidance|--image|--json|--kind|--license|--lora|--lora-alpha|--name|--older-than|--out|--output|--pin|--pin-image|--preset|--prompt|--recent-blocks|--repeats|--run|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--crf|--data|--embeddings|--endpoint|--frames|--frames-per-block|--from|--from-time|--guidance|--image|--json|--kind|--license|--lora|--lora-alpha|--max-bad|--name|--older-than|--out|--output|--pin|--pin-image|--preset|--prompt|--recent-blocks|--repeats|--run|--scene-seconds|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing doctor"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing data"|"packforcing data check"|"packforcing data encode"|"packforcing doctor"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing recipes"|"packforcing recipes copy"|"packforcing recipes list"|"packforcing recipes show"|"packforcing recipes validate"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="bench doctor extend generate inspect-cache models resume runs show train --version --help -h" ;;
+        "packforcing") words="bench data doctor extend generate inspect-cache models recipes resume runs show train --version --help -h" ;;
         "packforcing bench") words="all cache engine load scaling startup --help -h" ;;
         "packforcing bench all") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
         "packforcing bench cache") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
@@ -34,6 +34,9 @@ _packforcing() {
         "packforcing bench load") words="--model --dtype --device --force --json --help -h" ;;
         "packforcing bench scaling") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
         "packforcing bench startup") words="--force --json --help -h" ;;
+        "packforcing data") words="check encode --help -h" ;;
+        "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;
+        "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --model --size --fit --from-time --to-time --only-new --force --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
@@ -48,6 +51,11 @@ _packforcing() {
         "packforcing models remove") words="--hub-files -y --yes -q --quiet --help -h" ;;
         "packforcing models show") words="--json --help -h" ;;
         "packforcing models verify") words="--deep --json -q --quiet --help -h" ;;
+        "packforcing recipes") words="copy list show validate --help -h" ;;
+        "packforcing recipes copy") words="--help -h" ;;
+        "packforcing recipes list") words="--json --help -h" ;;
+        "packforcing recipes show") words="--help -h" ;;
+        "packforcing recipes validate") words="--set --force --json --help -h" ;;
         "packforcing resume") words="--last -o --output --device --force --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing runs") words="list prune remove show --help -h" ;;
         "packforcing runs list") words="--json --help -h" ;;
@@ -55,7 +63,7 @@ _packforcing() {
         "packforcing runs remove") words="-y --yes --help -h" ;;
         "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
-        "packforcing train") words="--out --set --vae -q --quiet -v --verbose --help -h" ;;
+        "packforcing train") words="--out --set --vae --data --resume --force -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

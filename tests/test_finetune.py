@@ -245,15 +245,21 @@ def test_two_processes_follow_the_curve_of_one(package: Path, encoded: EncodedDa
     )
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
-    with pytest.raises(UsageError, match="3 items a step cannot be shared by 2 processes"):
+
+
+def test_items_that_processes_cannot_share_are_refused(tmp_path: Path) -> None:
+    with (
+        loop.Log(tmp_path / "log.jsonl") as log,
+        pytest.raises(UsageError, match="3 items a step cannot be shared by 2 processes"),
+    ):
         loop.run(
             loop.TrainingState({}, loop.MovingAverage({}, 0.9), []),
-            chosen.train,
+            recipes.Train(steps=1, learning_rate=1.0),
             lambda generator: (torch.zeros(()), {}),
-            out=tmp_path / "three",
+            out=tmp_path,
             facts={},
-            workers=dataclasses.replace(loop.Workers(), count=2),
-            log=loop.Log(tmp_path / "log.jsonl"),
+            workers=loop.Workers(count=2),
+            log=log,
             items=3,
         )
 

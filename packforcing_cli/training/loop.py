@@ -321,7 +321,8 @@ def run(
         shown, parts = 0.0, {}
         for item in mine:
             value, parts = loss(step_generator(settings.seed, state.step, item))
-            (value / len(mine)).backward()
+            if value.requires_grad:  # an item need not reach what is trained
+                (value / len(mine)).backward()
             shown += float(value.detach()) / len(mine)
         workers.average_gradients(parameters)
         shown = workers.mean(shown)
@@ -334,7 +335,11 @@ def run(
         state.average.update(state.modules, state.step)
         if state.step % log_every == 0:
             log.write(
-                step=state.step, loss=round(shown, 5), norm=round(norm, 3), factor=round(factor, 4), **parts
+                step=state.step,
+                loss=float(f"{shown:.9g}"),
+                norm=round(norm, 3),
+                factor=round(factor, 4),
+                **parts,
             )
         if evaluate is not None and workers.rank == 0 and state.step % settings.evaluate_every == 0:
             log.write(event="evaluate", step=state.step, **evaluate())
