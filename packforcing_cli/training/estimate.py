@@ -177,7 +177,7 @@ def _of_vae(recipe: DemoVae, device: torch.device, free: int, name: str) -> Esti
 
 
 def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Estimate:
-    from packforcing_cli.training import demo_flow, demo_package, demo_text, world
+    from packforcing_cli.training import demo_flow, demo_text, world
 
     text = demo_text.tiny_umt5_config()
     size = recipe.model
@@ -213,7 +213,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     preset = CacheDefaults(
         frames_per_block=demo_flow.FRAMES_PER_BLOCK,
         top_k=demo_flow.MAX_MIDS,
-        mid_span=str(demo_package.DEFAULT_SPAN),
+        mid_span=str(demo_flow.DEFAULT_SPAN),
     )
     return Estimate(
         recipe.kind,

@@ -318,7 +318,8 @@ def run(
         for p in parameters:
             p.grad = None
         mine = range(workers.rank, workers.count if items is None else items, workers.count)
-        shown, parts = 0.0, {}
+        shown = 0.0
+        parts: dict[str, float] = {}
         for item in mine:
             value, parts = loss(step_generator(settings.seed, state.step, item))
             if value.requires_grad:  # an item need not reach what is trained
