@@ -29,13 +29,14 @@ from pydantic import (
     Field,
     InstanceOf,
     ValidationError,
+    ValidationInfo,
     field_serializer,
     field_validator,
 )
 
 from packforcing_cli import catalog
 from packforcing_cli.errors import ConfigError
-from packforcing_cli.layout import POLICIES, Grid, Layout, Span
+from packforcing_cli.layout import POLICIES, Grid, Layout, Lengths, Shown, Span
 from packforcing_cli.timeline import Timeline
 
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
@@ -199,6 +200,29 @@ class MemoryOptions(Options):
         return self.with_defaults({"select": "affinity", "mid_span": "block"})
 
 
+class SourceVideo(Options):
+    """Somebody's video that a new one goes on with.
+
+    path, sha256: the file, and what was in it.
+    from_time, to_time: the part that is used, as `timeline.parse_time` reads it; None = from its start, to its end.
+    only_new:     leave it, and its sound, out of the new file.
+    blocks, lead, padded: how its frames fall into blocks, see layout.Shown.
+    """
+
+    path: Path
+    sha256: str
+    from_time: str | None = None
+    to_time: str | None = None
+    only_new: bool = False
+    blocks: int = Field(ge=1)
+    lead: int = Field(ge=0)
+    padded: int = Field(ge=0)
+
+    def shown(self, lengths: Lengths) -> Shown:
+        """What of it is in the file."""
+        return Shown(lengths, self.blocks, self.lead, self.padded, self.only_new)
+
+
 class PlanRequest(Options):
     """What decides size, length and memory.
 
@@ -213,6 +237,7 @@ class PlanRequest(Options):
                       runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
     vae:              None = the package's, tiny, wan, or a folder with a VAE of the same latents.
     timeline:         prompts after the first one, and pins.
+    source:           somebody's video whose blocks come first; None = none.
     """
 
     model: str = "demo"
@@ -226,6 +251,7 @@ class PlanRequest(Options):
     vae: str | None = None
     memory: MemoryOptions = MemoryOptions()
     timeline: InstanceOf[Timeline] = Timeline()
+    source: SourceVideo | None = None
 
     @field_validator("model")
     @classmethod
@@ -349,8 +375,8 @@ class GenerateRequest(PlanRequest):
 
     @field_validator("prompt")
     @classmethod
-    def _prompt(cls, value: str) -> str:
-        if not value.strip():
+    def _prompt(cls, value: str, info: ValidationInfo) -> str:
+        if not value.strip() and info.data.get("source") is None:
             raise ValueError("is empty")
         return value.strip()
 
@@ -393,7 +419,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "image", "pin_images", "output", "frames", "timeline")
+_NOT_SETTINGS = ("memory", "prompt", "image", "pin_images", "output", "frames", "timeline", "source")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

@@ -9,9 +9,11 @@ where an NVIDIA driver is, or when a GPU is asked for. Knows no terminal: it ret
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from packforcing_cli.rollout import Block, Result, Story
     from packforcing_cli.runfolder import RunFolder
     from packforcing_cli.sampler import Schedule
+    from packforcing_cli.source import History
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ class Job:
     machine: what there was when it was planned.
     image:   [H,W,3] what the video begins with.
     stills:  [H,W,3] pictures of the first blocks.
+    history: the video it goes on with.
     downloads: parts that are not on this machine; only looked for in a dry run.
     """
 
@@ -99,6 +103,7 @@ class Job:
     plan: Plan
     image: NDArray[np.uint8] | None
     stills: tuple[NDArray[np.uint8], ...]
+    history: History | None
     downloads: tuple[Download, ...] = ()
 
 
@@ -133,7 +138,7 @@ def prepare(
         packages.require_complete(folder, packages.read_manifest(folder))
     facts = packages.with_compressor(facts, request.memory.compressor)
     _check_abilities(request, facts)
-    new, path = path is None, path or _output_path(request)
+    new, path = path is None, path or output_path(request)
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
     place = facts.name if is_named or facts.is_random else request.model
     planner.plan(
@@ -180,6 +185,7 @@ def prepare(
         plan,
         image,
         stills,
+        _history(request, plan),
         downloads,
     )
 
@@ -213,6 +219,14 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
     return tuple(video.read_image(path, plan.size, request.fit) for path in request.pin_images)
 
 
+def _history(request: GenerateRequest, plan: Plan) -> History | None:
+    if request.source is None:
+        return None
+    from packforcing_cli import rollout
+
+    return rollout.open_history(request, plan.layout.grid, fps=plan.fps, size=plan.size)
+
+
 def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
     """Raises: PackforcingError if the video cannot be encoded like this here, or its frames not be kept."""
     from packforcing_cli import video
@@ -244,7 +258,7 @@ def _check_abilities(request: GenerateRequest, facts: ModelFacts) -> None:
         catalog.check_vae(facts.name, facts.codec, request.vae)
 
 
-def _output_path(request: GenerateRequest) -> Path:
+def output_path(request: GenerateRequest) -> Path:
     """The given output, checked; or a free name made from the prompt, in the current or the given folder."""
     from packforcing_cli import video
 
@@ -292,6 +306,9 @@ def recorded(job: Job) -> GenerateRequest:
     for name in ("image", "embeddings", "frames"):
         path = getattr(request, name)
         changes |= {} if path is None else {name: path.absolute()}
+    if request.source is not None:
+        path = request.source.path.absolute()
+        changes["source"] = request.source.model_copy(update={"path": path})
     changes["pin_images"] = tuple(path.absolute() for path in request.pin_images)
     return request.model_copy(update=changes)
 
@@ -310,14 +327,43 @@ def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[
     """What the file is to say of itself; nothing with --no-metadata.
 
     Args:
-        extends: the command that made it, where `generate` alone cannot make it again.
+        extends: the command that made it, where `generate` alone cannot make it again; of a video that goes on with
+            a file it is made here.
     """
     from packforcing_cli import rollout
 
     if not job.request.metadata:
         return {}
     made = rollout.provenance_of(model, job.request, job.plan.layout)
+    if job.request.source is not None:
+        extends = extends or extend_command(job)
+        made = made.model_copy(update={"request": {**made.request, "prompt": job.plan.script.prompts[-1]}})
     return made.model_copy(update={"extends": extends}).tags()
+
+
+def extend_command(job: Job) -> str:
+    """The command that makes the same continuation of a file again."""
+    request, source = job.request, job.request.source
+    assert source is not None
+    grid = job.plan.layout.grid
+    new = round((job.plan.blocks - source.blocks) * grid.block_frames(1) / job.plan.fps, 6)
+    late = Fraction(source.shown(grid).late, job.plan.fps)
+    values = {
+        "seconds": f"{new:g}",
+        "prompt": job.plan.script.prompts[0],
+        "seed": request.seed,
+        "model": request.model,
+        "size": "x".join(str(side) for side in job.plan.size),
+        "fit": request.fit,
+        "from-time": source.from_time,
+        "to-time": source.to_time,
+    }
+    words = [
+        word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
+    ]
+    words += ["--only-new"] if source.only_new else []
+    words += [*request.timeline.moved(late).arguments(), "-o", str(job.path)]
+    return shlex.join(["packforcing", "extend", str(source.path), *words])
 
 
 def kept_part(job: Job) -> str:
@@ -429,6 +475,7 @@ def make(
         memory=request.memory,
         first_latent=None if job.image is None else rollout.encode_image(model, job.image),
         stills=job.stills,
+        history=job.history,
         codec=request.codec,
         crf=request.crf,
         preset=request.preset,

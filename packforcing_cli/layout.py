@@ -55,10 +55,135 @@ Position = tuple[Fraction, Fraction, Fraction]
 
 
 @dataclass(frozen=True)
-class Grid:
-    """The shape of a block in one model at one size.
+class Lengths:
+    """Blocks, pixel frames and seconds of a video: the first latent frame is one pixel frame, every other one four.
 
     frames_per_block: latent frames generated together.
+    """
+
+    frames_per_block: int
+
+    def block_frames(self, block: int) -> int:
+        """Pixel frames of one block."""
+        return TEMPORAL_STRIDE * self.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
+
+    def frames_for(self, num_blocks: int) -> int:
+        """Pixel frames of a video of num_blocks blocks, and those before block num_blocks."""
+        return self.block_frames(0) + self.block_frames(1) * (num_blocks - 1) if num_blocks else 0
+
+    def block_at(self, frame: int) -> int:
+        """The block a pixel frame is in."""
+        return (frame + self.block_frames(1) - self.block_frames(0)) // self.block_frames(1)
+
+    def whole_blocks(self, frames: int) -> int:
+        """Blocks that a number of pixel frames has from the beginning, what is left over not counted."""
+        return self.block_at(frames)
+
+    def nearest_block(self, seconds: Fraction, fps: int) -> int:
+        """The block whose beginning is nearest to a time; of two the later one."""
+        block = self.block_at(math.floor(seconds * fps))
+        before, after = self.frames_for(block), self.frames_for(block + 1)
+        return block if seconds * fps - before < after - seconds * fps else block + 1
+
+    def blocks_for(self, seconds: float | Fraction, fps: float | Fraction) -> int:
+        """Whole blocks nearest to the length of a video, at least one; halves round up.
+
+        Raises: UsageError if seconds or fps is not a positive number.
+        """
+        first, later = self.block_frames(0), self.block_frames(1)
+        return self._nearest(seconds, fps, later - first)
+
+    def blocks_more(self, seconds: float | Fraction, fps: float | Fraction) -> int:
+        """Whole blocks nearest to a length that follows other blocks, at least one; halves round up.
+
+        Raises: as `blocks_for`.
+        """
+        return self._nearest(seconds, fps, 0)
+
+    def _nearest(self, seconds: float | Fraction, fps: float | Fraction, missing: int) -> int:
+        for name, value in (("seconds", seconds), ("fps", fps)):
+            if not math.isfinite(value) or value <= 0:
+                raise UsageError(f"{name} must be a positive number, got {value}")
+        wanted = Fraction(seconds) * Fraction(fps) + missing
+        return max(1, math.floor(wanted / self.block_frames(1) + Fraction(1, 2)))
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Which blocks of the memory are in the file of a video, and as what.
+
+    A video of ours has every block, each a group of frames. One that goes on with somebody's video begins with the
+    frames before the first block (the lead, in pieces), and block 0 may have copies in front that the file has not:
+
+        memory            [ copies | block 0 ][ block 1 ] … [ history - 1 ][ new ] …
+        file   [ lead ]            [ block 0 ][ block 1 ] … [ history - 1 ][ new ] …
+        file, only_new                                                     [ new ] …
+
+    history: blocks of the other video.  lead: frames before block 0.  padded: copies in front of it.
+    """
+
+    lengths: Lengths
+    history: int = 0
+    lead: int = 0
+    padded: int = 0
+    only_new: bool = False
+
+    @property
+    def first(self) -> int:
+        """The first block that is in the file."""
+        return self.history if self.only_new else 0
+
+    @property
+    def lead_pieces(self) -> tuple[int, ...]:
+        """Frames of the groups before block 0, each at most a block."""
+        if self.only_new:
+            return ()
+        most = self.lengths.block_frames(1)
+        return (*[most] * (self.lead // most), *([self.lead % most] if self.lead % most else []))
+
+    @property
+    def late(self) -> int:
+        """Frames of the other video before the first frame of the memory; negative if there are copies."""
+        return self.lead - self.padded
+
+    def block_frames(self, block: int) -> int:
+        """Frames that the file has of a block."""
+        if block < self.first:
+            return 0
+        return self.lengths.block_frames(block) - (self.padded if block == 0 else 0)
+
+    def frame_of(self, block: int) -> int:
+        """Number of a block's first frame in the file; negative for a block that is not in it."""
+        if self.only_new:
+            return self.lengths.frames_for(block) - self.lengths.frames_for(self.history)
+        return self.late + self.lengths.frames_for(block) + (self.padded if block == 0 else 0)
+
+    def groups(self, blocks: int) -> tuple[int, ...]:
+        """Frames of every group of the file after so many blocks."""
+        return (*self.lead_pieces, *map(self.block_frames, range(self.first, blocks))) if blocks else ()
+
+    def frames_for(self, blocks: int) -> int:
+        """Frames of the file after so many blocks."""
+        if blocks <= self.first:
+            return 0
+        skipped = self.lengths.frames_for(self.first) if self.only_new else -self.late
+        return self.lengths.frames_for(blocks) - skipped
+
+    def blocks_in(self, groups: int) -> int:
+        """Blocks of the memory that need not be written when the file has so many groups."""
+        return self.first + max(0, groups - len(self.lead_pieces))
+
+    def blocks_of(self, frames: int) -> int | None:
+        """After how many blocks the file has so many frames; None if it never has."""
+        skipped = self.lengths.frames_for(self.first) if self.only_new else -self.late
+        blocks = self.lengths.whole_blocks(max(0, frames + skipped))
+        return blocks if blocks > self.first and self.frames_for(blocks) == frames else None
+
+
+@dataclass(frozen=True)
+class Grid(Lengths):
+    """The shape of a block in one model at one size.
+
     rows, cols:       patch tokens of one latent frame (832x480 pixels -> 30 rows, 52 columns).
     layers:           transformer layers, each with its own keys and values.
     kv_dim:           heads * head dim.
@@ -68,7 +193,6 @@ class Grid:
     Raises: LayoutError if a number is not positive, or the frame is too small for one compressed token.
     """
 
-    frames_per_block: int
     rows: int
     cols: int
     layers: int
@@ -132,25 +256,6 @@ class Grid:
     def summary_bytes(self) -> int:
         """One float32 vector a layer and head: a block's key sum, or the query sum."""
         return self.layers * self.kv_dim * SUMMARY_DTYPE_BYTES
-
-    def block_frames(self, block: int) -> int:
-        """Pixel frames of one block: the first frame of a video is a latent frame of its own."""
-        return TEMPORAL_STRIDE * self.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
-
-    def frames_for(self, num_blocks: int) -> int:
-        """Pixel frames of a video of num_blocks blocks."""
-        return TEMPORAL_STRIDE * self.frames_per_block * num_blocks - (TEMPORAL_STRIDE - 1)
-
-    def blocks_for(self, seconds: float | Fraction, fps: float | Fraction) -> int:
-        """Whole blocks nearest to a duration, at least one; halves round up.
-
-        Raises: UsageError if seconds or fps is not a positive number.
-        """
-        for name, value in (("seconds", seconds), ("fps", fps)):
-            if not math.isfinite(value) or value <= 0:
-                raise UsageError(f"{name} must be a positive number, got {value}")
-        wanted = Fraction(seconds) * Fraction(fps) + (TEMPORAL_STRIDE - 1)
-        return max(1, math.floor(wanted / (TEMPORAL_STRIDE * self.frames_per_block) + Fraction(1, 2)))
 
     def compressed_positions(self, start: Fraction | int, span: Fraction | int) -> tuple[Position, ...]:
         """Where the tokens of a compressed block sit: the centres of the cells they stand for.

@@ -332,7 +332,8 @@ class _Parts:
             default_span=default_span,
         )
         prompt = getattr(request, "prompt", "")
-        script = request.timeline.script(prompt, grid, fps=facts.fps, num_blocks=self.blocks)
+        start = 0 if request.source is None else request.source.blocks
+        script = request.timeline.script(prompt, grid, fps=facts.fps, num_blocks=self.blocks, start=start)
         stills = range(len(getattr(request, "pin_images", ())))
         self.script = replace(script, pins=script.pins | {*stills})
         self.layout = replace(layout, cuts=self.script.cuts, pins=self.script.pins)

@@ -39,18 +39,19 @@ from torch import Tensor
 from packforcing_cli import __version__, catalog, config, provenance, runfolder
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
-from packforcing_cli.config import COMPRESSORS, GenerateRequest, MemoryOptions
+from packforcing_cli.config import COMPRESSORS, GenerateRequest, MemoryOptions, PlanRequest
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
 from packforcing_cli.errors import GenerationError, UsageError, VideoError
-from packforcing_cli.layout import TEMPORAL_STRIDE, Grid, Layout
+from packforcing_cli.layout import Grid, Layout, Lengths, Shown
 from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.timeline import Script, frames_before
+from packforcing_cli.source import History, Source
+from packforcing_cli.timeline import Script, parse_time
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
 from packforcing_cli.vae import Codec, StreamingDecoder, WanCodec, encode_lr, lr_pixels
-from packforcing_cli.video import FrameFolder, PipeWriter, VideoReader, VideoWriter, part_path
+from packforcing_cli.video import FrameFolder, PipeWriter, Sound, VideoReader, VideoWriter, part_path
 
 
 @dataclass(frozen=True)
@@ -118,13 +119,15 @@ class Story:
 class Result:
     """What `generate` made.
 
-    blocks, frames: of the whole file; `replayed` blocks of them were there before.
+    blocks: of the memory; `replayed` blocks of them were there before.
+    frames: of the whole file, 0 if it was not finished; `new_frames` were made now.
     stopped: whether it was asked to stop before the whole length was there.
     stall_seconds: waiting for the encoder.  block_seconds: of every block made now, in order.
     """
 
     path: Path
     frames: int
+    new_frames: int
     blocks: int
     replayed: int
     fps: int
@@ -276,6 +279,41 @@ def still_blocks(model: VideoModel, stills: Sequence[NDArray[np.uint8]], grid: G
     )
     for latents, _ in encode_blocks(model, held, frames_per_block=grid.frames_per_block):
         yield PastBlock(latents)
+
+
+def history_blocks(
+    model: VideoModel,
+    history: History,
+    known: Iterator[PastBlock],
+    *,
+    kept: int = 0,
+    on_lead: Callable[[NDArray[np.uint8]], None],
+) -> Iterator[PastBlock]:
+    """The blocks of somebody's video, read as a stream.
+
+    Args:
+        known:   the first `kept` blocks as they were committed before; only their pixels are read again. Blocks behind
+                 the history follow from there.
+        on_lead: gets the frames before the first block in pieces, [T,H,W,3].
+    Yields: every block with its pixels, then what is left of `known`.
+    """
+
+    def blocks() -> Iterator[NDArray[np.uint8]]:
+        for frames, is_block in history.pieces():
+            if is_block:
+                yield frames
+            else:
+                on_lead(frames)
+
+    if kept >= history.blocks:
+        for frames, past in zip(blocks(), known, strict=False):
+            yield replace(past, pixels=to_pixels(frames, model.device))
+    else:
+        frames_per_block = history.shown.lengths.frames_per_block
+        encoded = encode_blocks(model, blocks(), frames_per_block=frames_per_block)
+        for n, (latents, pixels) in enumerate(encoded):
+            yield replace(next(known), pixels=pixels) if n < kept else PastBlock(latents, pixels=pixels)
+    yield from known
 
 
 def to_pixels(frames: NDArray[np.uint8], device: torch.device) -> Tensor:
@@ -589,6 +627,7 @@ def generate(
     memory: MemoryOptions | None = None,
     first_latent: Tensor | None = None,
     stills: Sequence[NDArray[np.uint8]] = (),
+    history: History | None = None,
     codec: str = "h264",
     crf: int = 18,
     preset: str | None = None,
@@ -608,9 +647,12 @@ def generate(
         seed:         None = random.
         first_latent: as `stream_generate`.
         stills:       [H,W,3] pictures that are the first blocks, see `still_blocks`.
+        history:      somebody's video whose blocks come first; `seconds` counts them, and the file has it in front,
+                      with its sound, unless it says otherwise. Not with stills.
         metadata:     tags of the file; None = prompt, seed, model and version. A run folder's own are preferred.
         run:          where every block is kept before it is written; the blocks it has already are not made again,
-                      and what its video has of them is not encoded again. Not with a stream.
+                      and what its video has of them is not encoded again. Not with a stream. Stopped within the
+                      history, only the run has what was done.
         snapshot_every: blocks between two exact snapshots in the run folder; None = none.
         frames:       gets every frame as a picture, too, before its block is kept; of blocks that are there already
                       those that are missing.
@@ -631,22 +673,31 @@ def generate(
         said = story.prompts[0].text
         metadata = {"prompt": said, "seed": str(seed), "model": model.name, "version": __version__}
     started = clock = time.perf_counter()
-    first, stalled, spent, replayed = 0.0, 0.0, list[float](), 0
+    first, stalled, spent, replayed, made = 0.0, 0.0, list[float](), 0, 0
     last: Block | None = None
-    encoding = Encoding(fps, (width, height), codec, crf, preset, metadata, story.script.chapters(grid))
+    shown = Shown(grid) if history is None else history.shown
+    encoding = Encoding.of(fps, (width, height), codec, crf, preset, metadata, story.script, shown, history)
     with open_writer(output, run, encoding, overwrite=overwrite) as writer:
-        written, start = writer.blocks_written, 0
-        past: Iterable[PastBlock] = still_blocks(model, stills, grid)
+        groups = writer.blocks_written
+        written, start = shown.blocks_in(groups), 0
+        known: Iterator[PastBlock] = iter(())
         if run is not None:
             snapshot, other = run.snapshot_blocks(), run.record.other_memory
             start = snapshot if other < snapshot <= min(written, num_blocks - 1) else 0
-            if frames is not None and frames.lacks(frames_before(grid, start)):
+            lacking = frames is not None and frames.lacks(shown.frames_for(start))
+            if lacking or start < shown.history:
                 start = 0
             known = (
                 PastBlock(entry.latents, None if entry.index < other else entry.selected)
-                for entry in run.entries(start)
+                for entry in run.entries(start, run.blocks)  # not those to come
             )
-            past = chain(known, islice(past, run.blocks, None))
+        there = 0 if run is None else run.blocks
+        past: Iterable[PastBlock] = known
+        if history is not None and not start:
+            lead = Lead(writer, frames, groups=groups, is_new=run is None or not there, shown=shown)
+            past = history_blocks(model, history, known, kept=min(there, history.blocks), on_lead=lead)
+        elif len(stills):
+            past = chain(known, islice(still_blocks(model, stills, grid), there, None))
         stream = stream_generate(
             model,
             story,
@@ -660,38 +711,47 @@ def generate(
             state=run.load_snapshot() if run is not None and start else None,
         )
         for block in stream:
-            if frames is not None:
-                begins = frames_before(grid, block.index)
-                frames.write(block.frames, first=begins, only_missing=block.replayed and run is not None)
-            if run is not None and not block.replayed:
+            pixels = block.frames[shown.lengths.block_frames(block.index) - shown.block_frames(block.index) :]
+            if frames is not None and block.index >= shown.first:
+                begins = shown.frame_of(block.index)
+                frames.write(pixels, first=begins, only_missing=block.index < there)
+            if run is not None and block.index >= run.blocks:
                 figures = {"seconds": block.seconds, "cache": asdict(block.cache), "recalled": block.recalled}
                 run.append(block.latents, block.selected, trace=figures)
             first = first or time.perf_counter() - started
             waiting = time.perf_counter()
             if block.index >= written:
-                writer.write(block.frames)
+                writer.write(pixels)
             stalled += time.perf_counter() - waiting
             if run is not None and snapshot_every and not block.replayed and run.blocks % snapshot_every == 0:
                 writer.flush()
                 run.save_snapshot(block.state())
             replayed, last, now = replayed + block.replayed, block, time.perf_counter()
             spent += [] if block.replayed else [now - clock]
+            made += 0 if block.replayed else len(block.frames)
             if on_block is not None:
                 on_block(block, now - clock)
             clock = now
             if should_stop is not None and should_stop():
                 break
-    assert last is not None
-    if run is not None:
+        assert last is not None
+        unfinished = last.index < shown.history
+        if unfinished and isinstance(writer, VideoWriter):  # there is nothing new in the file yet
+            writer.abort()
+            if run is None:
+                part_path(writer.path).unlink(missing_ok=True)
+        blocks = last.index + 1 if unfinished else max(last.index + 1, shown.blocks_in(writer.blocks_written))
+    if run is not None and not unfinished:
         close_run(run, writer)
     return Result(
         path=writer.path,
-        frames=writer.frames_written,
-        blocks=writer.blocks_written,
+        frames=0 if unfinished else writer.frames_written,
+        new_frames=made,
+        blocks=blocks,
         replayed=start + replayed,
         fps=fps,
         seed=seed,
-        stopped=writer.blocks_written < num_blocks,
+        stopped=blocks < num_blocks,
         first_frame_seconds=first,
         total_seconds=time.perf_counter() - started,
         stall_seconds=stalled,
@@ -699,6 +759,33 @@ def generate(
         cache=last.cache,
         peak_memory_bytes=peak_memory_bytes(model.device),
     )
+
+
+def open_history(
+    request: PlanRequest, lengths: Lengths, *, fps: int, size: tuple[int, int], fit: str = "crop"
+) -> History | None:
+    """The video a request goes on with, opened; None if it goes on with none.
+
+    Raises: UsageError or VideoError if it cannot be read, or is no longer as it was.
+    """
+    wanted = request.source
+    if wanted is None:
+        return None
+    source = Source(
+        wanted.path,
+        fps=fps,
+        size=size,
+        fit=getattr(request, "fit", fit),
+        start=parse_time(wanted.from_time or "0"),
+        end=None if wanted.to_time is None else parse_time(wanted.to_time),
+    )
+    history = source.history(lengths, only_new=wanted.only_new)
+    if history.shown != wanted.shown(lengths):
+        raise UsageError(
+            f"{wanted.path} is not the video it was: it has another length",
+            hint="Bring back the file that was used.",
+        )
+    return history
 
 
 def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -> Provenance:
@@ -776,6 +863,8 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
     files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
     if request.embeddings is not None:
         files["embeddings"] = request.embeddings
+    if request.source is not None:
+        files["source video"] = request.source.path
     facts = {
         "packforcing": __version__,
         **{name: importlib.metadata.version(name) for name in versions},
@@ -796,10 +885,16 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
     return values
 
 
+def file_hash(path: Path) -> str:
+    """sha256 of a file. Raises: OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _file_hash(path: Path) -> str:
     """sha256 of a file; a word for one that is gone, which is a difference, too."""
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return file_hash(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"
 
@@ -835,6 +930,64 @@ class Encoding:
     preset: str | None
     metadata: Mapping[str, str]
     chapters: Sequence[tuple[int, str]]
+    sound: Sound | None = None
+
+    @classmethod
+    def of(
+        cls,
+        fps: int,
+        size: tuple[int, int],
+        codec: str,
+        crf: int,
+        preset: str | None,
+        metadata: Mapping[str, str],
+        script: Script,
+        shown: Shown,
+        history: History | None,
+    ) -> Encoding:
+        """With the chapters and the sound that belong into the file."""
+        placed = [
+            (shown.frame_of(start) if start else 0, title)
+            for start, title in script.changes
+            if start >= shown.first
+        ]
+        if placed and placed[0][0]:  # what the file begins with began before it
+            before = [title for start, title in script.changes if start < shown.first]
+            placed = [(0, title) for title in before[-1:]] + placed
+        chapters = placed if len(placed) > 1 else []
+        sound = None
+        if history is not None and history.source.reader.has_audio and not shown.only_new:
+            sound = Sound(history.source.path, history.source.start, history.source.end)
+        return cls(fps, size, codec, crf, preset, metadata, chapters, sound)
+
+
+class Lead:
+    """Puts the frames before a history's first block into the file, and into the folder of pictures.
+
+    groups: of the file that are there already.
+    """
+
+    def __init__(
+        self,
+        writer: VideoWriter | PipeWriter,
+        frames: FrameFolder | None,
+        *,
+        groups: int,
+        is_new: bool,
+        shown: Shown,
+    ) -> None:
+        self._writer, self._frames, self._groups, self._is_new = writer, frames, groups, is_new
+        self._skipped = shown.only_new
+        self._pieces, self._count = 0, 0
+
+    def __call__(self, pixels: NDArray[np.uint8]) -> None:
+        if self._skipped:
+            return
+        if self._frames is not None:
+            self._frames.write(pixels, first=self._count, only_missing=not self._is_new)
+        if self._pieces >= self._groups:
+            self._writer.write(pixels)
+        self._pieces, self._count = self._pieces + 1, self._count + len(pixels)
 
 
 def open_writer(
@@ -862,14 +1015,14 @@ def open_writer(
         **options,
         metadata=encoding.metadata,
         chapters=encoding.chapters,
+        sound=encoding.sound,
         overwrite=overwrite or bool(had),
         owner="" if run is None else f"packforcing run {run.record.id}",
-        resume=None if run is None else run.blocks,
+        resume=None if run is None else len(run.record.shown.groups(run.blocks)),
     )
-    if run is not None and had > writer.blocks_written == 0:
-        lengths = (block_frames(run.record, n) for n in range(min(had, run.blocks)))
+    if run is not None and had and not writer.blocks_written:
         try:
-            writer.copy(output, lengths)
+            writer.copy(output, run.record.shown.groups(min(had, run.blocks)))
         except VideoError:
             writer.abort()
             raise
@@ -887,16 +1040,8 @@ def finished_blocks(run: RunFolder, output: Path) -> int:
         return 0
     record = run.record
     is_known = record.output == str(output.absolute()) and record.frames == frames
-    blocks = 0
-    while frames > 0:
-        frames -= block_frames(record, blocks)
-        blocks += 1
-    return blocks if frames == 0 and (owner == record.id or (owner is None and is_known)) else 0
-
-
-def block_frames(record: Record, block: int) -> int:
-    """Frames of a block of a run."""
-    return TEMPORAL_STRIDE * record.frames_per_block - (TEMPORAL_STRIDE - 1 if block == 0 else 0)
+    blocks = record.shown.blocks_of(frames) or 0
+    return blocks if owner == record.id or (owner is None and is_known) else 0
 
 
 @dataclass(frozen=True)
@@ -930,27 +1075,31 @@ def finish(run: RunFolder) -> bool:
     if run.blocks < record.blocks:
         return False
     request = GenerateRequest.from_values(record.request)
-    frames = sum(block_frames(record, n) for n in range(record.blocks))
+    shown = record.shown
+    frames = shown.frames_for(record.blocks)
     if request.frames is not None and FrameFolder(request.frames).lacks(frames):
         return False
     if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
         if record.status != "finished":
             run.update(status="finished", frames=frames)
         return True
-    grid = Grid(record.frames_per_block, rows=8, cols=8, layers=1, kv_dim=1, heads=1)  # for its lengths alone
-    script = request.timeline.script(request.prompt, grid, fps=record.fps, num_blocks=record.blocks)
-    encoding = Encoding(
+    history = open_history(request, record.lengths, fps=record.fps, size=record.size)
+    encoding = Encoding.of(
         record.fps,
         record.size,
         request.codec,
         request.crf,
         request.preset,
         record.tags,
-        script.chapters(grid),
+        request.timeline.script(
+            request.prompt, record.lengths, fps=record.fps, num_blocks=record.blocks, start=shown.history
+        ),
+        shown,
+        history,
     )
     writer = open_writer(output, run, encoding, overwrite=request.overwrite)
     assert isinstance(writer, VideoWriter)
-    if writer.blocks_written < record.blocks:
+    if shown.blocks_in(writer.blocks_written) < record.blocks:
         writer.abort()
         return False
     writer.close()
@@ -960,7 +1109,8 @@ def finish(run: RunFolder) -> bool:
 
 def close_run(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
     """Note in run.json how far the finished file goes."""
-    status = "finished" if writer.blocks_written == run.record.blocks else "stopped"
+    blocks = run.record.shown.blocks_in(writer.blocks_written)
+    status = "finished" if blocks == run.record.blocks else "stopped"
     run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written)
 
 

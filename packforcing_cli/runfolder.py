@@ -34,6 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from packforcing_cli import durable
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError
+from packforcing_cli.layout import Lengths, Shown
 
 try:  # Windows has none
     import fcntl
@@ -100,6 +101,17 @@ class Record(_Frozen):
         except PackforcingError as error:
             raise ValueError(error.message) from error
         return value
+
+    @property
+    def lengths(self) -> Lengths:
+        """Blocks and pixel frames of the video."""
+        return Lengths(self.frames_per_block)
+
+    @property
+    def shown(self) -> Shown:
+        """Which blocks are in the file."""
+        source = GenerateRequest.from_values(self.request).source
+        return Shown(self.lengths) if source is None else source.shown(self.lengths)
 
     @property
     def model(self) -> str:

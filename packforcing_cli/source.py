@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.layout import Grid
+from packforcing_cli.layout import Lengths, Shown
 from packforcing_cli.timeline import clock
 from packforcing_cli.video import VideoReader, fitted
 
@@ -94,45 +94,46 @@ class Source:
         for _ in wanted:
             yield fits
 
-    def history(self, grid: Grid) -> History:
-        """How the frames fall into blocks."""
-        blocks = (self.num_frames + 3) // grid.block_frames(1)
+    def history(self, grid: Lengths, *, only_new: bool = False) -> History:
+        """How the frames fall into blocks.
+
+        Args:
+            only_new: leave them out of the new file.
+        """
+        blocks = grid.whole_blocks(self.num_frames)
         if blocks == 0:
             padded = grid.block_frames(0) - self.num_frames
             self.warnings.append(
                 f"{self.path} is shorter than one block: its first frame stands for {padded} more in the memory"
             )
-            return History(self, grid, 1, 0, padded)
-        return History(self, grid, blocks, self.num_frames - grid.frames_for(blocks), 0)
+            return History(self, Shown(grid, 1, 0, padded, only_new))
+        lead = self.num_frames - grid.frames_for(blocks)
+        return History(self, Shown(grid, blocks, lead, 0, only_new))
 
 
 @dataclass(frozen=True)
 class History:
-    """The blocks of a source.
-
-    blocks: whole blocks of memory.  lead: frames before them.  padded: frames of block 0 that the source lacks.
-    """
+    """The blocks of a source, and what of it will be in the new file."""
 
     source: Source
-    grid: Grid
-    blocks: int
-    lead: int
-    padded: int
+    shown: Shown
+
+    @property
+    def blocks(self) -> int:
+        """Whole blocks of memory."""
+        return self.shown.history
 
     def pieces(self) -> Iterator[tuple[Pixels, bool]]:
         """Yield ([T, H, W, 3], whether it is a block): the lead in pieces of at most a block, then every block.
 
         Block 0 begins with the `padded` copies.
         """
-        frames = self.source.frames()
-        left = self.lead
-        while left:
-            count = min(left, self.grid.block_frames(1))
+        frames, lengths = self.source.frames(), self.shown.lengths
+        for count in replace(self.shown, only_new=False).lead_pieces:
             yield np.stack([next(frames) for _ in range(count)]), False
-            left -= count
         for block in range(self.blocks):
-            missing = self.padded if block == 0 else 0
-            taken = [next(frames) for _ in range(self.grid.block_frames(block) - missing)]
+            missing = self.shown.padded if block == 0 else 0
+            taken = [next(frames) for _ in range(lengths.block_frames(block) - missing)]
             yield np.stack([taken[0]] * missing + taken), True
 
 

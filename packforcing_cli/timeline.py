@@ -31,13 +31,13 @@ import math
 import re
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.layout import Grid
+from packforcing_cli.layout import Lengths
 
 HINT = (
     'For example --at 0:12 "a blue square [blend 1s]", or a line "0:12 a blue square [blend 1s]" in a file.'
@@ -156,14 +156,14 @@ class Script:
         place = block - self.starts[scene]
         return Fraction(1) if place >= self.blends[scene] else Fraction(place + 1, self.blends[scene] + 1)
 
-    def chapters(self, grid: Grid) -> tuple[tuple[int, str], ...]:
-        """(first pixel frame, prompt) of every change of the prompt; empty for a single prompt."""
-        changes = [
-            (frames_before(grid, start), prompt)
+    @property
+    def changes(self) -> tuple[tuple[int, str], ...]:
+        """(first block, prompt) of the first prompt and of every change of it."""
+        return tuple(
+            (start, prompt)
             for n, (start, prompt) in enumerate(zip(self.starts, self.prompts, strict=True))
             if n == 0 or prompt != self.prompts[n - 1]
-        ]
-        return tuple(changes) if len(changes) > 1 else ()
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Timeline:
     scenes: tuple[Scene, ...] = ()
     pins: tuple[Span, ...] = ()
 
-    def script(self, prompt: str, grid: Grid, *, fps: int, num_blocks: int, start: int = 0) -> Script:
+    def script(self, prompt: str, lengths: Lengths, *, fps: int, num_blocks: int, start: int = 0) -> Script:
         """Place everything on blocks.
 
         Args:
@@ -184,17 +184,17 @@ class Timeline:
         problems: list[Problem] = []
         starts, blends, prompts, pins = [0], [0], [prompt], set[int]()
         cuts: list[int] = []
-        length = Fraction(grid.frames_for(num_blocks), fps)
+        length = Fraction(lengths.frames_for(num_blocks), fps)
         free = max(1, start)  # the first block that the next scene may begin in
         for scene in sorted(self.scenes, key=lambda scene: scene.seconds):
-            block = nearest_block(grid, scene.seconds, fps)
+            block = lengths.nearest_block(scene.seconds, fps)
             blend = 0
             if scene.blend:
-                seconds_a_block = Fraction(grid.block_frames(1), fps)
+                seconds_a_block = Fraction(lengths.block_frames(1), fps)
                 blend = max(1, math.floor(scene.blend / seconds_a_block + Fraction(1, 2)))
             alone = block + blend
             if block >= num_blocks:
-                last = frames_before(grid, num_blocks - 1)
+                last = lengths.frames_for(num_blocks - 1)
                 problems.append(
                     Problem(
                         scene.place,
@@ -204,7 +204,7 @@ class Timeline:
                 )
                 continue
             if block < free:
-                begins = clock(Fraction(frames_before(grid, free), fps))
+                begins = clock(Fraction(lengths.frames_for(free), fps))
                 problems.append(
                     Problem(
                         scene.place,
@@ -216,8 +216,8 @@ class Timeline:
                 problems.append(Problem(scene.place, f"the blend of {clock(scene.blend)} goes past the end"))
                 continue
             if scene.pin is not None:
-                end = frames_before(grid, alone) + max(1, math.ceil(scene.pin * fps))
-                last = block_of_frame(grid, end - 1)
+                end = lengths.frames_for(alone) + max(1, math.ceil(scene.pin * fps))
+                last = lengths.block_at(end - 1)
                 if last >= num_blocks:
                     problems.append(Problem(scene.place, "the pin goes past the end"))
                     continue
@@ -234,10 +234,29 @@ class Timeline:
                     Problem(span.place, f"{span.text} is past the end: the video is {clock(length)} long")
                 )
                 continue
-            first = block_of_frame(grid, math.floor(span.start * fps))
-            pins.update(range(first, block_of_frame(grid, math.ceil(span.end * fps) - 1) + 1))
+            first = lengths.block_at(math.floor(span.start * fps))
+            pins.update(range(first, lengths.block_at(math.ceil(span.end * fps) - 1) + 1))
         raise_if_any(problems)
         return Script(tuple(prompts), tuple(starts), tuple(blends), tuple(cuts), frozenset(pins))
+
+    def moved(self, by: Fraction) -> Timeline:
+        """All of it so many seconds later; pins that would begin before 0 begin there."""
+        return Timeline(
+            tuple(replace(scene, seconds=scene.seconds + by) for scene in self.scenes),
+            tuple(
+                replace(span, start=max(Fraction(0), span.start + by), end=span.end + by)
+                for span in self.pins
+            ),
+        )
+
+    def arguments(self) -> list[str]:
+        """The options of a command that say the same."""
+        words: list[str] = []
+        for scene in self.scenes:
+            words += ["--at", clock(scene.seconds), scene.text]
+        for span in self.pins:
+            words += ["--pin", span.text]
+        return words
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for `from_json`: scenes as in a TOML timeline, pins as `--pin` takes them."""
@@ -256,24 +275,7 @@ class Timeline:
         return cls(tuple(scene for scene in scenes if scene is not None), parse_pins(map(str, pins)))
 
 
-# ---------------------------------------------------------------------------------------------- seconds and blocks
-
-
-def frames_before(grid: Grid, block: int) -> int:
-    """Pixel frames before a block."""
-    return grid.frames_for(block) if block else 0
-
-
-def nearest_block(grid: Grid, seconds: Fraction, fps: int) -> int:
-    """The block whose beginning is nearest to a time."""
-    block = block_of_frame(grid, math.floor(seconds * fps))
-    before, after = frames_before(grid, block), frames_before(grid, block + 1)
-    return block if seconds * fps - before < after - seconds * fps else block + 1
-
-
-def block_of_frame(grid: Grid, frame: int) -> int:
-    """The block a pixel frame is in."""
-    return (frame + grid.block_frames(1) - grid.block_frames(0)) // grid.block_frames(1)
+# -------------------------------------------------------------------------------------------------------- seconds
 
 
 def clock(seconds: Fraction) -> str:

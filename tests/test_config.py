@@ -225,7 +225,7 @@ def test_toml_out_is_toml_in(tmp_path: Path) -> None:
 
 def test_every_setting_can_be_set_from_a_file_and_no_name_is_used_twice() -> None:
     assert len(set(config.SETTINGS)) == len(config.SETTINGS)
-    assert set(PlanRequest.model_fields) - {"memory", "timeline"} <= set(config.SETTINGS)
+    assert set(PlanRequest.model_fields) - {"memory", "timeline", "source"} <= set(config.SETTINGS)
 
 
 def test_defaults_stand_in_one_place() -> None:

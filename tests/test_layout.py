@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from packforcing_cli.errors import LayoutError, UsageError
-from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.layout import Grid, Layout, Lengths
 
 WAN = Grid(frames_per_block=4, rows=30, cols=52, layers=30, kv_dim=1536, heads=12, dtype_bytes=2)
 DEMO = Grid(frames_per_block=4, rows=4, cols=8, layers=6, kv_dim=192, heads=3, dtype_bytes=4)
@@ -342,3 +342,27 @@ def test_a_frame_too_small_to_compress_is_refused() -> None:
 def test_negative_blocks_are_refused() -> None:
     with pytest.raises(LayoutError, match="block must not be negative, got -1"):
         PAPER.view(-1)
+
+
+@pytest.mark.parametrize("frames_per_block", [1, 3, 4])
+def test_lengths_agree_with_counting_frame_by_frame(frames_per_block: int) -> None:
+    lengths = Lengths(frames_per_block)
+    owner: list[int] = []  # of every pixel frame
+    for latent in range(frames_per_block * 12):
+        owner += [latent // frames_per_block] * (1 if latent == 0 else 4)
+    for block in range(12):
+        assert lengths.block_frames(block) == owner.count(block)
+        assert lengths.frames_for(block) == owner.index(block)
+    for frame, block in enumerate(owner):
+        assert lengths.block_at(frame) == block
+        whole = sum(lengths.frames_for(n) <= frame for n in range(1, 12))
+        assert lengths.whole_blocks(frame) == whole
+    for tenths in range(1, 60):
+        seconds = Fraction(tenths, 10)
+        starts = [abs(Fraction(lengths.frames_for(n), 16) - seconds) for n in range(40)]
+        nearest = max(n for n in range(40) if starts[n] == min(starts))
+        assert lengths.nearest_block(seconds, 16) == nearest
+        wholes = {n: abs(Fraction(lengths.frames_for(n), 16) - seconds) for n in range(1, 40)}
+        assert wholes[lengths.blocks_for(seconds, 16)] == min(wholes.values())
+        more = {n: abs(Fraction(n * lengths.block_frames(1), 16) - seconds) for n in range(1, 40)}
+        assert more[lengths.blocks_more(seconds, 16)] == min(more.values())

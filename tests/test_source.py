@@ -239,7 +239,8 @@ def test_blocks_end_where_the_source_ends(
     levels = [20 + 4 * n for n in range(count)]
     source = Source(write(tmp_path / "a.mp4", levels, rate=16), fps=FPS, size=SIZE)
     history = source.history(GRID)
-    assert (history.blocks, history.lead, history.padded) == (blocks, lead, padded)
+    found = history.shown
+    assert (history.blocks, found.lead, found.padded) == (blocks, lead, padded)
     pieces = list(history.pieces())
     assert [len(frames) for frames, is_block in pieces if is_block] == [13, 16, 16][:blocks]
     assert sum(len(frames) for frames, is_block in pieces if not is_block) == lead

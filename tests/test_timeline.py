@@ -247,16 +247,16 @@ def test_any_text_gives_scenes_or_one_usage_error(kind: str) -> None:
 
 
 def test_a_prompt_takes_over_at_the_nearest_block_boundary() -> None:
-    begins = [timeline.frames_before(GRID, block) for block in range(10)]
+    begins = [GRID.frames_for(block) for block in range(10)]
     assert begins[:4] == [0, 13, 29, 45]
     for frame in range(160):
-        nearest = min(range(12), key=lambda b: (abs(timeline.frames_before(GRID, b) - frame), -b))
-        assert timeline.nearest_block(GRID, Fraction(frame, FPS), FPS) == nearest
-        assert begins[timeline.block_of_frame(GRID, frame)] <= frame if frame < 157 else True
+        nearest = min(range(12), key=lambda b: (abs(GRID.frames_for(b) - frame), -b))
+        assert GRID.nearest_block(Fraction(frame, FPS), FPS) == nearest
+        assert begins[GRID.block_at(frame)] <= frame if frame < 157 else True
     found = script(at(("2s", "b"), ("0:05", "c")))
     assert (found.prompts, found.starts) == (("first", "b", "c"), (0, 2, 5))
     assert [found.scene(block) for block in range(7)] == [0, 0, 1, 1, 1, 2, 2]
-    assert found.chapters(GRID) == ((0, "first"), (29, "b"), (77, "c"))
+    assert found.changes == ((0, "first"), (2, "b"), (5, "c"))
 
 
 def test_a_blend_is_linear_over_its_blocks() -> None:
@@ -275,7 +275,7 @@ def test_pins_are_the_blocks_they_touch() -> None:
 
 
 def test_scenes_that_return_to_the_same_prompt_make_no_chapter() -> None:
-    assert script(at(("0:03", "first [cut]"))).chapters(GRID) == ()
+    assert script(at(("0:03", "first [cut]"))).changes == ((0, "first"),)
 
 
 @pytest.mark.parametrize(

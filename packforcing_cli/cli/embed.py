@@ -36,7 +36,7 @@ def embed(
 
     Example: packforcing models embed "a red circle" "a blue square" -o prompts.safetensors
     """
-    from packforcing_cli import catalog, embeddings, registry
+    from packforcing_cli import catalog, embeddings, jobs, registry
     from packforcing_cli.cli import choose, console, settings
     from packforcing_cli.cli import generate as runner
     from packforcing_cli.errors import UsageError
@@ -52,7 +52,7 @@ def embed(
         raise UsageError(
             f"{request.model} has no text encoder", hint="Use --model demo, or a model that is installed."
         )
-    on = on or choose.choose_device(request, output.absolute().parent)
+    on = on or jobs.choose_device(request, output.absolute().parent)
     source = registry.open_model(
         request.model,
         device=on.device,

@@ -48,6 +48,9 @@ def extend(
         Path | None,
         typer.Option("--run", metavar="DIR", help="Where to keep the new run. Default: a new folder."),
     ] = None,
+    no_run: Annotated[
+        bool, typer.Option("--no-run", help="Keep nothing: the new video cannot be resumed.")
+    ] = False,
     model: foreign.Model = None,
     size: foreign.Size = None,
     fit: foreign.Fit = None,
@@ -84,21 +87,26 @@ def extend(
     options = foreign.Options(model, size, fit, from_time, to_time, only_new)
     try:
         if foreign.is_foreign(source, shown):
-            for name, given in (("--from", start), ("--run", run), ("--force", force)):
+            for name, given in (("--from", start), ("--force", force)):
                 if given:
                     raise UsageError(
                         f"{name} is for videos whose run is here; {source} is read as pictures",
                         hint="To use a part of it: --from-time and --to-time.",
                     )
             code = foreign.extend_file(
-                Path(source), options, seconds, prompt, at, pin, seed, device, output,
-                overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+                Path(source), options, seconds, prompt, at, pin, seed, device, output, run,
+                keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
             )  # fmt: skip
             if code:
                 raise typer.Exit(code)
             return
         found = resuming.find_run(source)
         options.refuse(source)
+        if no_run:
+            raise UsageError(
+                f"--no-run is for videos made elsewhere: {source} goes on in a run folder of its own",
+                hint="Leave it away; packforcing runs remove deletes a run.",
+            )
         if run is not None:
             check_new(run)
         with RunFolder.open_to_read(found) as old:
@@ -125,9 +133,10 @@ def extend(
             job = runner.prepare(request, blocks=blocks, why=resuming.as_before(device))
             job.plan.require_fit()
             runner.say_model(job, shown)
+            kept = (job.plan.layout.frames_for(blocks) + old.record.shown.late) / job.plan.fps
             shown.note(
                 f"{old.record.id}: {runner.count(job.plan.blocks - blocks, 'new block')} after"
-                f" {display.clock(job.plan.layout.frames_for(blocks) / job.plan.fps)} (block {blocks} of {old.blocks})"
+                f" {display.clock(kept)} (block {blocks} of {old.blocks})"
             )
 
             def branch(model: VideoModel) -> RunFolder:
@@ -137,6 +146,11 @@ def extend(
                 other = blocks if rollout.is_other_memory(old.record.must, now) else old.record.other_memory
                 return _branch(old, blocks, job, model, run, other_memory=min(other, blocks))
 
+            if job.history is not None:
+                code = foreign.run_job(job, shown, as_json=as_json, verbose=verbose, open_run=branch)
+                if code:
+                    raise typer.Exit(code)
+                return
             outcome = runner.run_job(job, shown, verbose=verbose, open_run=branch)
     except PackforcingError as error:
         if shown.error(error):
@@ -156,24 +170,34 @@ def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, fl
     from fractions import Fraction
 
     from packforcing_cli.cli.progress import clock
-    from packforcing_cli.config import PlanRequest
+    from packforcing_cli.config import GenerateRequest, PlanRequest
     from packforcing_cli.errors import RunFolderError, UsageError
-    from packforcing_cli.layout import TEMPORAL_STRIDE
     from packforcing_cli.timeline import clock as exact_clock
     from packforcing_cli.timeline import parse_time
 
-    record = old.record
-    frames = TEMPORAL_STRIDE * record.frames_per_block
-    blocks = old.blocks
+    record, lengths, parts = old.record, old.record.lengths, old.record.shown
+    blocks, late = old.blocks, Fraction(old.record.shown.late, old.record.fps)
     if start is not None:
         try:
             wanted = parse_time(start.strip())
         except ValueError as error:
             raise UsageError(f"--from: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
-        blocks = max(1, round((wanted * record.fps + TEMPORAL_STRIDE - 1) / frames))
-    length = clock((frames * old.blocks - TEMPORAL_STRIDE + 1) / record.fps) if old.blocks else "nothing"
+        blocks = max(1, lengths.nearest_block(max(wanted - late, Fraction(0)), record.fps))
+    there = Fraction(lengths.frames_for(old.blocks), record.fps) + (late if old.blocks else 0)
+    if blocks < parts.history:
+        source = GenerateRequest.from_values(record.request).source
+        assert source is not None
+        if start is None:
+            raise UsageError(
+                f"{record.id} was stopped within {source.path}, which it goes on with",
+                hint=f"To finish it first: packforcing resume {record.id}",
+            )
+        raise UsageError(
+            f"--from {start}: that is a part of {source.path}, which {record.id} goes on with",
+            hint=f"packforcing extend {shlex.quote(str(source.path))} --to-time {start} --seconds N",
+        )
     if old.missing and (start is None or not 0 < blocks <= old.blocks):
-        whole = exact_clock(Fraction(max(0, frames * old.blocks - TEMPORAL_STRIDE + 1), record.fps))
+        whole = exact_clock(there)
         raise RunFolderError(
             f"{old.missing} of {record.id} is missing, and {whole} before it is whole",
             hint=f"Branch off before it, at the latest with --from {whole}."
@@ -182,11 +206,12 @@ def _lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, fl
         )
     if not 0 < blocks <= old.blocks:
         raise UsageError(
-            f"{record.id} has {length}" + (f", so there is nothing at {start}" if start else ""),
+            f"{record.id} has {clock(float(there)) if there else 'nothing'}"
+            + (f", so there is nothing at {start}" if start else ""),
             hint=f"To finish it first: packforcing resume {record.id}",
         )
-    new = max(1, round(PlanRequest(seconds=seconds).seconds * record.fps / frames))
-    return blocks, (frames * (blocks + new) - TEMPORAL_STRIDE + 1) / record.fps
+    new = lengths.blocks_more(PlanRequest(seconds=seconds).seconds, record.fps)
+    return blocks, lengths.frames_for(blocks + new) / record.fps
 
 
 def _timeline(
@@ -203,31 +228,35 @@ def _timeline(
     from packforcing_cli import timeline as timelines
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import UsageError
-    from packforcing_cli.layout import TEMPORAL_STRIDE
 
     before = GenerateRequest.from_values(record.request).timeline
-    begins = Fraction(TEMPORAL_STRIDE * (record.frames_per_block * blocks - 1) + 1, record.fps)
-    half_a_block = Fraction(TEMPORAL_STRIDE * record.frames_per_block, 2 * record.fps)
+    begins = Fraction(record.lengths.frames_for(blocks), record.fps)
+    half_a_block = Fraction(record.lengths.block_frames(blocks), 2 * record.fps)
     ends = Fraction(round(total * record.fps), record.fps) if prompt is None and not at else begins
-    new = timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ())
+    late = Fraction(record.shown.late, record.fps)  # times are those of the file
+    given = timelines.Timeline(
+        timelines.parse_at(value.strip().partition(" ")[::2] for value in at or ()),
+        timelines.parse_pins(pin or ()),
+    )
+    early = [span.text for span in given.pins if span.start - late < begins]
+    if early:
+        raise UsageError(
+            f"--pin {early[0]}: the memory of the old part is made already",
+            hint=f"Pin from {timelines.clock(begins + late)} on.",
+        )
+    given = given.moved(-late)
+    new = given.scenes
     if prompt is not None:
         new = (timelines.Scene(begins, prompt), *new)
     for scene in new:
         if scene.seconds < begins - half_a_block:
             raise UsageError(
-                f"--at {timelines.clock(scene.seconds)}: the old part is made already",
-                hint=f"The first possible time is {timelines.clock(begins)}; to branch off earlier: --from.",
+                f"--at {timelines.clock(scene.seconds + late)}: the old part is made already",
+                hint=f"The first possible time is {timelines.clock(begins + late)}; to branch off earlier: --from.",
             )
-    pins = timelines.parse_pins(pin or ())
-    early = [span.text for span in pins if span.start < begins]
-    if early:
-        raise UsageError(
-            f"--pin {early[0]}: the memory of the old part is made already",
-            hint=f"Pin from {timelines.clock(begins)} on.",
-        )
     return timelines.Timeline(
         (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
-        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *pins),
+        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *given.pins),
     )
 
 
@@ -247,8 +276,10 @@ def _made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | 
         was_branch or is_other or before.request.get("image") or before.request.get("seed") != request.seed
     ):
         return None
-    kept = job.plan.layout.frames_for(blocks) / job.plan.fps
-    words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{job.plan.exact_seconds - kept:g}"]
+    lengths = before.lengths
+    kept = (lengths.frames_for(blocks) + before.shown.late) / before.fps
+    new = (lengths.frames_for(job.plan.blocks) - lengths.frames_for(blocks)) / before.fps
+    words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{new:g}"]
     words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
     return shlex.join(["packforcing", *words])
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import shlex
-import time
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,14 +16,12 @@ from packforcing_cli.cli import story_options as story
 
 if TYPE_CHECKING:
     from packforcing_cli.cli.progress import Display
-    from packforcing_cli.extension import Extension
+    from packforcing_cli.config import GenerateRequest
     from packforcing_cli.jobs import Job
-    from packforcing_cli.rollout import Block
-    from packforcing_cli.source import History
-    from packforcing_cli.timeline import Script
+    from packforcing_cli.registry import VideoModel
+    from packforcing_cli.runfolder import RunFolder
     from packforcing_cli.video import VideoReader
 
-SCHEMA = 1
 PANEL = "Videos made elsewhere"
 
 Model = Annotated[
@@ -140,7 +137,9 @@ def extend_file(
     seed: int | None,
     device: str | None,
     output: Path | None,
+    run: Path | None,
     *,
+    keep_run: bool,
     overwrite: bool,
     as_json: bool,
     shown: Display,
@@ -150,9 +149,7 @@ def extend_file(
 
     Raises: PackforcingError, saying what plays.
     """
-    from packforcing_cli import extension, packages, timeline
-    from packforcing_cli.cli import choose, settings
-    from packforcing_cli.source import Source
+    from packforcing_cli import jobs, timeline
     from packforcing_cli.video import VideoReader
 
     said = prompt if prompt is not None else VideoReader(source).metadata.get("prompt", "")
@@ -166,7 +163,45 @@ def extend_file(
         "seed": seed,
         "device": device,
         "overwrite": overwrite or None,
+        "keep_run": None if keep_run else False,
     }
+    request, why_model = _request(source, options, said, at, pin, flags, output)
+    folder = runner.check_run_options(request, run)
+    job = runner.prepare(request, why={"model": why_model})
+    job.plan.require_fit()
+    history = job.history
+    assert history is not None
+    runner.say_model(job, shown)
+    (width, height), fps = job.plan.size, job.plan.fps
+    shown.note(
+        f"{source}: {timeline.clock(Fraction(history.source.num_frames, fps))} at {width}x{height},"
+        f" {fps} fps; {history.blocks} blocks of it are remembered, {job.plan.blocks - history.blocks} follow,"
+        f" seed {job.request.seed}"
+    )
+    for warning in (*history.source.warnings, *job.plan.warnings):
+        shown.warn(warning)
+
+    def new_run(model: VideoModel) -> RunFolder | None:
+        return jobs.new_run(job, model, folder)
+
+    return run_job(job, shown, as_json=as_json, verbose=verbose, open_run=new_run)
+
+
+def _request(
+    source: Path,
+    options: Options,
+    said: str,
+    at: list[str] | None,
+    pin: list[str] | None,
+    flags: dict[str, Any],
+    output: Path | None,
+) -> tuple[GenerateRequest, str]:
+    """The request for a video that goes on with a file, and why it takes the model it does."""
+    from packforcing_cli import extension, packages, rollout
+    from packforcing_cli.cli import choose, settings
+    from packforcing_cli.config import SourceVideo
+    from packforcing_cli.source import Source
+
     _, wanted = story.gather(said, at, None, pin)
     request = settings.gather(flags).generate_request(said.strip() or f"more of {source.stem}", output)
     output_folder = (request.output or Path()).absolute().parent
@@ -174,28 +209,34 @@ def extend_file(
     facts = packages.facts(request.model)
     size = request.size or facts.default_size
     grid = facts.grid(size, request.frames_per_block or facts.frames_per_block)
-    start, end = _time(options.from_time, "--from-time"), _time(options.to_time, "--to-time")
-    history = Source(
-        source, fps=facts.fps, size=size, fit=request.fit, start=start or Fraction(0), end=end
-    ).history(grid)
-    blocks = history.blocks + extension.new_blocks_for(grid, request.seconds, facts.fps)
-    scenes = extension.on_blocks(wanted, history, fps=facts.fps)
-    script = scenes.script(said, grid, fps=facts.fps, num_blocks=blocks, start=history.blocks)
-    changes = {"seconds": grid.frames_for(blocks) / facts.fps, "timeline": scenes, "keep_run": False}
-    job = runner.prepare(request.model_copy(update=changes), why={"model": why_model})
-    job.plan.require_fit()
-    runner.say_model(job, shown)
-    shown.note(
-        f"{source}: {timeline.clock(Fraction(history.source.num_frames, facts.fps))} at {size[0]}x{size[1]},"
-        f" {facts.fps} fps; {history.blocks} blocks of it are remembered, {blocks - history.blocks} follow,"
-        f" seed {job.request.seed}"
-    )
-    for warning in (*history.source.warnings, *job.plan.warnings):
-        shown.warn(warning)
-    return _run(job, history, script, blocks, options, as_json=as_json, shown=shown, verbose=verbose)
+    start, end = time_of(options.from_time, "--from-time"), time_of(options.to_time, "--to-time")
+    opened = Source(source, fps=facts.fps, size=size, fit=request.fit, start=start or Fraction(0), end=end)
+    parts = opened.history(grid, only_new=options.only_new).shown
+    blocks = parts.history + grid.blocks_more(request.seconds, facts.fps)
+    if request.output is None:  # its name is made before the prompt may be empty
+        from packforcing_cli import jobs
+
+        request = request.model_copy(update={"output": jobs.output_path(request)})
+    changes: dict[str, Any] = {
+        "prompt": said.strip(),
+        "seconds": grid.frames_for(blocks) / facts.fps,
+        "timeline": extension.on_blocks(wanted, parts, fps=facts.fps),
+        "source": SourceVideo(
+            path=source,
+            sha256=rollout.file_hash(source),
+            from_time=options.from_time,
+            to_time=options.to_time,
+            only_new=options.only_new,
+            blocks=parts.history,
+            lead=parts.lead,
+            padded=parts.padded,
+        ),
+    }
+    return request.model_copy(update=changes), why_model
 
 
-def _time(text: str | None, option: str) -> Fraction | None:
+def time_of(text: str | None, option: str) -> Fraction | None:
+    """The value of an option that is a time. Raises: UsageError."""
     from packforcing_cli.errors import UsageError
     from packforcing_cli.timeline import parse_time
 
@@ -205,159 +246,46 @@ def _time(text: str | None, option: str) -> Fraction | None:
         raise UsageError(f"{option}: {error}", hint="Write it as 0:40, or in seconds as 12.5.") from error
 
 
-def _run(
+def run_job(
     job: Job,
-    history: History,
-    script: Script,
-    blocks: int,
-    options: Options,
+    shown: Display,
     *,
     as_json: bool,
-    shown: Display,
     verbose: bool,
+    open_run: Callable[[VideoModel], RunFolder | None],
+    run: RunFolder | None = None,
 ) -> int:
-    from packforcing_cli import extension, jobs, rollout
-    from packforcing_cli.errors import PackforcingError
+    """Make or finish a video that goes on with a file; prints its path. Returns: the exit code.
 
-    request = job.request
+    Args and raises: as `generate.run_job`.
+    """
+    from packforcing_cli.extension import SeamMeter
+
+    history = job.history
+    assert history is not None
     known = len(history.source.warnings)
-    clock = time.perf_counter()
-
-    def on_block(block: Block) -> None:
-        nonlocal clock
-        now = time.perf_counter()
-        shown.block(block, now - clock)
-        clock = now
-
-    with runner.Stop(shown) as stop:
-        try:
-            shown.stage(f"loading {job.facts.name} …")
-            source = jobs.open_source(job)
-            schedule = rollout.schedule_for(source, steps=request.steps, guidance=request.guidance)
-            # The text encoder is gone before the transformer takes memory.
-            prompts = rollout.encode_script(source, script, guided=schedule.guidance != 1.0)
-            for prompt in {prompt.text: prompt for prompt in prompts.prompts if prompt.text}.values():
-                runner.warn_about_words(prompt, source.manifest.vocabulary, shown)
-            model = source.load()
-            if verbose:
-                runner.describe(model, schedule, time.perf_counter() - clock, shown)
-            shown.start(job.plan, runner.memory_reader(job.device))
-            stop.making_blocks = True
-            said = rollout.provenance_of(model, request, job.plan.layout)
-            said = said.model_copy(
-                update={
-                    "extends": _command(job, history, script, options),
-                    "request": {**said.request, "prompt": script.prompts[-1]},
-                }
-            )
-            made = extension.extend_video(
-                model,
-                history,
-                prompts,
-                job.path,
-                new_blocks=blocks - history.blocks,
-                seed=request.seed or 0,
-                schedule=schedule,
-                memory=request.memory,
-                only_new=options.only_new,
-                codec=request.codec,
-                crf=request.crf,
-                preset=request.preset,
-                metadata=said.tags() if request.metadata else {},
-                overwrite=request.overwrite,
-                on_block=on_block,
-                should_stop=lambda: stop.code != 0,
-            )
-        except KeyboardInterrupt:
-            shown.stop()
-            shown.note(f"Stopped at once. {jobs.kept_part(job) or 'Nothing was written.'}")
-            return stop.code or 130
-        except PackforcingError as error:
-            shown.stop()
-            if "plays" not in error.hint:
-                error.hint = f"{error.hint} {jobs.kept_part(job)}".strip()
-            raise
-        except Exception as error:
-            shown.stop()
-            if jobs.is_out_of_memory(error):
-                raise jobs.memory_ran_out(job, jobs.kept_part(job)) from error
-            raise
-        finally:
-            shown.stop()
+    meter = SeamMeter(history.shown)
+    outcome = runner.run_job(job, shown, verbose=verbose, open_run=open_run, run=run, watch=meter)
     for warning in history.source.warnings[known:]:
         shown.warn(warning)
-    if not made.new_blocks:
-        shown.note("Stopped before there was a new block. Nothing was written.")
-        return stop.code
-    _report(job, history, made, shown, as_json=as_json)
-    return stop.code if made.stopped else 0
-
-
-def _command(job: Job, history: History, script: Script, options: Options) -> str:
-    """The command that makes the same video again."""
-    from packforcing_cli.timeline import Timeline
-
-    request, late = job.request, Fraction(history.lead - history.padded, history.source.fps)
-    new = round((job.plan.blocks - history.blocks) * history.grid.block_frames(1) / job.plan.fps, 6)
-    asked = Timeline(
-        tuple(replace(scene, seconds=scene.seconds + late) for scene in request.timeline.scenes),
-        tuple(replace(span, start=span.start + late, end=span.end + late) for span in request.timeline.pins),
-    )
-    values = {
-        "seconds": f"{new:g}",
-        "prompt": script.prompts[0],
-        "seed": request.seed,
-        "model": request.model,
-        "size": "x".join(str(side) for side in history.source.size),
-        "fit": request.fit,
-        "from-time": options.from_time,
-        "to-time": options.to_time,
+    result = outcome.result
+    if result is None:
+        return outcome.exit_code
+    if not result.frames:
+        rest = f"To go on: packforcing resume {outcome.run_id}" if outcome.run_id else "Nothing was written."
+        shown.note(f"Stopped before there was a new block. {rest}")
+        return outcome.exit_code
+    new = result.blocks - history.blocks
+    shown.note(f"{runner.count(new, 'new block')} behind {history.source.num_frames} frames of the source.")
+    if meter.seam is not None:
+        shown.note(f"The seam: {meter.seam}.")
+    more: dict[str, Any] = {
+        "source": str(history.source.path),
+        "source_frames": history.source.num_frames,
+        "history_blocks": history.blocks,
+        "new_blocks": new,
+        "seam": None if meter.seam is None else asdict(meter.seam),
     }
-    words = [
-        word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
-    ]
-    words += ["--only-new"] if options.only_new else []
-    return shlex.join(
-        [
-            "packforcing",
-            "extend",
-            str(history.source.path),
-            *words,
-            *story.arguments(asked),
-            "-o",
-            str(job.path),
-        ]
-    )
-
-
-def _report(job: Job, history: History, made: Extension, shown: Display, *, as_json: bool) -> None:
-    from packforcing_cli.cli import console
-
-    blocks = "1 new block" if made.new_blocks == 1 else f"{made.new_blocks} new blocks"
-    shown.note(f"{blocks} behind {made.source_frames} frames of the source.")
-    if made.seam is not None:
-        shown.note(f"The seam: {made.seam}.")
-    if not as_json:
-        console.result(str(made.path))
-        return
-    seam = made.seam
-    console.result_json(
-        {
-            "schema": SCHEMA,
-            "path": str(made.path),
-            "source": str(history.source.path),
-            "seed": job.request.seed,
-            "model": job.plan.model.name,
-            "size": list(history.source.size),
-            "fps": history.source.fps,
-            "frames": made.frames,
-            "source_frames": made.source_frames,
-            "history_blocks": history.blocks,
-            "new_blocks": made.new_blocks,
-            "interrupted": made.stopped,
-            "warnings": [*history.source.warnings, *job.plan.warnings],
-            "seam": None
-            if seam is None
-            else {"delta_e": seam.delta_e, "jump": seam.jump, "own_motion": seam.own_motion},
-        }
-    )
+    warnings = [*history.source.warnings, *job.plan.warnings]
+    runner.report(job, outcome, result, shown, as_json=as_json, more={**more, "warnings": warnings})
+    return outcome.exit_code

@@ -275,7 +275,7 @@ def generate(
             )
         if parity == "paper":
             request = request.model_copy(update={"memory": request.memory.paper_parity()})
-        folder = _check_run_options(request, run)
+        folder = check_run_options(request, run)
         job = prepare(request, only_plan=dry_run)
         if as_json and str(job.path) == "-" and not dry_run:
             raise UsageError("video and JSON cannot both go to standard output", hint="Leave --json away.")
@@ -372,7 +372,7 @@ def _compare(before: Provenance, now: Provenance, shown: Display) -> None:
         shown.warn(f"not as it was when the file was made: {', '.join(changed)}; the video may differ")
 
 
-def _check_run_options(request: GenerateRequest, folder: Path | None) -> Path | None:
+def check_run_options(request: GenerateRequest, folder: Path | None) -> Path | None:
     """The given place of the run folder, checked. Raises: UsageError."""
     from packforcing_cli import runfolder
     from packforcing_cli.errors import UsageError
@@ -422,7 +422,7 @@ def _command(request: GenerateRequest) -> str:
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
     if "bank" in values and values["bank"] is None:
         values["bank"] = "unlimited"
-    options = story.arguments(request.timeline)
+    options = request.timeline.arguments()
     for picture in request.pin_images:
         options += ["--pin-image", str(picture)]
     for name, value in values.items():
@@ -604,6 +604,7 @@ def run_job(
     open_run: Callable[[VideoModel], RunFolder | None],
     run: RunFolder | None = None,
     again: Provenance | None = None,
+    watch: Callable[[Block], None] | None = None,
 ) -> Outcome:
     """Load, encode, generate, finish the file.
 
@@ -611,6 +612,7 @@ def run_job(
         open_run: called with the loaded model, gives the run folder to go on with; it is closed here.
         run:      that folder, where it is open already.
         again:    how the file was made of which this is the repetition: what differs now is said.
+        watch:    gets every block, too.
     Raises: PackforcingError, saying what plays and how to go on.
     """
     from packforcing_cli import jobs, rollout
@@ -621,6 +623,8 @@ def run_job(
     def on_block(block: Block, seconds: float) -> None:
         nonlocal blocks
         blocks += 1
+        if watch is not None:
+            watch(block)
         shown.block(block, seconds)
 
     def kept() -> str:
@@ -754,13 +758,24 @@ def _resident_bytes() -> int:
 # -- afterwards -------------------------------------------------------------------------------------------------
 
 
-def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_json: bool) -> None:
-    """The figures on stderr, the path or the JSON on stdout."""
+def report(
+    job: Job,
+    outcome: Outcome,
+    result: Result,
+    shown: Display,
+    *,
+    as_json: bool,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """The figures on stderr, the path or the JSON on stdout.
+
+    Args:
+        more: for the JSON.
+    """
     from packforcing_cli.cli import console
 
     plan = job.plan
-    before = plan.layout.frames_for(result.replayed) if result.replayed else 0
-    now = max(0, result.frames - before)
+    now = result.new_frames
     made, spent = now / result.fps, result.total_seconds
     full_bytes = result.blocks * plan.layout.grid.block_tokens * plan.layout.grid.bytes_per_token
     shown.note(
@@ -816,6 +831,7 @@ def report(job: Job, outcome: Outcome, result: Result, shown: Display, *, as_jso
                 "full_cache_bytes": full_bytes,
                 "peak_memory_bytes": result.peak_memory_bytes,
             },
+            **(more or {}),
         }
     )
 

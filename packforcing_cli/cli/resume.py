@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from packforcing_cli.cli import extend_file as foreign
 from packforcing_cli.cli import generate as runner
 
 if TYPE_CHECKING:
@@ -86,13 +87,18 @@ def resume(
             job = runner.prepare(request, path=path, blocks=opened.blocks, why=as_before(device))
             job.plan.require_fit()
             runner.say_model(job, shown)
-            outcome = runner.run_job(
-                job,
-                shown,
-                verbose=verbose,
-                open_run=lambda model: _go_on(opened, model, request, shown, force=force),
-                run=opened,
-            )
+
+            def go_on(model: VideoModel) -> RunFolder:
+                return _go_on(opened, model, request, shown, force=force)
+
+            if job.history is not None:
+                code = foreign.run_job(
+                    job, shown, as_json=as_json, verbose=verbose, open_run=go_on, run=opened
+                )
+                if code:
+                    raise typer.Exit(code)
+                return
+            outcome = runner.run_job(job, shown, verbose=verbose, open_run=go_on, run=opened)
     except PackforcingError as error:
         if shown.error(error):
             raise typer.Exit(error.exit_code) from error

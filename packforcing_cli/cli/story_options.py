@@ -95,29 +95,17 @@ def gather(
     return prompt, timelines.Timeline(tuple(scenes), timelines.parse_pins(pins or ()))
 
 
-def arguments(timeline: Timeline) -> list[str]:
-    """The options that say the same."""
-    from packforcing_cli.timeline import clock
-
-    words: list[str] = []
-    for scene in timeline.scenes:
-        words += ["--at", clock(scene.seconds), scene.text]
-    for span in timeline.pins:
-        words += ["--pin", span.text]
-    return words
-
-
 def rows(plan: Plan) -> list[tuple[str, str]]:
     """What a plan says about them: (name, value)."""
     from fractions import Fraction
 
-    from packforcing_cli.timeline import clock, frames_before
+    from packforcing_cli.timeline import clock
 
     script, grid = plan.script, plan.layout.grid
     found = []
     if len(script.prompts) > 1:
         for start, blend, prompt in zip(script.starts, script.blends, script.prompts, strict=True):
-            begins = clock(Fraction(frames_before(grid, start), plan.fps))
+            begins = clock(Fraction(grid.frames_for(start), plan.fps))
             more = f", blended over {blend}" if blend else ""
             more += ", cut" if start in script.cuts else ""
             found.append(("prompt", f"from {begins}, block {start}{more}: {prompt}"))

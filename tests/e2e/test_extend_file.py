@@ -36,7 +36,17 @@ def test_a_video_from_elsewhere_is_continued_and_its_seam_told(
 ) -> None:
     write(tmp_path / "phone.mp4", RAMP, size=(160, 90), audio=True)
     made = extend(
-        "phone.mp4", "--prompt", "a red circle", "--at", "0:04", "red", "-o", "b.mp4", "--fit", "pad"
+        "phone.mp4",
+        "--prompt",
+        "a red circle",
+        "--at",
+        "0:04",
+        "red",
+        "-o",
+        "b.mp4",
+        "--fit",
+        "pad",
+        "--no-run",
     )
     assert made.code == 0, made.err
     assert made.out == "b.mp4\n"
@@ -76,7 +86,7 @@ def test_without_a_model_it_is_chosen_as_for_generate(
 ) -> None:
     write(tmp_path / "a.mp4", RAMP[:16], rate=16)
     monkeypatch.setattr(
-        "packforcing_cli.cli.extend_file._run", lambda job, *_, **__: job.facts.name != "demo"
+        "packforcing_cli.cli.extend_file.run_job", lambda job, *_, **__: job.facts.name != "demo"
     )
     assert run_command("extend", "a.mp4", "--seconds", "1", "--prompt", "red", "-o", "b.mp4").code == 0
 
