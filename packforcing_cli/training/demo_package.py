@@ -40,8 +40,8 @@ def manifest(codec: TinyCodec, *, shift: float, provenance: Mapping[str, Any]) -
         codec=CodecFactsRecord.of(codec),
         vocabulary=tuple(word for word in demo_text.WORDS if word in words),
         limits=(
-            "One coloured shape over one coloured background and, where the prompt says that the visitor is here, a small"
-            " box of another colour; nothing else exists in this world.",
+            "One coloured shape over one coloured background and, where the prompt says that the visitor is here, a"
+            " small box of another colour; nothing else exists in this world.",
             "64x128 pixels only: it was trained at no other size.",
         ),
         provenance=dict(provenance),
