@@ -390,6 +390,28 @@ def test_in_long_items_a_visitor_returns_whose_look_only_the_far_blocks_have(
     assert len(lasts) > 5
 
 
+def test_what_a_view_can_know_of_a_visitor(models: demo_flow.Models) -> None:
+    shape = layout(Fraction(1), sinks=1, top_k=16)
+    views = tuple(
+        demo_flow.packed_view(shape, block, sink, mid, recent)
+        for block, sink, mid, recent in (
+            (0, (), (), ()),
+            (1, (0,), (), ()),
+            (2, (0,), (), (1,)),
+            (3, (0,), (1,), (2,)),
+            (4, (0,), (), (3,)),  # block 1 was dropped
+        )
+    )
+    item = PackedItem(tuple(range(5)), (1, 2), views, (0,))
+    here = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]])
+    seen = demo_flow.remembered(here, item, (0, 1, 2, 3, 4))
+    assert seen.known.int().tolist() == [[1, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert seen.returns.int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    # Without block 1 among the mids, the visitor of the first scene is new in block 3.
+    forgetful = replace(item, views=(*views[:3], replace(views[3], mid=()), views[4]))
+    assert not bool(demo_flow.remembered(here, forgetful, (3,)).known[0, 0])
+
+
 def test_block_0_alone_is_the_bidirectional_model(model: WanTransformer) -> None:
     item = drawn_item(Fraction(1), 0, sinks=2, blocks=3, history=False)
     seen = clip(model, 3, 5)

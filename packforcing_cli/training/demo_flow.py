@@ -747,7 +747,10 @@ def pack_checkpoint(
 
 
 def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
-    """Load the weights of a package into fresh modules. Raises: UsageError if it lacks a part."""
+    """Load the weights of a package into fresh modules; words it does not know keep their fresh embeddings.
+
+    Raises: UsageError if it lacks a part.
+    """
     package = Path(__file__).resolve().parent.parent / "demo"
     folder = package if recipe.init == "package" else Path(recipe.init)
     for name, module in modules.items():
@@ -757,8 +760,29 @@ def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
             )
         values = weights.read_tensors(folder / name, device=torch.device("cpu"), dtype=torch.float32)
         if name == "text_encoder":
-            values.setdefault("encoder.embed_tokens.weight", values["shared.weight"])
+            assert isinstance(module.shared, nn.Embedding)
+            rows = known_words(values["shared.weight"], module.shared.weight.detach(), folder / "tokenizer")
+            values |= {"shared.weight": rows, "encoder.embed_tokens.weight": rows}
         module.load_state_dict(values)
+
+
+def known_words(old: Tensor, fresh: Tensor, tokenizer_dir: Path) -> Tensor:
+    """Embeddings [V,C] of the vocabulary of today: those of a package for the words its tokenizer has, else fresh ones.
+
+    Raises: UsageError if the tokenizer cannot be read.
+    """
+    path = tokenizer_dir / "tokenizer.json"
+    try:
+        vocabulary: dict[str, int] = json.loads(path.read_text("utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} has no words to start from: {error}", hint="Use init = '' or another package."
+        ) from error
+    rows = fresh.clone()
+    for word, number in demo_text.demo_vocabulary().items():
+        if word in vocabulary:
+            rows[number] = old[vocabulary[word]]
+    return rows
 
 
 def mean_error(
