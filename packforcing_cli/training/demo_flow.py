@@ -3,7 +3,7 @@
 A pool of scenes is rendered and encoded once. A step then draws three kinds of items:
 
     first    block 0 alone: where the one object goes is decided out of noise, so it gets most samples
-    packed   consecutive blocks from a scene's start, random layouts: sinks, mids (random drops, random span), recent
+    packed   consecutive blocks after block 0, random layouts: sinks, mids (random drops, random span), recent
     long     sinks, then up to 16 far blocks as compressed tokens only, then true neighbours, as at minute one
 
 Scenes are stories (`world.sample_story`): every block has its own caption, visitors come and go, words change. In most
@@ -465,8 +465,8 @@ def packed_loss(
 ) -> tuple[Tensor, float | None]:
     """Squared velocity errors [B, draws, J] of an item's `targets`: B chosen scenes, some noise draws each.
 
-    Where a visitor stands errors count `visitor_weight` times, unless it comes for the first time: its look is a guess
-    then. A noisy block loses its caption with the recipe's probability, and its history never does: so is guidance at
+    Where a visitor stands errors count `visitor_weight` times, `return_weight` times when it returns, and once when it
+    comes for the first time: its look is a guess then. A noisy block loses its caption with the recipe's probability, and its history never does: so is guidance at
     inference, where the two passes share one history.
 
     Returns: the errors, and their mean over the cells of visitors that return; None if there is none.
@@ -510,7 +510,9 @@ def packed_loss(
     error = (v - (eps - x0)).square().mean((2, 3)).unflatten(1, (draws, len(targets)))  # [B,draws,J,h,w]
     back = (seen.returns.to(batch.device)[..., None, None] * cells)[:, None].expand_as(error)
     recall = float((error.detach() * back).sum() / back.sum()) if bool(back.any()) else None
-    extra = (recipe.data.visitor_weight - 1) * seen.known.to(batch.device)[..., None, None] * cells
+    weights = torch.where(seen.known, recipe.data.visitor_weight, 1.0)
+    weights = torch.where(seen.returns, recipe.data.return_weight, weights).to(batch.device)
+    extra = (weights - 1)[..., None, None] * cells
     return (error * (1 + extra[:, None])).mean((3, 4)), recall
 
 
@@ -550,7 +552,7 @@ def step_loss(
                 "packed",
                 *packed_loss(
                     models, batch, pools["short"], recipe, item, scene, chosen,
-                    targets=scene, draws=data.packed_draws,
+                    targets=scene[1:], draws=data.packed_draws,
                 ),
             )  # fmt: skip
         for _ in range(data.long_clips):
