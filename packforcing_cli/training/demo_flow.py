@@ -466,8 +466,8 @@ def packed_loss(
     """Squared velocity errors [B, draws, J] of an item's `targets`: B chosen scenes, some noise draws each.
 
     Where a visitor stands errors count `visitor_weight` times, `return_weight` times when it returns, and once when it
-    comes for the first time: its look is a guess then. A noisy block loses its caption with the recipe's probability, and its history never does: so is guidance at
-    inference, where the two passes share one history.
+    comes for the first time: its look is a guess then. A noisy block loses its caption with the recipe's probability,
+    and its history never does: so is guidance at inference, where the two passes share one history.
 
     Returns: the errors, and their mean over the cells of visitors that return; None if there is none.
     """
