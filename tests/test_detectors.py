@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from packforcing_cli.training import demo_flow, recipes
 from packforcing_cli.training.detectors import (
     NONE,
     background_correlation,
     background_drift,
     background_picture,
+    count_subjects,
     detect,
+    detect_visitor,
     score,
 )
 from packforcing_cli.training.world import (
     COMBINATIONS,
     Combination,
     Scene,
+    first_frame,
     render,
     render_background,
+    sample_story,
     scene_for,
 )
 
@@ -173,3 +181,109 @@ def test_background_correlation_and_drift_tell_a_kept_scene_from_a_lost_one() ->
 def test_frames_of_another_form_are_refused(frames: Tensor) -> None:
     with pytest.raises(ValueError, match="uint8"):
         detect(frames)
+
+
+# -- visitors ---------------------------------------------------------------------------------------------------
+
+BLOCKS = 6
+
+
+def visited(seed: int, **here: tuple[bool, ...]) -> Scene:
+    """A scene with a visitor; every combination before any comes twice."""
+    words = COMBINATIONS[(seed * 61) % len(COMBINATIONS)]
+    generator = torch.Generator().manual_seed(seed)
+    scene = sample_story(generator, num_blocks=BLOCKS, visitor=True, switch=False, combination=words)
+    assert scene.visitor is not None
+    return replace(scene, visitor=replace(scene.visitor, **here)) if here else scene
+
+
+def through_the_packaged_codec(frames: Tensor, *, seed: int) -> Tensor:
+    """Encode and decode uint8 [T, H, W, 3] block by block, as a rollout does."""
+    recipe = recipes.load("demo-flow", ["vae=package"])
+    assert isinstance(recipe, recipes.DemoFlow)
+    codec = demo_flow.load_codec(recipe)
+    with torch.no_grad():
+        latents, _ = demo_flow.encode_scene(codec, frames.permute(3, 0, 1, 2)[None].float() / 255)
+        decoder = codec.decoder()
+        pixels = torch.cat([decoder.decode(latents[:, n])[0] for n in range(latents.shape[1])], 1)
+    return (pixels.permute(1, 2, 3, 0).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def visitor_accuracy(
+    seeds: range, damage: Callable[..., Tensor] | None = None, *, blocks: tuple[int, ...] = (0, 3, 5)
+) -> dict[str, float]:
+    """Shares of right answers about blocks and whole clips of scenes with a visitor."""
+    right: dict[str, list[bool]] = {}
+    for seed in seeds:
+        scene = visited(seed, here=tuple((seed + n) % 2 == 0 for n in range(BLOCKS)))
+        assert scene.visitor is not None
+        frames = render(scene, 0, first_frame(BLOCKS))
+        if damage is not None:
+            frames = damage(frames, seed=seed)
+        for block in blocks:
+            clip = frames[first_frame(block) : first_frame(block + 1)]
+            seen, here = detect_visitor(clip), scene.visitor.is_here(block)
+            right.setdefault("visitor present", []).append(seen.present == here)
+            if here:
+                right.setdefault("visitor colour", []).append(seen.colour == scene.visitor.colour)
+                right.setdefault("visitor shape", []).append(seen.shape == scene.visitor.shape)
+            right.setdefault("count", []).append(count_subjects(clip) == 1)
+        for word, is_right in score(detect(frames), scene).items():
+            right.setdefault(word, []).append(is_right)
+    return {word: sum(answers) / len(answers) for word, answers in right.items()}
+
+
+def test_visitors_and_the_words_beside_them_are_read_at_99_percent() -> None:
+    figures = visitor_accuracy(range(16))
+    assert len(figures) == 10 and min(figures.values()) >= 0.99, figures
+
+
+@pytest.mark.parametrize("damage", [as_a_codec_leaves_it, through_the_packaged_codec])
+def test_visitors_survive_blur_noise_and_the_packaged_codec(damage: Callable[..., Tensor]) -> None:
+    figures = visitor_accuracy(range(50, 56), damage, blocks=(2, 5))
+    assert min(figures.values()) >= 0.98, figures
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", [None, as_a_codec_leaves_it, through_the_packaged_codec])
+def test_visitors_of_150_scenes(damage: Callable[..., Tensor] | None) -> None:
+    figures = visitor_accuracy(range(100, 250), damage)
+    print(damage, figures)
+    assert min(figures.values()) >= 0.99
+
+
+def test_a_scene_without_a_visitor_has_none() -> None:
+    for seed in range(8):
+        scene = scene_for(seed, combination=COMBINATIONS[(seed * 67) % len(COMBINATIONS)])
+        frames = as_a_codec_leaves_it(render(scene, 40, 32), seed=seed)
+        assert not detect_visitor(frames).present
+        assert count_subjects(frames) == 1
+
+
+def test_place_and_area_of_a_visitor_are_measured() -> None:
+    scene = visited(3, here=(True,))
+    assert scene.visitor is not None
+    seen = detect_visitor(render(scene, 0, 32))
+    assert (seen.x, seen.y) == pytest.approx((scene.visitor.x, scene.visitor.y), abs=0.5)
+    assert seen.area == pytest.approx(180, rel=0.2) and seen.presence == 1.0
+
+
+def test_subjects_are_counted_across_the_edges_and_a_visitor_is_none_of_them() -> None:
+    empty = render_background(moving()).round().to(torch.uint8).repeat(16, 1, 1, 1)
+    assert count_subjects(empty) == 0
+    assert count_subjects(render(moving(x=0.0, speed=0.01), 0, 16)) == 1
+    one, other = (render(moving("circle", x=x, y=30.0, radius=14.0), 0, 16) for x in (30.0, 90.0))
+    both = torch.where((other != empty).any(-1, keepdim=True), other, one)
+    assert count_subjects(both) == 2
+    visitor = visited(0, here=(True,))
+    assert count_subjects(render(visitor, 0, 16)) == 1
+
+
+def test_a_moving_object_of_a_third_colour_is_no_visitor() -> None:
+    """A subject that changes its colour half way must not vanish from the picture."""
+    scene = moving("circle")
+    frames = render(scene, 0, FIVE_SECONDS)
+    late = render(replace(scene, subject_rgb=(210.0, 40.0, 40.0)), 0, FIVE_SECONDS)
+    frames[40:] = late[40:]
+    assert not detect_visitor(frames).present
+    assert detect(frames).present

@@ -74,8 +74,15 @@ def clip(model: WanTransformer, blocks: int, seed: int, frames: int = 4) -> Clip
     )
 
 
-def packed(model: WanTransformer, item: PackedItem, seen: Clip, shape: Grid) -> dict[int, Tensor]:
-    """Velocity of every full block from one packed pass."""
+def packed(
+    model: WanTransformer, item: PackedItem, seen: Clip, shape: Grid, texts: tuple[TextKV, ...] | None = None
+) -> dict[int, Tensor]:
+    """Velocity of every full block from one packed pass; `texts` are those of each block, one for all by default."""
+    text, prompts = seen.text, None
+    if texts is not None:
+        text = TextKV(tuple(_rows(texts, layer) for layer in range(LAYERS)))
+        blocks = torch.tensor([*item.full, *item.compressed, *item.full])
+        prompts = BATCH * blocks + torch.arange(BATCH)[:, None]
     out = packed_forward(
         model,
         item,
@@ -84,9 +91,15 @@ def packed(model: WanTransformer, item: PackedItem, seen: Clip, shape: Grid) -> 
         compressed=seen.compressed[list(item.compressed)].transpose(0, 1),
         noisy=seen.noisy[list(item.full)].transpose(0, 1),
         timesteps=seen.timesteps[list(item.full)].T,
-        text=seen.text,
+        text=text,
+        prompts=prompts,
     )
     return {block: out[:, n] for n, block in enumerate(item.full)}
+
+
+def _rows(texts: tuple[TextKV, ...], layer: int) -> tuple[Tensor, Tensor]:
+    k, v = zip(*(text.layers[layer] for text in texts), strict=True)
+    return torch.cat(k), torch.cat(v)
 
 
 # -- the rollout's own code: cache and block-by-block passes --------------------------------------------------
@@ -99,8 +112,17 @@ class CachedRun:
     before it are committed to; their keys and values come from the passes over them.
     """
 
-    def __init__(self, model: WanTransformer, seen: Clip, span: Span, sinks: int, frames: int = 4) -> None:
+    def __init__(
+        self,
+        model: WanTransformer,
+        seen: Clip,
+        span: Span,
+        sinks: int,
+        frames: int = 4,
+        texts: tuple[TextKV, ...] | None = None,
+    ) -> None:
         self.model, self.clip, self.span, self.sinks, self.frames = model, seen, span, sinks, frames
+        self.texts = texts
         self.kv: list[BlockKV] = []
         self.backups: dict[int, BlockKV] = {}
 
@@ -122,16 +144,17 @@ class CachedRun:
     def block(self, kept: tuple[int, ...], compressed_context: str) -> Tensor:
         """Denoise the next block once, then its clean and compressed passes. Returns: its velocity."""
         i, model, seen = len(self.kv), self.model, self.clip
+        text = seen.text if self.texts is None else self.texts[i]
         # History needs a bank in the same cache even when it has no block yet.
         cache = self.cache(max(len(kept), compressed_context == "history"), compressed_context)
         context = cache.context(i, selected=torch.tensor([kept] * LAYERS, dtype=torch.int64))
         timesteps = seen.timesteps[i][:, None].expand(-1, self.frames)
-        velocity = model(seen.noisy[i], timesteps, seen.text, context)
-        kv = model.commit(seen.clean[i], seen.text, context)
+        velocity = model(seen.noisy[i], timesteps, text, context)
+        kv = model.commit(seen.clean[i], text, context)
         if i >= self.sinks:
             if compressed_context == "sinks":
                 cache = self.cache(1)
-            self.backups[i] = model.commit_tokens(seen.compressed[i], seen.text, cache.compressed_context(i))
+            self.backups[i] = model.commit_tokens(seen.compressed[i], text, cache.compressed_context(i))
         self.kv.append(kv)
         return velocity
 
@@ -163,6 +186,38 @@ def assert_equal_to_the_cache(
     for view in item.views:
         slow = run.block(view.mid, "sinks" if item.sinks is not None else "history")
         torch.testing.assert_close(fast[view.block], slow, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("context", ["sinks", "history"])
+def test_every_block_reads_its_own_caption_as_in_the_rollout(model: WanTransformer, context: str) -> None:
+    item = drawn_item(Fraction(1), 0, sinks=2, blocks=7, history=context == "history")
+    seen = clip(model, 7, 0)
+    texts = tuple(clip(model, 1, 40 + block).text for block in range(7))
+    run = CachedRun(model, seen, Fraction(1), 2, texts=texts)
+    fast, one_text = packed(model, item, seen, grid(), texts), packed(model, item, seen, grid())
+    for view in item.views:
+        slow = run.block(view.mid, context)
+        torch.testing.assert_close(fast[view.block], slow, rtol=1e-10, atol=1e-10)
+        assert (fast[view.block] - one_text[view.block]).norm() > 1e-3 * slow.norm()
+
+
+def test_blocks_without_noisy_tokens_change_nothing_for_the_others(model: WanTransformer) -> None:
+    item, seen = drawn_item(Fraction(1), 0, sinks=2, blocks=7, history=False), clip(model, 7, 0)
+    targets = (3, 6)
+    out = packed_forward(
+        model,
+        item,
+        grid(),
+        clean=seen.clean.transpose(0, 1),
+        compressed=seen.compressed[list(item.compressed)].transpose(0, 1),
+        noisy=seen.noisy[[*targets, *targets]].transpose(0, 1),  # two draws
+        timesteps=seen.timesteps[[*targets, *targets]].T,
+        text=seen.text,
+        targets=targets,
+    )
+    whole = packed(model, item, seen, grid())
+    for n, block in enumerate((*targets, *targets)):
+        torch.testing.assert_close(out[:, n], whole[block], rtol=1e-10, atol=1e-10)
 
 
 @every_span
@@ -308,6 +363,53 @@ def test_long_items_equal_a_slow_list_of_raw_keys_and_the_cache(
     last = item.full[-1]
     cached = cache.context(last, selected=torch.tensor([item.views[4].mid] * LAYERS))
     torch.testing.assert_close(fast[last], velocity(last, cached), rtol=1e-10, atol=1e-10)
+
+
+def test_in_long_items_a_visitor_returns_whose_look_only_the_far_blocks_have(
+    models: demo_flow.Models,
+) -> None:
+    """Here in blocks 5 and 14; 14 is trained with 13 as its predecessor and 5 among the mids; sinks never had it."""
+    here = [block in (5, 14) for block in range(24)]
+    trained = 0
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        item, scene = demo_flow.long_item(models, 24, generator, here=here, recall=1.0)
+        number = scene.index(14)
+        assert number in item.full[-2:] and scene[number - 1] == 13
+        view = item.views[item.full.index(number)]
+        assert (
+            view.recent == (number - 1,) and scene.index(5) in view.mid and scene[: len(view.sink)] == (0, 1)
+        )
+        assert not any(here[scene[block]] for block in (*view.sink, *view.recent))
+        trained += number == item.full[-1]
+    assert 2 < trained < 18  # the last and the one before
+    lasts = set()
+    for seed in range(30):
+        generator = torch.Generator().manual_seed(seed)
+        lasts.add(demo_flow.long_item(models, 24, generator, here=here, recall=0.0)[1][-1])
+    assert len(lasts) > 5
+
+
+def test_what_a_view_can_know_of_a_visitor(models: demo_flow.Models) -> None:
+    shape = layout(Fraction(1), sinks=1, top_k=16)
+    views = tuple(
+        demo_flow.packed_view(shape, block, sink, mid, recent)
+        for block, sink, mid, recent in (
+            (0, (), (), ()),
+            (1, (0,), (), ()),
+            (2, (0,), (), (1,)),
+            (3, (0,), (1,), (2,)),
+            (4, (0,), (), (3,)),  # block 1 was dropped
+        )
+    )
+    item = PackedItem(tuple(range(5)), (1, 2), views, (0,))
+    here = torch.tensor([[0, 1, 0, 1, 1], [1, 1, 0, 0, 1]])
+    seen = demo_flow.remembered(here, item, (0, 1, 2, 3, 4))
+    assert seen.known.int().tolist() == [[1, 0, 1, 1, 1], [0, 1, 1, 1, 1]]
+    assert seen.returns.int().tolist() == [[0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+    # Without block 1 among the mids, the visitor of the first scene is new in block 3.
+    forgetful = replace(item, views=(*views[:3], replace(views[3], mid=()), views[4]))
+    assert not bool(demo_flow.remembered(here, forgetful, (3,)).known[0, 0])
 
 
 def test_block_0_alone_is_the_bidirectional_model(model: WanTransformer) -> None:

@@ -119,8 +119,8 @@ def test_gradients_reach_the_encoder(encoder: TextEncoder) -> None:
 
 def test_truncation_is_counted(encoder: TextEncoder) -> None:
     assert encoder.num_dropped(CAPTION) == 0
-    assert encoder.num_dropped("a " * 11) == 0
-    assert encoder.num_dropped("a " * 20) == 9
+    assert encoder.num_dropped("a " * (DEMO_TEXT_LENGTH - 1)) == 0
+    assert encoder.num_dropped("a " * 20) == 21 - DEMO_TEXT_LENGTH
     tokens = encoder.tokenize("a " * 20)
     assert tokens.ids.shape == (1, DEMO_TEXT_LENGTH)
     assert tokens.ids[0, -1] == 1
@@ -158,7 +158,8 @@ def test_the_vocabulary_has_no_repeated_word() -> None:
 
 
 def test_the_shipped_tokenizer_is_what_the_builder_writes(tmp_path: Path) -> None:
-    build_demo_tokenizer(tmp_path)
+    manifest = json.loads((DEMO_TOKENIZER.parent / "packforcing.json").read_text("utf-8"))
+    build_demo_tokenizer(tmp_path, manifest["text_length"])
     written = {p.name: p.read_text("utf-8") for p in tmp_path.iterdir()}
     assert written == {p.name: p.read_text("utf-8") for p in DEMO_TOKENIZER.iterdir()}
 

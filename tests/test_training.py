@@ -20,7 +20,8 @@ from tiny import CODEC, randomise
 from torch import Tensor, nn
 
 from packforcing_cli.errors import UsageError, WeightsError
-from packforcing_cli.training import demo_vae, loop, recipes
+from packforcing_cli.training import demo_flow, demo_vae, loop, recipes
+from packforcing_cli.training.demo_text import build_demo_tokenizer, demo_vocabulary
 from packforcing_cli.training.muon import Muon, orthogonalise
 from packforcing_cli.vae import TinyAutoencoderConfig
 
@@ -334,6 +335,27 @@ def test_one_process_alone_joins_no_group() -> None:
     workers.average_gradients([parameter])
     assert (workers, parameter.grad.tolist()) == (loop.Workers(0, 1), [1.0, 1.0])
     workers.stop()
+
+
+# -- starting from a package ----------------------------------------------------------------------------------
+
+
+def test_known_words_keep_their_embeddings_and_new_ones_start_fresh(tmp_path: Path) -> None:
+    build_demo_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    values = json.loads(path.read_text("utf-8"))
+    today = demo_vocabulary()
+    # An older package: other numbers, and it does not know visitors.
+    words = [word for word in reversed(today) if word != "visitor"]
+    values["model"]["vocab"] = {word: number for number, word in enumerate(words)}
+    path.write_text(json.dumps(values), "utf-8")
+    old, fresh = random(len(words), 5), random(len(today), 5, seed=1)
+    rows = demo_flow.known_words(old, fresh, tmp_path)
+    assert torch.equal(rows[today["red"]], old[words.index("red")])
+    assert torch.equal(rows[today["visitor"]], fresh[today["visitor"]])
+    assert sum(torch.equal(a, b) for a, b in zip(rows, fresh, strict=True)) == 1
+    with pytest.raises(UsageError, match="no words to start from"):
+        demo_flow.known_words(old, fresh, tmp_path / "none")
 
 
 # -- recipes --------------------------------------------------------------------------------------------------

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+from packforcing_cli.layout import Grid
 from packforcing_cli.training import world
 from packforcing_cli.training.world import Combination, Scene, render, render_batch, sample_scene, scene_for
 
@@ -156,3 +158,132 @@ def test_empty_and_unequal_requests_are_refused() -> None:
         render(scene_for(0), 0, 0)
     with pytest.raises(ValueError):
         render_batch([scene_for(0)], [0, 1], 5)
+
+
+# -- stories ----------------------------------------------------------------------------------------------------
+
+
+def story(
+    seed: int, *, num_blocks: int = 12, visitor: bool = True, switch: bool = False, **more: object
+) -> Scene:
+    generator = torch.Generator().manual_seed(seed)
+    return world.sample_story(generator, num_blocks=num_blocks, visitor=visitor, switch=switch, **more)  # type: ignore[arg-type]
+
+
+def test_captions_name_a_visitors_presence_and_nothing_else_of_it() -> None:
+    words = Combination("circle", "red", "blue", "right")
+    assert world.caption_of(words) == words.caption
+    for visitor, says in ((True, "here"), (False, "away")):
+        caption = world.caption_of(words, visitor)
+        assert caption == f"{words.caption}, the visitor is {says}"
+        assert world.parse_caption(caption) == words and world.parse_visitor(caption) is visitor
+    assert world.parse_visitor(words.caption) is None
+    with pytest.raises(ValueError, match="demo world"):
+        world.parse_visitor(f"{words.caption}, the visitor is blue")
+    training = set(world.training_captions())
+    assert {caption.split(",")[0] for caption in world.story_captions()} == training
+    assert len(set(world.story_captions())) == 3 * len(training)
+
+
+def test_every_block_of_a_story_has_its_own_caption() -> None:
+    scene = story(6, switch=True)
+    assert scene.visitor is not None and scene.switch is not None
+    captions = scene.block_captions(12)
+    assert scene.caption == captions[0]
+    for block, caption in enumerate(captions):
+        words = scene.switch.combination if block >= scene.switch.block else scene.combination
+        assert caption == world.caption_of(words, scene.visitor.here[block])
+    assert len(set(captions)) >= 3
+    assert scene.block_captions(40)[12:] == (captions[-1],) * 28
+    assert set(captions) <= set(world.story_captions())
+    held_out = story(6, switch=True, held_out=True).block_captions(12)
+    assert {caption.split(",")[0] for caption in held_out} <= set(world.held_out_captions())
+
+
+def test_blocks_have_the_frames_the_layout_gives_them() -> None:
+    grid = Grid(frames_per_block=4, rows=4, cols=8, layers=1, kv_dim=6, heads=1)
+    for block in range(5):
+        assert world.first_frame(block) == (grid.frames_for(block) if block else 0)
+        frames = range(world.first_frame(block), world.first_frame(block + 1))
+        assert {world.block_of(frame) for frame in frames} == {block}
+
+
+def test_a_visitor_is_seen_when_it_is_here_and_only_where_it_stands() -> None:
+    for seed in range(12):
+        scene = story(seed)
+        assert scene.visitor is not None
+        alone = replace(scene, visitor=None)
+        box = world.visitor_coverage(scene.visitor) > 0
+        width, height = world.VISITOR_SIZES[scene.visitor.shape]
+        assert float(world.visitor_coverage(scene.visitor).sum()) == pytest.approx(width * height, rel=0.01)
+        for block in range(0, 12, 3):
+            start = world.first_frame(block) + 5
+            frame, without = render(scene, start, 1)[0], render(alone, start, 1)[0]
+            changed = (frame != without).any(-1)
+            assert not (changed & ~box).any()
+            assert bool(changed.any()) == scene.visitor.here[block]
+
+
+def test_the_subject_keeps_out_of_its_visitors_place() -> None:
+    for seed in range(12):
+        scene = story(seed)
+        assert scene.visitor is not None
+        lap = render(replace(scene, visitor=None, gradient_strength=0.0, bar_brightness=0.0), 0, 128)
+        inside = world.visitor_coverage(scene.visitor) == 1
+        background = torch.tensor(scene.background_rgb).round()
+        apart = (lap[:, inside].float() - background).abs().amax(-1) > 12
+        assert float(apart.float().mean()) < 0.02
+
+
+def test_a_visitor_has_a_third_colour_and_all_looks_occur() -> None:
+    looks, first = set(), []
+    for seed in range(300):
+        scene = story(seed, switch=seed % 4 == 0)
+        assert scene.visitor is not None
+        words = [scene.combination, *([scene.switch.combination] if scene.switch else [])]
+        assert scene.visitor.colour in world.visitor_colours(*words)
+        assert not any(scene.visitor.colour in (w.colour, w.background) for w in words)
+        looks.add((scene.visitor.shape, scene.visitor.colour))
+        first.append(scene.visitor.here.index(True) if any(scene.visitor.here) else 12)
+    assert len(looks) == len(world.VISITOR_SHAPES) * len(world.COLOURS)
+    assert 0.6 < sum(n >= 2 for n in first) / 300 < 0.9  # behind the sinks in most
+
+
+def test_quick_visitors_return_within_a_short_clip() -> None:
+    def returns(here: tuple[bool, ...]) -> bool:
+        first = here.index(True) if any(here) else len(here)
+        return any(here[n] and not here[n - 1] for n in range(first + 1, len(here)))
+
+    visitors = [story(seed, num_blocks=6, quick=True).visitor for seed in range(100)]
+    assert sum(returns(visitor.here) for visitor in visitors if visitor is not None) > 60
+
+
+def test_after_a_switch_the_scene_goes_on_under_other_words() -> None:
+    for seed in range(20):
+        scene = story(seed, visitor=False, switch=True)
+        assert scene.switch is not None and scene.switch.combination != scene.combination
+        at = world.first_frame(scene.switch.block)
+        later = scene.switched()
+        assert later.combination == scene.switch.combination
+        assert torch.equal(render(scene, 0, at), render(replace(scene, switch=None), 0, at))
+        assert torch.equal(render(scene, at, 3), render(later, at, 3))
+        # The subject is where it was, up to a frame's step along the one axis or the other.
+        before, after = (
+            world.subject_centre(part, frame)
+            for part, frame in ((replace(scene, switch=None), at), (later, at))
+        )
+        assert after == pytest.approx(before, abs=1e-6)
+        assert (later.bar_x, later.gradient_angle, later.radius) == (
+            scene.bar_x, scene.gradient_angle, scene.radius,
+        )  # fmt: skip
+        if later.background == scene.background:
+            assert later.background_rgb == scene.background_rgb
+
+
+def test_windows_of_a_story_agree_frame_by_frame() -> None:
+    scene = story(5, switch=True)
+    assert scene.switch is not None
+    start = world.first_frame(scene.switch.block) - 20
+    whole = render(scene, start, 60)
+    parts = [render(scene, start, 19), render(scene, start + 19, 2), render(scene, start + 21, 39)]
+    assert torch.equal(torch.cat(parts), whole)

@@ -3,7 +3,7 @@
 A pool of scenes is rendered and encoded once. A step then draws three kinds of items:
 
     first    block 0 alone: where the one object goes is decided out of noise, so it gets most samples
-    packed   consecutive blocks from a scene's start, random layouts: sinks, mids (random drops, random span), recent
+    packed   consecutive blocks after block 0, random layouts: sinks, mids (random drops, random span), recent
     long     sinks, then up to 16 far blocks as compressed tokens only, then true neighbours, as at minute one
 
 Scenes are stories (`world.sample_story`): every block has its own caption, visitors come and go, words change. In most
@@ -290,14 +290,16 @@ def strict_item(models: Models, blocks: int, generator: torch.Generator) -> Pack
         seen = layout.view(i)
         kept = tuple(m for m in seen.mid if torch.rand((), generator=generator) >= 0.2)
         views.append(packed_view(layout, i, tuple(seen.sink), kept, tuple(seen.recent)))
-    used = tuple(sorted({m for view in views for m in view.mid}))
-    return PackedItem(tuple(range(blocks)), used, tuple(views), tuple(range(sinks)))
+    # All mids are there, also dropped ones: on a CPU products of ever new sizes cost more than a few tokens.
+    return PackedItem(
+        tuple(range(blocks)), tuple(range(sinks, blocks - 2)), tuple(views), tuple(range(sinks))
+    )
 
 
 def long_item(
     models: Models, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
 ) -> tuple[PackedItem, tuple[int, ...]]:
-    """Two sinks, 4..16 far mids, then three true neighbours of a scene of `blocks` blocks.
+    """Two sinks, 4, 8, 12 or 16 far mids, then three true neighbours of a scene of `blocks` blocks.
 
     Args:
         here:   for each block of the scene, whether its visitor is there.
@@ -317,7 +319,8 @@ def long_item(
         back, seen = returns[int(which * len(returns))]
         last = min(max(back + int(late < 0.5), first_last), blocks - 1)
     candidates = range(sinks, last - 2)
-    count = min(len(candidates), int(torch.randint(4, MAX_MIDS + 1, (), generator=generator)))
+    count = 4 * (1 + int(torch.randint(MAX_MIDS // 4, (), generator=generator)))
+    count = min(len(candidates) // 4 * 4, count)
     order = [candidates[n] for n in torch.randperm(len(candidates), generator=generator).tolist()]
     order.sort(key=lambda block: block not in seen[-1:])  # the visitor's last block before is among them
     chosen = sorted(order[:count])
@@ -394,14 +397,41 @@ def embed(models: Models, batch: Batch, captions: Tensor, dropped: Tensor) -> tu
     """
     used, rows = torch.where(dropped, -1, captions).unique(return_inverse=True)
     texts = world.story_captions()
-    tokens = models.text.tokenize(["" if n < 0 else texts[n] for n in used.tolist()])
+    prompts = ["" if n < 0 else texts[n] for n in used.tolist()]
+    prompts += [""] * (-len(prompts) % 8)  # few different sizes
+    tokens = models.text.tokenize(prompts)
     embeds = models.text.encode_tokens(tokens.ids.to(batch.device), tokens.mask.to(batch.device))
     return models.transformer.embed_text(embeds), rows.to(batch.device)
 
 
-def visitor_weight(place: Tensor, weight: float) -> Tensor:
-    """Weight of each latent cell's error: `weight` where a visitor stands in its scene, 1 elsewhere."""
-    return 1 + (weight - 1) * (place > 0.05)
+def visitor_cells(pool: Pool, chosen: Tensor, device: torch.device) -> Tensor:
+    """[B,h,w] 1 in the latent cells where the visitor of a scene stands, 0 elsewhere."""
+    return (pool.place[chosen] > 0.05).float().to(device)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """What the view of each target knows of its visitor, each [B,J] bool.
+
+    known:   it is in the view, or away in the target: how its cells look can be known.
+    returns: it is here in the target, in the view, and not in its newest block: only a memory has it.
+    """
+
+    known: Tensor
+    returns: Tensor
+
+
+def remembered(here: Tensor, item: PackedItem, targets: Sequence[int]) -> Remembered:
+    """See `Remembered`; `here` is [B,blocks of the item]."""
+    known, returns = [], []
+    for target in targets:
+        view = item.views[item.full.index(target)]
+        now = here[:, target] > 0
+        seen = (here[:, [*view.sink, *view.mid, *view.recent]] > 0).any(1)
+        newest = (here[:, list(view.recent or view.sink[-1:])] > 0).any(1)
+        known.append(seen | ~now)
+        returns.append(now & seen & ~newest)
+    return Remembered(torch.stack(known, 1), torch.stack(returns, 1))
 
 
 def first_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count: int) -> Tensor:
@@ -418,8 +448,7 @@ def first_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count
     alone = AloneContext(rope.grid_positions(0.0, g.frames_per_block, g.rows, g.cols, device=batch.device))
     timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, g.frames_per_block)
     v = models.transformer((1 - wide) * x0 + wide * eps, timesteps, own, alone)
-    weight = visitor_weight(pool.place[chosen].float().to(batch.device), recipe.data.visitor_weight)
-    return ((v - (eps - x0)).square() * weight[:, None, None]).mean((1, 2, 3, 4))
+    return (v - (eps - x0)).square().mean((1, 2, 3, 4))
 
 
 def packed_loss(
@@ -433,11 +462,14 @@ def packed_loss(
     *,
     targets: tuple[int, ...],
     draws: int,
-) -> Tensor:
+) -> tuple[Tensor, float | None]:
     """Squared velocity errors [B, draws, J] of an item's `targets`: B chosen scenes, some noise draws each.
 
-    A noisy block loses its caption with the recipe's probability, and its history never does: so is guidance at
-    inference, where the two passes share one history.
+    Where a visitor stands errors count `visitor_weight` times, `return_weight` times when it returns, and once when it
+    comes for the first time: its look is a guess then. A noisy block loses its caption with the recipe's probability,
+    and its history never does: so is guidance at inference, where the two passes share one history.
+
+    Returns: the errors, and their mean over the cells of visitors that return; None if there is none.
     """
     here = list(scene_blocks)
     latents, lr = (t[chosen][:, here].float().to(batch.device) for t in (pool.latents, pool.lr))
@@ -473,9 +505,15 @@ def packed_loss(
         prompts=rows,
         targets=targets,
     )
-    weight = visitor_weight(pool.place[chosen].float().to(batch.device), recipe.data.visitor_weight)
-    error = (v - (eps - x0)).square() * weight[:, None, None, None]
-    return error.mean((2, 3, 4, 5)).unflatten(1, (draws, len(targets)))
+    seen = remembered(pool.here[chosen][:, here], item, targets)
+    cells = visitor_cells(pool, chosen, batch.device)[:, None]  # [B,1,h,w]
+    error = (v - (eps - x0)).square().mean((2, 3)).unflatten(1, (draws, len(targets)))  # [B,draws,J,h,w]
+    back = (seen.returns.to(batch.device)[..., None, None] * cells)[:, None].expand_as(error)
+    recall = float((error.detach() * back).sum() / back.sum()) if bool(back.any()) else None
+    weights = torch.where(seen.known, recipe.data.visitor_weight, 1.0)
+    weights = torch.where(seen.returns, recipe.data.return_weight, weights).to(batch.device)
+    extra = (weights - 1)[..., None, None] * cells
+    return (error * (1 + extra[:, None])).mean((3, 4)), recall
 
 
 def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -497,9 +535,11 @@ def step_loss(
     errors: list[Tensor] = []
     parts: dict[str, float] = {}
 
-    def add(name: str, error: Tensor) -> None:
+    def add(name: str, error: Tensor, recall: float | None = None) -> None:
         errors.append(error.flatten())
         parts[name] = round(float(error.detach().mean()), 4)
+        if recall is not None:
+            parts[f"{name} recall"] = round(recall, 4)
 
     with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
         if data.first_clips:
@@ -510,9 +550,9 @@ def step_loss(
             chosen = batch.choose(pools["short"], data.packed_clips)
             add(
                 "packed",
-                packed_loss(
+                *packed_loss(
                     models, batch, pools["short"], recipe, item, scene, chosen,
-                    targets=scene, draws=data.packed_draws,
+                    targets=scene[1:], draws=data.packed_draws,
                 ),
             )  # fmt: skip
         for _ in range(data.long_clips):
@@ -528,7 +568,7 @@ def step_loss(
             )
             add(
                 "long",
-                packed_loss(
+                *packed_loss(
                     models, batch, pools["long"], recipe, item, scene, chosen,
                     targets=item.full[-2:], draws=data.long_draws,
                 ),
@@ -709,7 +749,10 @@ def pack_checkpoint(
 
 
 def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
-    """Load the weights of a package into fresh modules. Raises: UsageError if it lacks a part."""
+    """Load the weights of a package into fresh modules; words it does not know keep their fresh embeddings.
+
+    Raises: UsageError if it lacks a part.
+    """
     package = Path(__file__).resolve().parent.parent / "demo"
     folder = package if recipe.init == "package" else Path(recipe.init)
     for name, module in modules.items():
@@ -719,8 +762,29 @@ def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
             )
         values = weights.read_tensors(folder / name, device=torch.device("cpu"), dtype=torch.float32)
         if name == "text_encoder":
-            values.setdefault("encoder.embed_tokens.weight", values["shared.weight"])
+            assert isinstance(module.shared, nn.Embedding)
+            rows = known_words(values["shared.weight"], module.shared.weight.detach(), folder / "tokenizer")
+            values |= {"shared.weight": rows, "encoder.embed_tokens.weight": rows}
         module.load_state_dict(values)
+
+
+def known_words(old: Tensor, fresh: Tensor, tokenizer_dir: Path) -> Tensor:
+    """Embeddings [V,C] of the vocabulary of today: those of a package for the words its tokenizer has, else fresh ones.
+
+    Raises: UsageError if the tokenizer cannot be read.
+    """
+    path = tokenizer_dir / "tokenizer.json"
+    try:
+        vocabulary: dict[str, int] = json.loads(path.read_text("utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{path} has no words to start from: {error}", hint="Use init = '' or another package."
+        ) from error
+    rows = fresh.clone()
+    for word, number in demo_text.demo_vocabulary().items():
+        if word in vocabulary:
+            rows[number] = old[vocabulary[word]]
+    return rows
 
 
 def mean_error(
@@ -739,10 +803,11 @@ def mean_error(
         item = strict_item(models, recipe.data.packed_blocks, batch.generator)
         scene = tuple(range(recipe.data.packed_blocks))
         chosen = batch.choose(pools["short"], max(1, count // 4))
-        later = packed_loss(
+        later, recall = packed_loss(
             models, batch, pools["short"], recipe, item, scene, chosen, targets=scene[1:], draws=1
         )
-    return {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
+    figures = {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
+    return figures if recall is None else {**figures, "recall": round(recall, 4)}
 
 
 class _FixedSigma(Batch):

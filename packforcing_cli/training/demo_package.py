@@ -25,7 +25,7 @@ STEPS, GUIDANCE = 8, 2.0  # at 3 shades are driven to pure colours and the landm
 
 def manifest(codec: TinyCodec, *, shift: float, provenance: Mapping[str, Any]) -> Manifest:
     """What the demo is and how it is run. `provenance`: recipe, data, steps, measured figures."""
-    words = {word for caption in world.training_captions() for word in caption.split()}
+    words = {word.strip(",") for caption in world.story_captions() for word in caption.split()}
     return Manifest(
         name="demo",
         version=VERSION,
@@ -40,7 +40,8 @@ def manifest(codec: TinyCodec, *, shift: float, provenance: Mapping[str, Any]) -
         codec=CodecFactsRecord.of(codec),
         vocabulary=tuple(word for word in demo_text.WORDS if word in words),
         limits=(
-            "One coloured shape over one coloured background; nothing else exists in this world.",
+            "One coloured shape over one coloured background and, where the prompt says that the visitor is here, a"
+            " small box of another colour; nothing else exists in this world.",
             "64x128 pixels only: it was trained at no other size.",
         ),
         provenance=dict(provenance),

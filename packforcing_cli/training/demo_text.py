@@ -41,8 +41,8 @@ def demo_vocabulary() -> dict[str, int]:
     return {token: i for i, token in enumerate(tokens)}
 
 
-def build_demo_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, byte for byte the same every time.
+def build_demo_tokenizer(folder: Path, length: int = DEMO_TEXT_LENGTH) -> None:
+    """Write tokenizer.json and tokenizer_config.json, byte for byte the same every time; prompts have `length` tokens.
 
     Upper case and punctuation do not matter; a word outside WORDS becomes <unk>; the prompt ends in </s>.
     """
@@ -69,7 +69,7 @@ def build_demo_tokenizer(folder: Path) -> None:
         "unk_token": "<unk>",
         "padding_side": "right",
         "truncation_side": "right",
-        "model_max_length": DEMO_TEXT_LENGTH,
+        "model_max_length": length,
         "clean_up_tokenization_spaces": False,
     }
     folder.mkdir(parents=True, exist_ok=True)

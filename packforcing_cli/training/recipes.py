@@ -69,6 +69,11 @@ class FlowData(_Strict):
     visitor_weight: float = Field(
         default=1.0, ge=1, description="weight of the error in the latent cells where a visitor stands"
     )
+    return_weight: float = Field(
+        default=1.0,
+        ge=1,
+        description="the same where it is back and only older blocks than the last one have it",
+    )
     recall_share: float = Field(
         default=0.0,
         ge=0,

@@ -443,6 +443,15 @@ def scene_for(seed: int, *, held_out: bool | None = False, combination: Combinat
     return sample_scene(torch.Generator().manual_seed(seed), held_out=held_out, combination=combination)
 
 
+def subject_centre(scene: Scene, frame: int) -> tuple[float, float]:
+    """Centre of the subject's bounding box in a frame, in px: (x, y), wrapped into the picture."""
+    if scene.switch is not None:
+        late = frame >= first_frame(scene.switch.block)
+        return subject_centre(scene.switched() if late else replace(scene, switch=None), frame)
+    step_x, step_y = _STEPS[scene.direction]
+    return (scene.x + step_x * frame * scene.speed) % WIDTH, (scene.y + step_y * frame * scene.speed) % HEIGHT
+
+
 def render(scene: Scene, start_frame: int, num_frames: int, device: torch.device | str = "cpu") -> Tensor:
     """Draw frames `start_frame` ... `start_frame + num_frames - 1` of a scene.
 
