@@ -38,7 +38,7 @@ _packforcing() {
         "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;
         "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
-        "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --model --size --fit --from-time --to-time --only-new --force --json --progress -q --quiet -v --verbose --help -h" ;;
+        "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --no-run --model --size --fit --from-time --to-time --only-new --force --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;

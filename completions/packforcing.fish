@@ -94,6 +94,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from extend' -s o -l output -
 complete -c packforcing -n '__fish_seen_subcommand_from extend' -l overwrite -d 'Replace an existing output'
 complete -c packforcing -n '__fish_seen_subcommand_from extend' -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda,N'
 complete -c packforcing -n '__fish_seen_subcommand_from extend' -l run -x -d 'Where to keep the new run'
+complete -c packforcing -n '__fish_seen_subcommand_from extend' -l no-run -d 'Keep nothing, the new video cannot be resumed'
 complete -c packforcing -n '__fish_seen_subcommand_from extend' -l model -x -a 'demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b' -d 'A model’s name or a package folder'
 complete -c packforcing -n '__fish_seen_subcommand_from extend' -l size -x -d 'Pixels'
 complete -c packforcing -n '__fish_seen_subcommand_from extend' -l fit -x -a 'crop pad stretch' -d 'How the pictures come to that size, crop (default), pad or stretch'

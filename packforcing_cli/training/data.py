@@ -127,7 +127,7 @@ class Wanted:
     def scenes(self, num_frames: int) -> list[int]:
         """Blocks of each scene that a clip of so many frames is cut into, from its start; a short rest is left out."""
         whole, rest = divmod(num_frames, self.grid.frames_for(self.scene_blocks))
-        last = (rest + 3) // self.grid.block_frames(1)
+        last = self.grid.whole_blocks(rest)
         return [self.scene_blocks] * whole + ([last] if last >= LEAST_BLOCKS else [])
 
 
