@@ -39,13 +39,13 @@ _packforcing() {
         "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --no-run --model --size --fit --from-time --to-time --only-new --force --json --progress -q --quiet -v --verbose --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --lora --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
         "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;
-        "packforcing models pack") words="-o --output --with-parts --overwrite -q --quiet --help -h" ;;
+        "packforcing models pack") words="-o --output --with-parts --lora --overwrite -q --quiet --help -h" ;;
         "packforcing models path") words="--help -h" ;;
         "packforcing models pull") words="--update --offline --endpoint --json -q --quiet --help -h" ;;
         "packforcing models remove") words="--hub-files -y --yes -q --quiet --help -h" ;;

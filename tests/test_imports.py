@@ -28,7 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "provenance",
         "quiet",
     ),
-    ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
+    ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle", "lora"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
     ("rollout", "convert"),

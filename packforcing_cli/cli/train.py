@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
 
     from packforcing_cli.training.data import EncodedData
-    from packforcing_cli.training.recipes import AnyRecipe, Finetune
+    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipes import AnyRecipe
 
 LINE_EVERY_SECONDS = 10.0
 SPEED_WINDOW_SECONDS = 60.0
@@ -160,6 +161,7 @@ def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -
         "demo-vae": "the demo's autoencoder",
         "demo-flow": "the demo's transformer and compressor",
         "finetune": f"{getattr(recipe, 'model', '')} on clips",
+        "finetune-lora": f"adapters of {getattr(recipe, 'model', '')} on clips",
     }
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
     threads = recipe.train.threads or torch.get_num_threads()
@@ -293,9 +295,10 @@ def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, force: bool) -> En
     """
     from packforcing_cli.training.estimate import estimate, would_fit
     from packforcing_cli.training.loop import Workers
+    from packforcing_cli.training.recipe_kinds import Finetune
 
     device = Workers.start().device
-    clips = _clips(recipe, folder, talk, device) if recipe.kind == "finetune" else None
+    clips = _clips(recipe, folder, talk, device) if isinstance(recipe, Finetune) else None
     blocks = None if clips is None else max((scene.blocks for scene in clips.scenes), default=None)
     found = estimate(recipe, device, scene_blocks=blocks)
     for line in found.lines():
@@ -352,11 +355,13 @@ def _clips(recipe: Finetune, folder: Path, talk: _Talk, device: torch.device) ->
 def _train(
     recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None
 ) -> dict[str, Any]:
+    from packforcing_cli.training.recipe_kinds import Finetune
+
     if recipe.kind == "demo-vae":
         from packforcing_cli.training import demo_vae
 
         return demo_vae.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
-    if recipe.kind == "finetune":
+    if isinstance(recipe, Finetune):
         from packforcing_cli.training import finetune
 
         assert clips is not None
@@ -369,14 +374,17 @@ def _train(
 def _report(recipe: AnyRecipe, folder: Path, talk: _Talk) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
+    from packforcing_cli.training.recipe_kinds import Finetune
 
     if recipe.kind == "demo-vae":
         result = folder / "vae"
         talk.say(f"Done. Next: packforcing train demo-flow --vae {shlex.quote(str(folder))}")
     else:
         result = folder / "package"
-        if recipe.kind == "finetune" and recipe.samples.every:
+        if isinstance(recipe, Finetune) and recipe.samples.every:
             talk.say(f"samples, before and after: {folder / 'samples'}; curve: {folder / 'curve.png'}")
+        if recipe.kind == "finetune-lora":
+            talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
         talk.say(
             'Done. Try it: packforcing generate "a red circle moving right on a blue background"'
             f" --model {shlex.quote(str(result))}"

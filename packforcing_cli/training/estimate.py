@@ -23,7 +23,7 @@ from packforcing_cli.packages import CacheDefaults, Manifest
 from packforcing_cli.text import build_encoder
 from packforcing_cli.training.items import Context, Item, Shape
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import Finetune, ItemData
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, ItemData
 from packforcing_cli.training.recipes import AnyRecipe, DemoFlow, DemoVae
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
@@ -242,6 +242,14 @@ def _of_finetune(
         compressor = Compressor(compressor_config(manifest, config, folder))
     count = _count(transformer) + _count(compressor)
     trained = count if recipe.train_transformer else _count(compressor)
+    if isinstance(recipe, FinetuneLora):
+        linears = {name: child for name, child in transformer.named_modules() if isinstance(child, nn.Linear)}
+        trained = sum(
+            recipe.rank * (child.in_features + child.out_features)
+            for name, child in linears.items()
+            if any(name.endswith(f".{target}") for target in recipe.targets)
+        )
+        count += trained
     grid = grid_of(manifest, config)
     shape = shape_of(recipe.data)
     blocks = scene_blocks or grid.blocks_for(recipe.data.scene_seconds, manifest.fps)
@@ -288,14 +296,15 @@ def would_fit(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | No
     if not isinstance(recipe, Finetune):
         return []
     changes: list[dict[str, Any]] = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
-    changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
+    if not isinstance(recipe, FinetuneLora):
+        changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
     found = []
     for change in changes:
-        values = recipe.model_dump(mode="json")
+        values = recipe.model_dump(mode="json", exclude_unset=True)
         for key, value in change.items():
             table, _, last = key.rpartition(".")
-            (values[table] if table else values)[last] = value
-        smaller = estimate(Finetune.model_validate(values), device, scene_blocks=scene_blocks)
+            (values.setdefault(table, {}) if table else values)[last] = value
+        smaller = estimate(type(recipe).model_validate(values), device, scene_blocks=scene_blocks)
         if smaller.memory.total <= smaller.free_bytes * HEADROOM:
             found.append(" ".join(f"--set {key}={str(value).lower()}" for key, value in change.items()))
     return found
@@ -347,7 +356,9 @@ def compressor_config(manifest: Manifest, config: TransformerConfig, folder: Any
 def preset_of(recipe: Finetune, manifest: Manifest) -> CacheDefaults:
     """Memory settings of the result: the recipe's, else those of the model it starts from."""
     changes = recipe.preset.model_dump(exclude_none=True)
-    return manifest.cache.model_copy(update={**changes, "compressor": "hr+lr"})
+    if not isinstance(recipe, FinetuneLora):
+        changes["compressor"] = "hr+lr"  # it is trained, where the model had none, too
+    return manifest.cache.model_copy(update=changes)
 
 
 def precision(recipe: Finetune, device: torch.device) -> torch.dtype:

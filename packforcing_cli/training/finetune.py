@@ -31,11 +31,11 @@ from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.rollout import Prompt, Story
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
 from packforcing_cli.timeline import Script
-from packforcing_cli.training import estimate, loop
+from packforcing_cli.training import adapters, estimate, loop
 from packforcing_cli.training.data import EncodedData, Scene
 from packforcing_cli.training.items import Shape, kept_evenly
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import Finetune
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
 from packforcing_cli.transformer import WanTransformer
 from packforcing_cli.vae import Codec
 
@@ -183,8 +183,11 @@ def load_models(recipe: Finetune, source: ModelSource, device: torch.device) -> 
             compressor = Compressor(replace(config, branches="hr+lr")).to(device)
     if recipe.checkpointing:
         transformer.recompute_layers()
-    transformer.train().requires_grad_(recipe.train_transformer)
-    compressor.train().requires_grad_(True)
+    is_lora = isinstance(recipe, FinetuneLora)
+    transformer.train().requires_grad_(recipe.train_transformer and not is_lora)
+    compressor.train().requires_grad_(not is_lora)
+    if isinstance(recipe, FinetuneLora):
+        adapters.insert(transformer, recipe)
     return Models(
         transformer,
         compressor,
@@ -196,6 +199,8 @@ def load_models(recipe: Finetune, source: ModelSource, device: torch.device) -> 
 
 def trained_modules(models: Models, recipe: Finetune) -> dict[str, nn.Module]:
     """Name -> module whose weights change."""
+    if isinstance(recipe, FinetuneLora):
+        return {"adapters": adapters.Adapters(models.transformer)}
     modules: dict[str, nn.Module] = {"compressor": models.compressor}
     return {"transformer": models.transformer, **modules} if recipe.train_transformer else modules
 
@@ -205,7 +210,7 @@ def optimizer_of(models: Models, recipe: Finetune) -> torch.optim.Optimizer:
     settings = recipe.train
     groups: list[dict[str, Any]] = []
     for name, module in trained_modules(models, recipe).items():
-        rate = settings.learning_rate if name == "transformer" else recipe.compressor_learning_rate
+        rate = recipe.compressor_learning_rate if name == "compressor" else settings.learning_rate
         for decays in (True, False):
             parameters = [p for p in module.parameters() if (p.ndim >= 2) == decays]
             decay = settings.weight_decay if decays else 0.0
@@ -327,7 +332,13 @@ def train(
                     last.update(evaluated(models, data, split, shape, recipe))
                 if sampler is not None:
                     sampler.make(state.step)
-                write_result(out / "package", source, manifest, models, steps=state.step, metrics=last)
+                network = models.transformer
+                own: Compressor | None = models.compressor
+                if isinstance(recipe, FinetuneLora):
+                    adapters.write(out / "lora", network, recipe)
+                    figures["lora"] = str(out / "lora")
+                    network, own = adapters.merged(network), None
+                write_result(out / "package", source, manifest, network, own, steps=state.step, metrics=last)
             draw_curve(log_path, out / "curve.png")
             figures["result"] = str(out / "package")
             log.write(event="done", **figures)
@@ -479,7 +490,8 @@ def write_result(
     folder: Path,
     source: ModelSource,
     manifest: Manifest,
-    models: Models,
+    transformer: WanTransformer,
+    compressor: Compressor | None,
     *,
     steps: int,
     metrics: dict[str, Any],
@@ -491,8 +503,8 @@ def write_result(
     return registry.write_package(
         folder,
         manifest.model_copy(update={"provenance": provenance, "references": {}}),
-        transformer=models.transformer,
-        compressor=models.compressor,
+        transformer=transformer,
+        compressor=compressor,
         dtype=first.dtype,
         base=source.folder,
         overwrite=True,

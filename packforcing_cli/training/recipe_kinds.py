@@ -174,3 +174,32 @@ class Finetune(Strict):
                 f" {self.train.evaluate_every}"
             )
         return self
+
+
+class FinetuneLora(Finetune):
+    """Low-rank adapters of the transformer's layers; everything else stays, the compressor too.
+
+    rank:    of the adapters.  alpha: their output is scaled by alpha / rank.
+    targets: ends of the names of the linears that get one.
+    """
+
+    kind: Literal["finetune-lora"]  # type: ignore[assignment]
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = Field(
+        default=(
+            *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
+            *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+            *("ffn.net.0.proj", "ffn.net.2"),
+        ),
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _what_a_lora_has_not(self) -> FinetuneLora:
+        for name in ("compressor_learning_rate", "train_transformer"):
+            if name in self.model_fields_set:
+                raise ValueError(
+                    f"{name} has no meaning here: adapters of the transformer are all that is trained"
+                )
+        return self

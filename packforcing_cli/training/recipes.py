@@ -16,10 +16,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.training.recipe_kinds import Finetune, Train
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Train
 from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
-__all__ = ["DemoFlow", "DemoVae", "Finetune", "FlowData", "Train", "find", "load", "names"]
+__all__ = ["DemoFlow", "DemoVae", "Finetune", "FinetuneLora", "FlowData", "Train", "find", "load", "names"]
 
 
 class VaeData(_Strict):
@@ -116,8 +116,13 @@ class DemoFlow(_Strict):
     )
 
 
-AnyRecipe = DemoVae | DemoFlow | Finetune
-KINDS: dict[str, type[BaseModel]] = {"demo-vae": DemoVae, "demo-flow": DemoFlow, "finetune": Finetune}
+AnyRecipe = DemoVae | DemoFlow | Finetune | FinetuneLora
+KINDS: dict[str, type[BaseModel]] = {
+    "demo-vae": DemoVae,
+    "demo-flow": DemoFlow,
+    "finetune": Finetune,
+    "finetune-lora": FinetuneLora,
+}
 Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 
