@@ -19,7 +19,7 @@ _packforcing() {
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --at|--base|--crf|--data|--embeddings|--endpoint|--frames|--frames-per-block|--from|--from-time|--guidance|--image|--json|--kind|--license|--lora|--lora-alpha|--max-bad|--name|--older-than|--out|--output|--pin|--pin-image|--preset|--prompt|--recent-blocks|--repeats|--run|--scene-seconds|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
+        --at|--base|--block|--compare|--crf|--data|--embeddings|--endpoint|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-bad|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--recent-blocks|--repeats|--run|--scene-seconds|--seconds|--seed|--set|--sink-blocks|--size|--snapshot-every|--steps|--timeline|--to-time|--top-k|--vae|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
@@ -38,9 +38,9 @@ _packforcing() {
         "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;
         "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
-        "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --no-run --model --size --fit --from-time --to-time --only-new --force --json --progress -q --quiet -v --verbose --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --lora --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --snapshot-every --help -h" ;;
-        "packforcing inspect-cache") words="--model --seconds --size --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
+        "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --run --no-run --model --size --fit --from-time --to-time --only-new --guard --force --json --progress -q --quiet -v --verbose --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --lora --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --guard --snapshot-every --help -h" ;;
+        "packforcing inspect-cache") words="--at --block --layer --compare --follow --html --plot --overwrite --model --seconds --size --fps --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
         "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
@@ -56,7 +56,7 @@ _packforcing() {
         "packforcing recipes list") words="--json --help -h" ;;
         "packforcing recipes show") words="--help -h" ;;
         "packforcing recipes validate") words="--set --force --json --help -h" ;;
-        "packforcing resume") words="--last -o --output --device --force --json --progress -q --quiet -v --verbose --help -h" ;;
+        "packforcing resume") words="--last -o --output --device --guard --force --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing runs") words="list prune remove show --help -h" ;;
         "packforcing runs list") words="--json --help -h" ;;
         "packforcing runs prune") words="--older-than --finished -y --yes --help -h" ;;

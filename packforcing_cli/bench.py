@@ -14,6 +14,7 @@ at one moment: compare those of one run with each other.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import re
@@ -40,6 +41,7 @@ from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Prompt
 from packforcing_cli.sampler import Schedule, block_noise, denoise_block
+from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV, attention
 
 QUIET_LOAD = 1.0  # load average a core above which nothing is recorded
@@ -316,8 +318,8 @@ def engine(
         extra_blocks=repeats + 3,
     )
     cache, grid, layout = stage.cache, stage.grid, stage.layout
-    decoder = model.codec.decoder()
-    compress = None
+    decoder, script = model.codec.decoder(), Script(("",))
+    monitor, compress = rollout.Monitor(script), None
     if layout.top_k:
         kind = rollout.compressor_kind(model, stage.memory.compressor)
         compress = rollout.BlockCompressor(model, kind)
@@ -355,6 +357,13 @@ def engine(
             kv = model.transformer.commit(x0, stage.text, context)
         with timed("decode"):
             pixels = decoder.decode(x0)
+        with timed("to frames"):
+            frames = rollout.to_uint8(pixels)
+        with timed("trace"):  # a line of trace.jsonl
+            health = monitor.look(i, x0, pixels, frames, given=False)
+            monitor.keep()
+            record = rollout.record_of(cache, context, script, health, retry=0)
+            json.dumps(record.to_json())
         backup = None
         with timed("compress"):
             if compress is not None:
@@ -363,8 +372,6 @@ def engine(
             cache.commit(i, kv)
             if backup is not None:
                 cache.add_backup(i, backup)
-        with timed("to frames"):
-            frames = rollout.to_uint8(pixels)
         if encode is not None:
             with timed("encode"):
                 encode(frames)

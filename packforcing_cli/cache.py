@@ -83,7 +83,7 @@ class CacheContext:
     def __init__(self, cache: KVCache, view: BlockView, *, scored: bool) -> None:
         layers, device, slots = cache.layers, cache.device, cache.layout.slots(view)
         mids = [cache.layout.compressed_positions(start, slots.span) for start in slots.mid_starts]
-        self.block = view.current
+        self.block, self.layout = view.current, cache.layout
         self.positions = cache._block_positions([slots.current_start])
         self.selected = torch.full((layers, view.active), -1, dtype=torch.int64, device=device)
         self.scores = torch.full((layers, len(view.mid)), torch.nan, device=device) if scored else None
@@ -428,8 +428,28 @@ class KVCache:
                 raise LayoutError(f"{name} of the saved cache is {shapes}", hint=hint)
             own.copy_(found)
 
+    def in_use(self) -> MemoryBytes:
+        """Bytes of the part of the live tensors that holds something while the open context's block is made.
+
+        Raises: ValueError without an open context.
+        """
+        if self._open is None:
+            raise ValueError(f"there is no open context: ask for context({self.blocks})")
+        attended = slice(self._n, self._n + self._open._num_tokens)
+        kept, recent = self._kept(), self.layout.view(self.blocks).recent
+        backups = sum(block in recent for block in self._backed_up)
+        backed_up = (self._backup_k[:, :, :backups], self._backup_v[:, :, :backups])
+        bank = (kept[name] for name in ("bank_k", "bank_v", "key_sums", "q_sum"))
+        return MemoryBytes(
+            stored=self._k[:, :, attended].nbytes + self._v[:, :, attended].nbytes,
+            current=self._k[:, :, : self._n].nbytes + self._v[:, :, : self._n].nbytes,
+            raw_keys=kept["raw_k"].nbytes,
+            backups=sum(tensor.nbytes for tensor in backed_up),
+            bank=sum(tensor.nbytes for tensor in bank),
+        )
+
     def stats(self) -> CacheStats:
-        """Bytes of the live tensors and numbers of the blocks, by partition."""
+        """Bytes of the live tensors, all that is allocated, and numbers of the blocks, by partition."""
         view, buffer = self.layout.view(self.blocks), self._k.nbytes + self._v.nbytes
         current = buffer // self._k.shape[2] * self._n
         size = MemoryBytes(

@@ -47,6 +47,7 @@ TEXT_QUANTIZATIONS = ("none", "int8")
 OFFLOADS = ("none", "text", "all")
 CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")
 FITS = ("crop", "pad", "stretch")
+GUARDS = ("warn", "retry", "stop")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -351,6 +352,8 @@ class GenerateRequest(PlanRequest):
     overwrite: replace an existing output.
     keep_run:  keep a run folder, from which the video can be resumed and extended.
     snapshot_every: blocks between two exact snapshots in it, which make resuming instant; None = none.
+    guard:     what happens to a block that is frozen, black, saturated, jumps or is NaN: warn, retry it with other
+               noise, or stop the video before it.
     """
 
     prompt: str
@@ -374,6 +377,12 @@ class GenerateRequest(PlanRequest):
     overwrite: bool = False
     keep_run: bool = True
     snapshot_every: int | None = Field(None, ge=1, le=MAX_BLOCKS)
+    guard: str = "warn"
+
+    @field_validator("guard")
+    @classmethod
+    def _guard(cls, value: str) -> str:
+        return _one_of(value, GUARDS)
 
     @field_validator("prompt")
     @classmethod

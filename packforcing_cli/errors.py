@@ -11,6 +11,7 @@
     ├── OfflineError                8   needed from the network, and the network is off
     ├── LockedError                 9   another process holds the run folder
     ├── GenerationError             1   the model produced something that is not a video (NaN)
+    │   └── UnhealthyError          1   a block failed its health check, and --guard stop ended the video
     ├── RunFolderError              1   a run folder is damaged or cannot be written
     └── VideoError                  1   a video file cannot be read or written
 
@@ -100,6 +101,10 @@ class LockedError(PackforcingError):
 
 class GenerationError(PackforcingError):
     """The model produced something that is not a video, for example NaN."""
+
+
+class UnhealthyError(GenerationError):
+    """A block failed its health check under --guard stop: the video ends before it."""
 
 
 class RunFolderError(PackforcingError):

@@ -490,6 +490,7 @@ def make(
         run=run,
         snapshot_every=request.snapshot_every,
         frames=None if request.frames is None else FrameFolder(request.frames),
+        guard=request.guard,
         on_block=on_block,
         should_stop=should_stop,
     )

@@ -45,6 +45,15 @@ def free_disk(folder: Path) -> int | None:
     return shutil.disk_usage(existing).free if existing else None
 
 
+def resident_bytes() -> int:
+    """Memory of this process now; 0 where the system does not say."""
+    try:
+        pages = int((PROC / "self/statm").read_text(encoding="ascii").split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, AttributeError):
+        return 0
+
+
 def has_nvidia_driver() -> bool:
     """Whether an NVIDIA driver is loaded: without one there is no CUDA GPU, and torch need not be asked."""
     if sys.platform == "win32":

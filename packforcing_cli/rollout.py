@@ -8,6 +8,9 @@ decoder, pooled pixels) lives in local variables here; the model holds weights o
        |       or a block that is there already                 |
        +------------------- the next block ---------------------+
 
+A block is looked at before it is committed: frozen, black, saturated, jumping or NaN (trace.py). `guard` says what
+happens to such a block; an attempt that is not kept leaves nothing behind.
+
 A block that is there already, from a run folder or a video, goes through all of it but the denoising, so what is
 remembered of it and every frame comes out as it did the first time. Resuming and extending are nothing else.
 
@@ -26,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -36,13 +40,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog, config, provenance, runfolder
+from packforcing_cli import __version__, catalog, config, provenance, runfolder, trace
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
 from packforcing_cli.config import COMPRESSORS, GenerateRequest, MemoryOptions, PlanRequest
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
-from packforcing_cli.errors import GenerationError, UsageError, VideoError
+from packforcing_cli.errors import GenerationError, UnhealthyError, UsageError, VideoError
 from packforcing_cli.layout import Grid, Layout, Lengths, Shown
+from packforcing_cli.machine import resident_bytes
 from packforcing_cli.provenance import ModelRecord, Provenance
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.runfolder import Record, RunFolder
@@ -62,8 +67,9 @@ class Block:
     latents:  [1,C,F,h,w] clean latents, in the dtype the commit pass read.
     selected: [L,K] the compressed blocks each layer recalled, ascending.
     recalled: those of any layer, ascending.
-    seconds:  of each stage: denoise, clean, decode, compress, commit.
+    seconds:  of each stage: denoise, clean, decode, trace, compress, commit; of all attempts together.
     replayed: whether it was there already.
+    record:   what the memory was while it was made, and its health; see trace.py.
     state:    gives all that is needed to go on after it, flat, on the CPU; good until the next block is asked for.
     """
 
@@ -75,7 +81,18 @@ class Block:
     cache: CacheStats
     seconds: dict[str, float]
     replayed: bool
+    record: trace.Record = field(repr=False)
     state: Callable[[], dict[str, Tensor]] = field(repr=False)
+
+    @property
+    def retry(self) -> int:
+        """Which attempt at it was kept, from 0."""
+        return self.record.retry
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What is wrong with its frames."""
+        return () if self.record.health is None else self.record.health.flags
 
 
 @dataclass(frozen=True)
@@ -121,7 +138,10 @@ class Result:
 
     blocks: of the memory; `replayed` blocks of them were there before.
     frames: of the whole file, 0 if it was not finished; `new_frames` were made now.
-    stopped: whether it was asked to stop before the whole length was there.
+    stopped: whether it was asked to stop before the whole length was there, or `ended`.
+    unhealthy, retries: of the blocks made now: what is wrong with those that are kept, and how many attempts at a block
+        were rejected, by block.
+    ended: why the guard ended the video; empty if it did not.
     stall_seconds: waiting for the encoder.  block_seconds: of every block made now, in order.
     """
 
@@ -139,6 +159,9 @@ class Result:
     block_seconds: tuple[float, ...]
     cache: CacheStats
     peak_memory_bytes: int
+    unhealthy: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
+    retries: Mapping[int, int] = field(default_factory=dict)
+    ended: str = ""
 
 
 def schedule_for(
@@ -377,17 +400,19 @@ def stream_generate(
     first_latent: Tensor | None = None,
     past: Iterable[PastBlock] = (),
     state: Mapping[str, Tensor] | None = None,
+    guard: str = "warn",
 ) -> Iterator[Block]:
     """Generate a video block by block; every block is yielded as soon as its frames and its memory are there.
 
     Args:
         num_blocks: length; `Layout.blocks_for` turns seconds into blocks.
-        seed:       noise is a function of (seed, block, step).
+        seed:       noise is a function of (seed, block, step, attempt).
         size:       (width, height) in pixels; None = the package's.
         first_latent: [1,C,1,h,w] what the video begins with, from `encode_image`: held while block 0 is denoised.
         past:       blocks that are there already, from the first one, or from the one after `state`.
         state:      `Block.state()` of an earlier block, of the same video settings.
-    Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite.
+        guard:      of a new block with health flags: "warn" keeps it, "retry" makes it ATTEMPTS times, "stop" raises.
+    Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite; UnhealthyError.
     """
     schedule = schedule or schedule_for(model)
     memory = (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump())
@@ -406,53 +431,81 @@ def stream_generate(
     )
     compress = BlockCompressor(model, compressor_kind(model, memory.compressor)) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer
-    texts, history = StoryText(transformer, story), iter(past)
+    texts, history, monitor = StoryText(transformer, story), iter(past), Monitor(story.script)
     if state is not None:
-        load_state(state, cache, decoder, compress)
+        load_state(state, cache, decoder, compress, monitor)
     for i in range(cache.blocks, num_blocks):
         old, watch = next(history, None), Stopwatch(model.device)
+        attempts = ATTEMPTS if guard == "retry" and old is None else 1
         with watch.stage("denoise"):
-            context = cache.context(i, selected=None if old is None else old.selected)
             text, guided = texts.at(i)
-            if old is not None:
-                x0 = old.latents.to(model.device, model.dtype)
-            else:
-                held = first_latent if i == 0 else None
-                x0 = denoise_block(
-                    partial(velocity, model, guided, context, held=held is not None),
-                    schedule,
-                    held=held,
-                    seed=seed,
-                    block=i,
-                    shape=latent_shape(model, layout),
-                    dtype=model.dtype,
-                    device=model.device,
-                )
-            require_finite(x0, i)
-        with watch.stage("clean"):
-            kv = transformer.commit(x0, text, context)
-        with watch.stage("decode"):
-            pixels = decoder.decode(x0)
-            if old is not None and old.pixels is not None:
-                pixels = old.pixels.to(pixels)
+        for retry in range(attempts):
+            before = decoder.state_dict() if attempts > 1 else {}
+            with watch.stage("denoise"):
+                context = cache.context(i, selected=None if old is None else old.selected)
+                if old is not None:
+                    x0 = old.latents.to(model.device, model.dtype)
+                else:
+                    x0 = new_latents(model, schedule, guided, context, first_latent, seed=seed, retry=retry)
+            with watch.stage("clean"):
+                kv = transformer.commit(x0, text, context)
+            with watch.stage("decode"):
+                pixels = decoder.decode(x0)
+                if old is not None and old.pixels is not None:
+                    pixels = old.pixels.to(pixels)
+                frames = to_uint8(pixels)
+            with watch.stage("trace"):
+                health = monitor.look(i, x0, pixels, frames, given=old is not None)
+            if not health.flags or retry + 1 == attempts:
+                break
+            decoder.load_state_dict(before)
+        require_healthy(i, x0, health, guard=guard)
+        with watch.stage("trace"):
+            monitor.keep()
+            record = record_of(cache, context, story.script, health, retry=retry)
         with watch.stage("compress"):
             backup = None if compress is None else compress(cache, i, x0, pixels, kv, text)
         with watch.stage("commit"):
-            selected = context.selected.cpu()
             cache.commit(i, kv)
             if backup is not None:
                 cache.add_backup(i, backup)
         yield Block(
             index=i,
-            frames=to_uint8(pixels),
+            frames=frames,
             latents=x0,
-            selected=selected,
-            recalled=tuple(sorted(set(selected.flatten().tolist()))),
-            cache=replace(cache.stats(), active=tuple(tuple(ids) for ids in selected.tolist())),
+            selected=context.selected.cpu(),
+            recalled=record.recalled,
+            cache=replace(cache.stats(), active=record.selected),
             seconds=watch.seconds,
             replayed=old is not None,
-            state=partial(state_of, cache, decoder, compress),
+            record=replace(record, seconds=watch.rounded),
+            state=partial(state_of, cache, decoder, compress, monitor),
         )
+
+
+def new_latents(
+    model: VideoModel,
+    schedule: Schedule,
+    text: TextKV,
+    context: CacheContext,
+    first_latent: Tensor | None,
+    *,
+    seed: int,
+    retry: int,
+) -> Tensor:
+    """Denoise the block a context is open for; the arguments are those of `stream_generate` and `denoise_block`."""
+    held = first_latent if context.block == 0 else None
+    return denoise_block(
+        partial(velocity, model, text, context, held=held is not None),
+        schedule,
+        held=held,
+        seed=seed,
+        block=context.block,
+        shape=latent_shape(model, context.layout),
+        dtype=model.dtype,
+        device=model.device,
+        retry=retry,
+    )
 
 
 def layout_for(model: VideoModel, memory: MemoryOptions, grid: Grid, *, num_blocks: int) -> Layout:
@@ -469,10 +522,10 @@ def latent_shape(model: VideoModel, layout: Layout) -> tuple[int, ...]:
 
 
 def state_of(
-    cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None
+    cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None, monitor: Monitor
 ) -> dict[str, Tensor]:
     """All that a video carries from block to block, as safetensors takes it."""
-    parts = {"cache": cache.state_dict(), "decoder": decoder.state_dict()}
+    parts = {"cache": cache.state_dict(), "decoder": decoder.state_dict(), "monitor": monitor.state_dict()}
     if compress is not None:
         parts["compressor"] = compress.state_dict()
     return {
@@ -483,15 +536,20 @@ def state_of(
 
 
 def load_state(
-    state: Mapping[str, Tensor], cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None
+    state: Mapping[str, Tensor],
+    cache: KVCache,
+    decoder: StreamingDecoder,
+    compress: BlockCompressor | None,
+    monitor: Monitor,
 ) -> None:
     """The inverse of `state_of`. Raises: LayoutError or ValueError if it is the state of another kind of video."""
-    parts: dict[str, dict[str, Tensor]] = {"cache": {}, "decoder": {}, "compressor": {}}
+    parts: dict[str, dict[str, Tensor]] = {"cache": {}, "decoder": {}, "compressor": {}, "monitor": {}}
     for name, value in state.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = value
     cache.load_state_dict(parts["cache"])
     decoder.load_state_dict(parts["decoder"])
+    monitor.load_state_dict(parts["monitor"])
     if compress is not None:
         compress.load_state_dict(parts["compressor"])
 
@@ -590,6 +648,58 @@ def to_uint8(pixels: Tensor) -> Tensor:
     return pixels[0].permute(1, 2, 3, 0).mul(255).round().clamp(0, 255).to("cpu", torch.uint8)
 
 
+ATTEMPTS = 3  # at a block under guard "retry", the first one included
+
+
+class Monitor:
+    """The health of a video's blocks, one after the other."""
+
+    def __init__(self, script: Script) -> None:
+        self._script = script
+        self._kept: trace.Seen | None = None
+        self._newest: trace.Seen | None = None
+
+    def look(self, block: int, x0: Tensor, pixels: Tensor, frames: Tensor, *, given: bool) -> trace.Health:
+        """Health of a block against the last one that was kept.
+
+        Args:
+            x0:     latents [1,C,F,h,w].  pixels: [1,3,T,H,W].  frames: [T,H,W,3], of these pixels.
+            given:  the block was not made by the model now: its frames are as they should be, whatever they show.
+        """
+        if not bool(x0.isfinite().all() & pixels.sum().isfinite()):  # of values in [0, 1] a sum says as much
+            return trace.Health(("nan",))
+        may_jump = jump_expected(self._script, block)
+        health, self._newest = trace.measure(frames.numpy(), self._kept, jump_expected=may_jump)
+        return replace(health, flags=()) if given else health
+
+    def keep(self) -> None:
+        """The block looked at last belongs to the video."""
+        self._kept = self._newest
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next block is compared with."""
+        if self._kept is None:
+            return {}
+        measures = torch.tensor([self._kept.motion, self._kept.clipped], dtype=torch.float64)
+        return {"last": torch.from_numpy(self._kept.last), "measures": measures}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from a `state_dict`."""
+        self._kept = trace.Seen(state["last"].numpy(), *state["measures"].tolist()) if state else None
+
+
+def jump_expected(script: Script, block: int) -> bool:
+    """Whether the picture may change at once in a block: it, or the one before, is cut to or changes the prompt.
+
+    The block behind a change is the first that sees what the change made, and often completes it.
+    """
+
+    def changes(n: int) -> bool:
+        return n in script.cuts or script.scene(n) != script.scene(n - 1) or script.weight(n) < 1
+
+    return any(changes(n) for n in (block, block - 1) if n > 0)
+
+
 def require_finite(x0: Tensor, block: int) -> None:
     """Raises: GenerationError if a block holds NaN or infinity."""
     if not bool(x0.isfinite().all()):
@@ -597,6 +707,94 @@ def require_finite(x0: Tensor, block: int) -> None:
             f"block {block} came out as NaN: the model's numbers overflowed",
             hint="Try --dtype fp32, a lower --guidance, or another --seed.",
         )
+
+
+def require_healthy(block: int, x0: Tensor, health: trace.Health, *, guard: str) -> None:
+    """Raises: UnhealthyError for any flag under guard "stop"; GenerationError for NaN under any other."""
+    if guard == "stop" and health.flags:
+        raise UnhealthyError(
+            f"block {block} is not healthy: {', '.join(health.flags)}",
+            hint="Try another --seed, or --guard retry.",
+        )
+    require_finite(x0, block)
+    if "nan" in health.flags:
+        raise GenerationError(
+            f"the frames of block {block} came out as NaN: the decoder's numbers overflowed",
+            hint="Try --dtype fp32, another --vae, or another --seed.",
+        )
+
+
+class UntilUnhealthy:
+    """Blocks up to one that the guard stopped at; what it says of the health of those made now.
+
+    unhealthy, retries, ended: as `Result`.
+    Raises, while iterating: UnhealthyError if there is no block before the unhealthy one.
+    """
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._blocks = blocks
+        self.unhealthy: dict[int, tuple[str, ...]] = {}
+        self.retries: dict[int, int] = {}
+        self.ended = ""
+
+    def __iter__(self) -> Iterator[Block]:
+        some = False
+        try:
+            for block in self._blocks:
+                if block.flags:
+                    self.unhealthy[block.index] = block.flags
+                if block.retry:
+                    self.retries[block.index] = block.retry
+                some = True
+                yield block
+        except UnhealthyError as error:
+            if not some:
+                raise
+            self.ended = error.message
+
+
+def record_of(
+    cache: KVCache, context: CacheContext, script: Script, health: trace.Health, *, retry: int
+) -> trace.Record:
+    """What the memory is for the block whose context is open, all layers having read it; without the timings."""
+    layout, block = cache.layout, context.block
+    view, slots, size = layout.view(block), layout.slots(block), cache.in_use()
+    scores = None if context.scores is None else context.scores.tolist()
+    bank, pins = cache.bank_blocks, layout.pins
+
+    def floats(starts: Iterable[Fraction]) -> tuple[float, ...]:
+        return tuple(float(start) for start in starts)
+
+    return trace.Record(
+        block=block,
+        retry=retry,
+        frames=(layout.frames_for(block), layout.frames_for(block + 1)),
+        scene=script.scene(block),
+        partitions=trace.Partitions(
+            tuple(view.sink), tuple(bank), tuple(view.recent), current=block, active=view.active
+        ),
+        slots=trace.Slots(
+            sink=floats(slots.sink_starts),
+            mid=floats(slots.mid_starts),
+            recent=floats(slots.recent_starts),
+            current=float(slots.current_start),
+            span=float(slots.span),
+            max_distance=float(slots.max_distance),
+            trained=layout.trained_frames,
+        ),
+        tokens=asdict(layout.tokens(view)),
+        bytes={**asdict(size), "live": size.live},
+        full_bytes=(block + 1) * layout.grid.block_tokens * layout.grid.bytes_per_token,
+        selected=tuple(tuple(ids) for ids in context.selected.tolist()),
+        scores=None if scores is None else tuple(tuple(trace.rounded(s) for s in row) for row in scores),
+        degenerate=tuple(context.degenerate.nonzero().flatten().tolist()),
+        pins=tuple(old for old in bank if old in pins),
+        memory={
+            "device": torch.cuda.memory_allocated(cache.device) if cache.device.type == "cuda" else 0,
+            "resident": resident_bytes(),
+        },
+        health=health,
+    )
 
 
 @dataclass
@@ -613,6 +811,11 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def rounded(self) -> dict[str, float]:
+        """Seconds to the microsecond, as they are written down."""
+        return {name: round(value, 6) for name, value in self.seconds.items()}
 
 
 def generate(
@@ -636,6 +839,7 @@ def generate(
     run: RunFolder | None = None,
     snapshot_every: int | None = None,
     frames: FrameFolder | None = None,
+    guard: str = "warn",
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -656,10 +860,12 @@ def generate(
         snapshot_every: blocks between two exact snapshots in the run folder; None = none.
         frames:       gets every frame as a picture, too, before its block is kept; of blocks that are there already
                       those that are missing.
+        guard:        as `stream_generate`; under "stop" the video ends before an unhealthy block, finished and
+                      playable.
         on_block:     called after every block with it and its wall-clock seconds.
         should_stop:  asked after every block; True ends the video there, finished and playable.
     Returns: what was made. Raises: as `stream_generate`, `video.VideoWriter` and `RunFolder`; what was written
-        still plays.
+        still plays. UnhealthyError only if there is no block before the unhealthy one.
     """
     width, height = size or model.manifest.size
     grid = grid_for(model, (width, height))
@@ -698,26 +904,35 @@ def generate(
             past = history_blocks(model, history, known, kept=min(there, history.blocks), on_lead=lead)
         elif len(stills):
             past = chain(known, islice(still_blocks(model, stills, grid), there, None))
-        stream = stream_generate(
-            model,
-            story,
-            num_blocks=num_blocks,
-            seed=seed,
-            size=(width, height),
-            schedule=schedule,
-            memory=memory,
-            first_latent=first_latent,
-            past=past,
-            state=run.load_snapshot() if run is not None and start else None,
+        stream = UntilUnhealthy(
+            stream_generate(
+                model,
+                story,
+                num_blocks=num_blocks,
+                seed=seed,
+                size=(width, height),
+                schedule=schedule,
+                memory=memory,
+                first_latent=first_latent,
+                past=past,
+                state=run.load_snapshot() if run is not None and start else None,
+                guard=guard,
+            )
         )
+        stalled_before, encoded = 0.0, writer.encode_seconds
         for block in stream:
             pixels = block.frames[shown.lengths.block_frames(block.index) - shown.block_frames(block.index) :]
             if frames is not None and block.index >= shown.first:
                 begins = shown.frame_of(block.index)
                 frames.write(pixels, first=begins, only_missing=block.index < there)
             if run is not None and block.index >= run.blocks:
-                figures = {"seconds": block.seconds, "cache": asdict(block.cache), "recalled": block.recalled}
-                run.append(block.latents, block.selected, trace=figures)
+                record = replace(
+                    block.record,
+                    seconds={**block.record.seconds, "stall": round(stalled - stalled_before, 6)},
+                    encode_seconds=round(writer.encode_seconds - encoded, 6),
+                )
+                stalled_before, encoded = stalled, writer.encode_seconds
+                run.append(block.latents, block.selected, retry=block.retry, trace=record.to_json())
             first = first or time.perf_counter() - started
             waiting = time.perf_counter()
             if block.index >= written:
@@ -758,6 +973,9 @@ def generate(
         block_seconds=tuple(spent),
         cache=last.cache,
         peak_memory_bytes=peak_memory_bytes(model.device),
+        unhealthy=stream.unhealthy,
+        retries=stream.retries,
+        ended=stream.ended,
     )
 
 

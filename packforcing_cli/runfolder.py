@@ -496,11 +496,13 @@ class RunFolder:
         Args:
             latents:  [1,C,F,h,w] in the dtype the commit pass read.
             selected: [L,K] ids each layer recalled.
-            trace:    figures for trace.jsonl.
+            retry:    which attempt at the block it is, from 0.
+            trace:    figures for trace.jsonl; the seconds that keeping the block took join its `seconds`.
         Raises: DiskFullError, RunFolderError; the block does not count then, all before it do.
         """
         from safetensors.torch import save
 
+        begun = time.perf_counter()
         tensors = {"latents": latents.cpu().contiguous(), "selected": selected.cpu().contiguous()}
         metadata = {"block": str(self.blocks), "retry": str(retry)}
         metadata["sha256"] = _digest(metadata, tensors)
@@ -508,7 +510,9 @@ class RunFolder:
         self._write(name, save(tensors, metadata))
         with contextlib.suppress(OSError):
             (self.folder / (name + TORN)).unlink(missing_ok=True)
-        line = json.dumps({"block": self.blocks, **trace}) + "\n"
+        took = {"journal": round(time.perf_counter() - begun, 6)}
+        figures = {"block": self.blocks, **trace, "seconds": {**trace.get("seconds", {}), **took}}
+        line = json.dumps(figures) + "\n"
         self.blocks += 1
         try:
             if self._trace is None:
@@ -590,16 +594,21 @@ class RunFolder:
 
     def trace(self) -> list[dict[str, Any]]:
         """The lines of trace.jsonl that can be read."""
+        return [json.loads(line) for _, line in self._trace_lines()]
+
+    def _trace_lines(self) -> list[tuple[int, bytes]]:
+        """(block, line) of the lines of trace.jsonl that can be read."""
         try:
-            lines = (self.folder / TRACE).read_bytes().splitlines()
+            lines = (self.folder / TRACE).read_bytes().split(b"\n")
         except OSError:
             return []
-        records = []
+        found = []
         for line in lines:
             with contextlib.suppress(ValueError):
                 record = json.loads(line)
-                records += [record] if isinstance(record, dict) else []
-        return records
+                if isinstance(record, dict) and isinstance(record.get("block"), int):
+                    found.append((record["block"], line + b"\n"))
+        return found
 
     def update(self, **values: Any) -> None:
         """Change fields of run.json. Raises: DiskFullError, RunFolderError; the old one is still there then."""
@@ -634,6 +643,9 @@ class RunFolder:
             except OSError:  # another file system, or one without links
                 self._write(f"{LATENTS}/{new.name}", old.read_bytes())
         durable.sync_folder(self.folder / LATENTS)
+        taken = [line for line in source._trace_lines() if line[0] < blocks]
+        if taken:
+            durable.write(self.folder / TRACE, b"".join(line for _, line in taken))
         self.blocks = blocks
 
     def _tidy(self) -> None:

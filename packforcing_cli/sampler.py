@@ -97,13 +97,14 @@ class Schedule:
         return steps * (2 if self.guidance != 1.0 else 1)
 
 
-def block_noise(seed: int, block: int, step: int, shape: Sequence[int]) -> Tensor:
-    """Gaussian noise that depends on (seed, block, step) and the shape alone: float32 on the CPU.
+def block_noise(seed: int, block: int, step: int, shape: Sequence[int], *, retry: int = 0) -> Tensor:
+    """Gaussian noise that depends on (seed, block, step, retry) and the shape alone: float32 on the CPU.
 
-    The three numbers are hashed into the seed of a CPU generator, so neither the order of jobs nor what was drawn
-    before matters.
+    The numbers are hashed into the seed of a CPU generator, so neither the order of jobs nor what was drawn before
+    matters. `retry` counts the attempts at a block, from 0.
     """
-    digest = hashlib.sha256(f"packforcing noise {seed} {block} {step}".encode()).digest()
+    again = f" retry {retry}" if retry else ""
+    digest = hashlib.sha256(f"packforcing noise {seed} {block} {step}{again}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") & (2**63 - 1))
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
 
@@ -118,6 +119,7 @@ def denoise_block(
     dtype: torch.dtype,
     device: torch.device | str,
     held: Tensor | None = None,
+    retry: int = 0,
 ) -> Tensor:
     """Noise -> clean latents of one block.
 
@@ -127,12 +129,13 @@ def denoise_block(
         shape:    [B,C,F,h,w].
         held:     [B,C,n,h,w] clean latents of the first n frames, which are given: `velocity` meets them in every
                   call (at timestep 0, which is its business), and they come out as they are.
+        retry:    which attempt at the block this is: each has noise of its own.
     Returns: x0 [B,C,F,h,w] in `dtype`. The state between steps is float32 (float64 for float64 models).
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def noise(step: int) -> Tensor:
-        return block_noise(seed, block, step, shape).to(device=device, dtype=wide)
+        return block_noise(seed, block, step, shape, retry=retry).to(device=device, dtype=wide)
 
     def predict(x: Tensor, sigma: float) -> Tensor:
         v = velocity(x.to(dtype), sigma).to(wide)

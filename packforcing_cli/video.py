@@ -35,6 +35,7 @@ import queue
 import shlex
 import struct
 import threading
+import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -233,6 +234,8 @@ class VideoWriter:
                       `owner` or encoder is refused. None = start anew.
     Raises: UsageError as `check_output`; LockedError if another process is writing this very file;
         DiskFullError; as `check_encoder`.
+
+    encode_seconds: spent by the thread so far, encoding and writing.
     """
 
     def __init__(
@@ -264,6 +267,7 @@ class VideoWriter:
         self._blocks = 0
         self._frames = 0
         self._size_bytes = 0
+        self.encode_seconds = 0.0
         self._error: PackforcingError | None = None
         self._finished = False  # the thread has ended and the file is where it stays
         self._fd = _open_part(self.path, exists=overwrite or has_part)
@@ -389,7 +393,9 @@ class VideoWriter:
                 self._queue.task_done()
 
     def _write_block(self, frames: NDArray[np.uint8]) -> None:
+        start = time.perf_counter()
         self._append_block(self._encoder.encode(frames), len(frames))
+        self.encode_seconds += time.perf_counter() - start
 
     def _append_block(self, fragment: bytearray, num_frames: int) -> None:
         _place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
@@ -658,6 +664,7 @@ class PipeWriter:
         metadata: Mapping[str, str] | None = None,
     ) -> None:
         self._file, self.blocks_written, self.frames_written = file, 0, 0
+        self.encode_seconds = 0.0  # nothing runs beside: writing waits for it
         self._encoder = _BlockEncoder(
             codec, fps=fps, width=width, height=height, crf=crf, preset=preset, metadata=metadata
         )
@@ -1230,6 +1237,24 @@ class VideoReader:
                         count += 1
             except _IO_ERRORS as error:
                 raise VideoError(f"{self.path} is damaged after frame {count}: {error}") from error
+
+    def key_frames(self) -> Iterator[tuple[Fraction, NDArray[np.uint8]]]:
+        """Yield (seconds, frame [H, W, 3] uint8) of the frames that stand alone, nothing else is decoded.
+
+        In a video of ours every block begins with one. Frames without a time are left out.
+        Raises: VideoError if one cannot be decoded.
+        """
+        with self._open() as container:
+            stream = self._stream(container)
+            stream.codec_context.skip_frame = "NONKEY"
+            reformatter = VideoReformatter()
+            try:
+                for packet in self._whole_packets(container, flush=True):
+                    for frame in stream.codec_context.decode(packet):
+                        if frame.pts is not None and frame.time_base is not None:
+                            yield frame.pts * frame.time_base, self._to_rgb(reformatter, frame)
+            except _IO_ERRORS as error:
+                raise VideoError(f"{self.path} is damaged: {error}") from error
 
     def timing(self) -> Timing:
         """When the first frame begins and the last one ends, read without decoding.

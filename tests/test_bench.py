@@ -156,9 +156,10 @@ def test_the_stages_of_a_block_are_all_measured(tmp_path: Path) -> None:
         "denoise",
         "clean pass",
         "decode",
+        "to frames",
+        "trace",
         "compress",
         "write to memory",
-        "to frames",
         "encode",
     ]
     assert all(times["n"] == 2 for times in found["stages"].values())

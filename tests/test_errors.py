@@ -25,6 +25,7 @@ EXIT_CODES = {
     "OfflineError": 8,
     "LockedError": 9,
     "GenerationError": 1,
+    "UnhealthyError": 1,
     "RunFolderError": 1,
     "VideoError": 1,
 }

@@ -31,8 +31,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle", "lora"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     ("bundle", "install", "registry", "runfolder", "trace", "source", "embeddings", "counting"),
-    ("rollout", "convert"),
-    ("metrics", "training", "extension"),
+    ("rollout", "convert", "inspection"),
+    ("metrics", "training", "extension", "report"),
     ("jobs",),
     ("batch", "bench"),
 )

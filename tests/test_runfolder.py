@@ -597,18 +597,21 @@ def test_a_branch_says_what_it_takes_and_whether_the_machine_is_another(
     said: list[str] = []
     monkeypatch.setattr(Display, "note", lambda _, text: said.append(text))
     monkeypatch.setattr(Display, "warn", lambda _, text: said.append(text))
+    (five / runfolder.TRACE).unlink()  # the times of the blocks it took over
     with RunFolder.open(five) as run:
         run.append(
-            torch.zeros(1, 4, 4, 8, 8), torch.zeros(2, 0), trace={"seconds": {"denoise": 3.0, "decode": 1.0}}
+            torch.zeros(1, 4, 4, 8, 8),
+            torch.zeros(2, 0),
+            trace={"seconds": {"denoise": 30.0, "decode": 10.0}},
         )
         run.save_snapshot({"a": torch.zeros(1)})
         resuming.announce(run, model, Display(quiet=False), keep=4, blocks=9)
         assert "not the machine it was (cpu: null then, " in said[0]
-        blocks = "4 of 9 blocks are there; 4 to go through again (about 4 s), 5 to make (about 20 s)"
+        blocks = "4 of 9 blocks are there; 4 to go through again (about 40 s), 5 to make (about 3 min 20 s)"
         assert said[1:] == [f"{run.record.id}: {blocks}"]
         run.update(numerics=rollout.numerics(model))
         resuming.announce(run, model, Display(quiet=False))
-        blocks = "6 of 7 blocks are there; 0 to go through again (about 0 s), 1 to make (about 4 s)"
+        blocks = "6 of 7 blocks are there; 0 to go through again (about 0 s), 1 to make (about 40 s)"
         assert said[2:] == [f"{run.record.id}: {blocks}"]
 
 

@@ -10,6 +10,7 @@ import typer
 
 from packforcing_cli.cli import extend_file as foreign
 from packforcing_cli.cli import generate as runner
+from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli import story_options as story
 
@@ -57,6 +58,7 @@ def extend(
     from_time: foreign.FromTime = None,
     to_time: foreign.ToTime = None,
     only_new: foreign.OnlyNew = False,
+    guard: memory.Guard = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although model, layout or libraries are not as they were.")
     ] = False,
@@ -83,7 +85,7 @@ def extend(
     from packforcing_cli.errors import PackforcingError, UsageError
     from packforcing_cli.runfolder import RunFolder, check_new
 
-    shown = display.choose(progress, quiet=quiet)
+    shown = display.choose(progress, quiet=quiet, verbose=verbose)
     options = foreign.Options(model, size, fit, from_time, to_time, only_new)
     try:
         if foreign.is_foreign(source, shown):
@@ -95,7 +97,7 @@ def extend(
                     )
             code = foreign.extend_file(
                 Path(source), options, seconds, prompt, at, pin, seed, device, output, run,
-                keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+                guard=guard, keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
             )  # fmt: skip
             if code:
                 raise typer.Exit(code)
@@ -114,7 +116,7 @@ def extend(
                 shown.warn(f"{old.dropped} of {old.record.id} is torn and left out")
             blocks, total = _lengths(old, seconds, start)
             before = GenerateRequest.from_values(old.record.request)
-            changes: dict[str, Any] = {"seed": seed, "device": device}
+            changes: dict[str, Any] = {"seed": seed, "device": device, "guard": guard}
             timeline = _timeline(old.record, blocks, total, prompt, at, pin)
             request = GenerateRequest.from_values(
                 {

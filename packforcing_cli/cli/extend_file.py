@@ -139,6 +139,7 @@ def extend_file(
     output: Path | None,
     run: Path | None,
     *,
+    guard: str | None,
     keep_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -162,6 +163,7 @@ def extend_file(
         "seconds": seconds,
         "seed": seed,
         "device": device,
+        "guard": guard,
         "overwrite": overwrite or None,
         "keep_run": None if keep_run else False,
     }
@@ -273,6 +275,8 @@ def run_job(
         return outcome.exit_code
     if not result.frames:
         rest = f"To go on: packforcing resume {outcome.run_id}" if outcome.run_id else "Nothing was written."
+        if result.ended:
+            shown.warn(f"--guard stop: {result.ended}. {runner.OTHER_NOISE}")
         shown.note(f"Stopped before there was a new block. {rest}")
         return outcome.exit_code
     new = result.blocks - history.blocks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
     from packforcing_cli.sampler import Schedule
 
 SCHEMA = 1
+HEALTH_SHOWN = 6  # blocks named in one line
+OTHER_NOISE = "Try another --seed, or --guard retry."
 FILE_PANEL = "File"
 RUN_PANEL = "Run folder"
 
@@ -200,6 +201,7 @@ def generate(
             "--no-run", rich_help_panel=RUN_PANEL, help="Keep nothing: the video cannot be resumed."
         ),
     ] = False,
+    guard: memory.Guard = None,
     snapshot_every: Annotated[
         int | None,
         typer.Option(
@@ -245,6 +247,7 @@ def generate(
         "overwrite": overwrite or None,
         "keep_run": False if no_run or str(output) == "-" else None,  # a stream cannot be resumed
         "snapshot_every": snapshot_every,
+        "guard": guard,
         "policy": policy,
         "sink_blocks": sink_blocks,
         "recent_blocks": recent_blocks,
@@ -255,7 +258,7 @@ def generate(
         "compressor": compressor,
         "compressed_context": compressed_context,
     }
-    shown = display.choose(progress, quiet=quiet)
+    shown = display.choose(progress, quiet=quiet, verbose=verbose)
     try:
         if parity not in (None, "paper"):
             raise UsageError(f"--parity {parity}: must be paper", hint="See --parity in --help.")
@@ -446,6 +449,8 @@ def _command(request: GenerateRequest) -> str:
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)
             options += ["--" + name.replace("_", "-"), shown]
+    if "guard" in request.model_fields_set:
+        options += ["--guard", request.guard]
     if request.snapshot_every is not None:
         options += ["--snapshot-every", str(request.snapshot_every)]
     options += [] if request.keep_run else ["--no-run"]
@@ -578,7 +583,7 @@ class Outcome:
     result:       what was made; None if it was stopped before it could be finished.
     run_id:       of its run folder; None without one.
     load_seconds: from the start of loading to the first block's start.
-    exit_code:    130 or 143 for a run that was stopped, else 0.
+    exit_code:    130 or 143 for a run that was stopped, 1 for one that the guard ended, else 0.
     """
 
     result: Result | None
@@ -706,7 +711,8 @@ def run_job(
             if run is not None:
                 run.discard() if run.is_new and not run.blocks else run.close()
     run_id = run.record.id if run is not None else None
-    return Outcome(result, load_seconds, stop.code if result.stopped else 0, run_id)
+    code = 1 if result.ended else stop.code if result.stopped else 0
+    return Outcome(result, load_seconds, code, run_id)
 
 
 def _how_to_go_on(job: Job, run: RunFolder | None) -> str:
@@ -756,20 +762,13 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
 def memory_reader(device: str) -> MemoryReader:
     import torch
 
+    from packforcing_cli.machine import resident_bytes
+
     def read() -> tuple[int, int]:
         used = 0 if device == "cpu" else torch.cuda.memory_allocated(device)
-        return used, _resident_bytes()
+        return used, resident_bytes()
 
     return read
-
-
-def _resident_bytes() -> int:
-    """Memory of this process; 0 where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
-    except (OSError, ValueError, AttributeError):
-        return 0
 
 
 # -- afterwards -------------------------------------------------------------------------------------------------
@@ -801,7 +800,11 @@ def report(
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
         f" peak memory {console.gb(result.peak_memory_bytes)}"
     )
-    if outcome.exit_code:
+    for line in _health(result, plan):
+        shown.warn(line)
+    if result.ended:
+        shown.warn(f"--guard stop: {result.ended}. {_after_guard(result, outcome.run_id, plan)}")
+    elif outcome.exit_code:
         rest = f"To go on: packforcing resume {outcome.run_id}" if outcome.run_id else ""
         rest = rest or f"The whole video: {_again(job)}"
         shown.note(f"Stopped after {result.blocks} of {plan.blocks} blocks. {rest}")
@@ -826,6 +829,11 @@ def report(
             "seconds": result.frames / result.fps,
             "run": outcome.run_id,
             "interrupted": bool(outcome.exit_code),
+            "health": {
+                "unhealthy": {str(block): list(flags) for block, flags in result.unhealthy.items()},
+                "retries": {str(block): number for block, number in result.retries.items()},
+                "ended": result.ended,
+            },
             "warnings": list(plan.warnings),
             "command": _command(job.request),
             "figures": {
@@ -850,6 +858,40 @@ def report(
             },
             **(more or {}),
         }
+    )
+
+
+def _health(result: Result, plan: Plan) -> list[str]:
+    """What the person should know of the blocks that were made now: a line each of flags and of attempts."""
+    from packforcing_cli.cli.progress import clock
+
+    def named(block: int, what: str) -> str:
+        begins = plan.layout.frames_for(block) / plan.fps if block else 0.0
+        return f"block {block} ({clock(begins)}) {what}"
+
+    lines = []
+    for said, found in (
+        ("not healthy", {block: " and ".join(flags) for block, flags in result.unhealthy.items()}),
+        ("made again", {block: f"{count(n, 'time')}" for block, n in result.retries.items()}),
+    ):
+        if found:
+            shown = "; ".join(named(block, what) for block, what in list(found.items())[:HEALTH_SHOWN])
+            more = f"; and {len(found) - HEALTH_SHOWN} more" if len(found) > HEALTH_SHOWN else ""
+            lines.append(f"{said}: {shown}{more}")
+    return lines
+
+
+def _after_guard(result: Result, run_id: str | None, plan: Plan) -> str:
+    """What to do when the guard ended a video."""
+    from packforcing_cli import config
+
+    if run_id is None:
+        return OTHER_NOISE
+    start = plan.layout.frames_for(max(1, result.blocks - 1)) / plan.fps
+    left = plan.exact_seconds - start
+    return (
+        f"To go on with other noise: packforcing resume {run_id} --guard retry; to branch off before it:"
+        f" packforcing extend {run_id} --from {start:.2f} --seconds {left:.2f} --seed {config.random_seed()}"
     )
 
 

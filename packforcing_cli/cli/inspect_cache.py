@@ -1,4 +1,4 @@
-"""packforcing inspect-cache: what a video's memory will be, before anything is made."""
+"""packforcing inspect-cache: what a video's memory will be, before anything is made; and what a run's memory did."""
 
 from __future__ import annotations
 
@@ -7,18 +7,61 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packforcing_cli.cli import memory_options as memory
+from packforcing_cli.cli import report_options as report
 
 if TYPE_CHECKING:
     from packforcing_cli.planner import Plan
 
 
+MAX_FPS = 240
+RUN_PANEL = "A run that was made, or is being made"
+
+
 def inspect_cache(
+    run: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's id or folder, or a video made here: show what its memory did. Without it: the plan.",
+            show_default=False,
+        ),
+    ] = None,
+    at: Annotated[
+        str | None,
+        typer.Option(
+            "--at", metavar="TIME", rich_help_panel=RUN_PANEL, help="Explain the block there: 0:43, or 12.5."
+        ),
+    ] = None,
+    block: Annotated[
+        int | None, typer.Option("--block", rich_help_panel=RUN_PANEL, help="Explain this block, from 0.")
+    ] = None,
+    layer: Annotated[
+        int | None,
+        typer.Option("--layer", rich_help_panel=RUN_PANEL, help="Of this transformer layer alone, from 0."),
+    ] = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            "--compare", metavar="RUN", rich_help_panel=RUN_PANEL, help="Where another run parts from it."
+        ),
+    ] = None,
+    follow: Annotated[
+        bool,
+        typer.Option("--follow", rich_help_panel=RUN_PANEL, help="A line a block, until the run ends."),
+    ] = False,
+    html: report.Html = None,
+    plot: report.Plot = None,
+    overwrite: report.Overwrite = False,
     model: Annotated[str | None, typer.Option("--model", help="A model's name. Default demo.")] = None,
     seconds: Annotated[
         float | None, typer.Option("--seconds", help="Length of the video. Default 10.")
     ] = None,
     size: Annotated[
         str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
+    ] = None,
+    fps: Annotated[
+        int | None,
+        typer.Option("--fps", help="Frames a second, for the plan alone. Default: the model's own."),
     ] = None,
     frames_per_block: Annotated[
         int | None,
@@ -42,12 +85,22 @@ def inspect_cache(
     vae: memory.Vae = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Show the plan of a video's memory: partitions, bytes, growth and slots. Loads no model.
+    """Show the memory of a video: what it will be, or what it was, also while the video is being made.
+
+    Without RUN: partitions, bytes, growth and slots of a planned video. No model is loaded.
+    With RUN: what it remembered, what it recalled and from when, its health and timings. Nothing is changed.
 
     Example: packforcing inspect-cache --model wan2.1-1.3b --frames-per-block 4 --size 832x480 --seconds 120
+
+    Example: packforcing inspect-cache a-red-circle.mp4 --at 0:43
+
+    Example: packforcing inspect-cache a-red-circle.mp4 --html report.html
     """
+    from dataclasses import replace
+
     from packforcing_cli import catalog, machine, packages, planner
-    from packforcing_cli.cli import console, settings
+    from packforcing_cli.cli import console, inspect_run, settings
+    from packforcing_cli.errors import UsageError
 
     flags = {
         "model": model,
@@ -69,10 +122,24 @@ def inspect_cache(
         "offload": offload,
         "vae": vae,
     }
+    questions = {"at": at, "block": block, "layer": layer, "compare": compare, "follow": follow or None}
+    questions |= report.question(html, plot, overwrite=overwrite)
+    inspect_run.check(run, questions, {**flags, "fps": fps})
+    if run is not None and (html is not None or plot is not None):
+        report.draw(inspect_run.find(run), html=html, plot=plot, overwrite=overwrite, as_json=as_json)
+    elif run is not None:
+        inspect_run.show(
+            run, at=at, block=block, layer=layer, compare=compare, follow=follow, as_json=as_json
+        )
+    if run is not None:
+        return
     request = settings.gather(flags).plan_request()
     if request.model == "auto":  # what generate would take; whether it fits is not asked here
         request = request.changed(model=catalog.RECOMMENDED if machine.has_nvidia_driver() else "demo")
     facts = packages.with_compressor(packages.facts(request.model), request.memory.compressor)
+    if fps is not None and not 1 <= fps <= MAX_FPS:
+        raise UsageError(f"--fps {fps}: must be 1 to {MAX_FPS}", hint="For example --fps 16.")
+    facts = facts if fps is None else replace(facts, fps=fps)
     plan = planner.plan(request, facts=facts)
     if as_json:
         console.result_json(plan.to_json())
@@ -108,6 +175,7 @@ def _summary(plan: Plan) -> str:
         f" policy {plan.options.policy}\n"
         f"{console.duration(plan.seconds)} asked: {plan.blocks:,} blocks of {plan.frames_per_block} latent frames"
         f" = {plan.frames:,} frames = {plan.exact_seconds:.2f} s\n"
+        f"{plan.layout.grid.bytes_per_token:,} bytes a token: keys and values of {plan.layout.grid.layers} layers\n"
     )
 
 

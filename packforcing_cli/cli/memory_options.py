@@ -120,6 +120,15 @@ Vae = Annotated[
         help="tiny, wan, or a folder with a VAE of the same latents. Default: the model's own.",
     ),
 ]
+Guard = Annotated[
+    str | None,
+    typer.Option(
+        "--guard",
+        metavar="NAME",
+        help="What happens to a block that is frozen, black, saturated, jumps or is NaN: warn (default), retry (it is"
+        " made again with other noise, three times at most) or stop (the video ends before it).",
+    ),
+]
 AutoFit = Annotated[
     bool,
     typer.Option(

@@ -30,9 +30,10 @@ MemoryReader = Callable[[], tuple[int, int]]
 """-> (bytes in use on the accelerator, 0 without one; bytes of this process)."""
 
 
-def choose(mode: str, *, quiet: bool) -> Display:
+def choose(mode: str, *, quiet: bool, verbose: bool = False) -> Display:
     """The display of a mode; auto is rich on a terminal and plain lines otherwise, and nothing when quiet.
 
+    verbose: plain lines also tell what was recalled, and where the scores said nothing.
     Raises: UsageError for an unknown mode.
     """
     import difflib
@@ -53,7 +54,7 @@ def choose(mode: str, *, quiet: bool) -> Display:
         return _JsonLines(quiet=quiet)
     if mode == "rich" or (mode == "auto" and console.draws_in_place()):
         return _Live(quiet=quiet)
-    return _Plain(quiet=quiet)
+    return _Plain(quiet=quiet, verbose=verbose)
 
 
 class Display:
@@ -167,6 +168,20 @@ class _Meter:
         full = gb(self.full_bytes(self.plan.blocks))
         return f"{gb(block.cache.bytes.live)} allocated; a full cache for this video: {full}"
 
+    def noticed(self, block: Block, *, degenerate: bool) -> str:
+        """What is out of the ordinary about a block made now, empty if nothing is.
+
+        degenerate: also say which layers took the newest blocks because their scores said nothing.
+        """
+        said = [" and ".join(block.flags)] if block.flags else []
+        said += [f"attempt {block.retry + 1} is kept"] if block.retry else []
+        if degenerate and block.record.degenerate:
+            layers = ", ".join(str(layer) for layer in block.record.degenerate)
+            said.append(f"scores of layers {layers} say nothing: the newest blocks were recalled")
+        if not said or block.replayed:
+            return ""
+        return f"block {block.index} ({clock(self.video_seconds(block.index))}): {'; '.join(said)}"
+
     def spans(self, recalled: tuple[int, ...]) -> str:
         """Seconds of the past that were recalled, as ranges: "0:03–0:05, 0:09–0:10"."""
         runs: list[list[int]] = []
@@ -181,7 +196,11 @@ class _Meter:
 
 
 class _Plain(Display):
-    """A line now and then, for logs and pipes."""
+    """A line now and then, for logs and pipes; one at once for a block that is not healthy."""
+
+    def __init__(self, *, quiet: bool, verbose: bool = False) -> None:
+        super().__init__(quiet=quiet)
+        self._verbose = verbose
 
     def start(self, plan: Plan, memory: MemoryReader) -> None:
         self._meter = _Meter(plan, memory)
@@ -192,6 +211,8 @@ class _Plain(Display):
 
         meter = self._meter
         meter.add(block, seconds)
+        if noticed := meter.noticed(block, degenerate=self._verbose):
+            self.warn(noticed)
         pause = max(PLAIN_EVERY_SECONDS, PLAIN_EVERY_SHARE * meter.seconds)
         if self._shown and meter.blocks < meter.plan.blocks and meter.seconds - self._shown < pause:
             return
@@ -199,6 +220,7 @@ class _Plain(Display):
         console.say(
             f"block {meter.blocks}/{meter.plan.blocks}: {meter.done_of_total}, {meter.speed};"
             f" KV {meter.total(block)} ({meter.partitions(block)})"
+            + (f"; recalled {meter.spans(block.recalled)}" if self._verbose and block.recalled else "")
             + (f"; pinned {meter.spans(block.cache.pinned)}" if block.cache.pinned else "")
         )
 
@@ -243,6 +265,9 @@ class _JsonLines(Display):
             bank_blocks=len(block.cache.bank),
             recalled=list(block.recalled),
             pinned=list(block.cache.pinned),
+            degenerate_layers=list(block.record.degenerate),
+            health=list(block.flags),
+            retry=block.retry,
             device_memory_bytes=device,
             host_memory_bytes=host,
         )
@@ -262,6 +287,7 @@ class _Live(Display):
         self._live: Any = None
         self._meter: _Meter | None = None
         self._last: Block | None = None
+        self._noticed = ""
         self._stage = ""
         self._stopping = ""
         self._since = time.monotonic()
@@ -279,6 +305,7 @@ class _Live(Display):
         assert self._meter is not None
         self._meter.add(block, seconds)
         self._last = block
+        self._noticed = self._meter.noticed(block, degenerate=True) or self._noticed
 
     def stopping(self, text: str) -> None:
         self._stopping = text  # drawn by the next refresh
@@ -337,6 +364,8 @@ class _Live(Display):
             table.add_row("recalled", meter.spans(block.recalled) or "nothing yet")
             if block.cache.pinned:
                 table.add_row("pinned", meter.spans(block.cache.pinned))
+            if self._noticed:
+                table.add_row("noticed", Text(self._noticed, style="yellow"))
             lines.append(table)
         if self._stopping:
             lines.append(Text(self._stopping, style="yellow"))

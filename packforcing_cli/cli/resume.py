@@ -10,6 +10,7 @@ import typer
 
 from packforcing_cli.cli import extend_file as foreign
 from packforcing_cli.cli import generate as runner
+from packforcing_cli.cli import memory_options as memory
 
 if TYPE_CHECKING:
     from packforcing_cli.cli.progress import Display
@@ -32,6 +33,7 @@ def resume(
         str | None,
         typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: as before."),
     ] = None,
+    guard: memory.Guard = None,
     force: Annotated[
         bool, typer.Option("--force", help="Go on although model, layout or libraries are not as they were.")
     ] = False,
@@ -59,7 +61,7 @@ def resume(
     from packforcing_cli.errors import PackforcingError
     from packforcing_cli.runfolder import RunFolder
 
-    shown = display.choose(progress, quiet=quiet)
+    shown = display.choose(progress, quiet=quiet, verbose=verbose)
     try:
         with RunFolder.open(_folder(run, last=last)) as opened:
             if opened.dropped:
@@ -67,7 +69,8 @@ def resume(
             path = Path(opened.record.output)
             if output is not None:
                 path = jobs.checked_output(output).absolute()
-            request = GenerateRequest.from_values(opened.record.request)
+            given = {} if guard is None else {"guard": guard}
+            request = GenerateRequest.from_values({**opened.record.request, **given})
             request = request.model_copy(update={"output": path})
             if device is not None:
                 request = request.model_copy(update={"device": device})
@@ -163,7 +166,9 @@ def _go_on(
     announce(run, model, shown)
     is_same = run.record.output == str(request.output)
     frames = run.record.frames if is_same else 0
-    run.update(status="running", output=str(request.output), frames=frames, must={**run.record.must, **now})
+    asked = {**run.record.request, "guard": request.guard}
+    must = {**run.record.must, **now}
+    run.update(status="running", output=str(request.output), frames=frames, must=must, request=asked)
     return run
 
 

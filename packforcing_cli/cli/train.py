@@ -374,7 +374,7 @@ def _train(
 def _report(recipe: AnyRecipe, folder: Path, talk: _Talk) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
 
     if recipe.kind == "demo-vae":
         result = folder / "vae"
@@ -383,7 +383,7 @@ def _report(recipe: AnyRecipe, folder: Path, talk: _Talk) -> None:
         result = folder / "package"
         if isinstance(recipe, Finetune) and recipe.samples.every:
             talk.say(f"samples, before and after: {folder / 'samples'}; curve: {folder / 'curve.png'}")
-        if recipe.kind == "finetune-lora":
+        if isinstance(recipe, FinetuneLora):
             talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
         talk.say(
             'Done. Try it: packforcing generate "a red circle moving right on a blue background"'

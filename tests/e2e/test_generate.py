@@ -56,6 +56,7 @@ RESULT_SHAPE: dict[str, Any] = {
     "seconds": float,
     "run": str,
     "interrupted": bool,
+    "health": {"unhealthy": {}, "retries": {}, "ended": str},
     "warnings": list,
     "command": str,
     "figures": {
@@ -215,6 +216,9 @@ def test_every_line_of_json_progress_is_an_event(generate: Any) -> None:
         "bank_blocks",
         "recalled",
         "pinned",
+        "degenerate_layers",
+        "health",
+        "retry",
         "device_memory_bytes",
         "host_memory_bytes",
     }
@@ -832,3 +836,70 @@ def test_after_kill_9_the_part_plays(package: Path, tmp_path: Path) -> None:
     process.kill()
     assert end(process)[:2] == (-signal.SIGKILL, "")
     assert whole_blocks(part) >= 1
+
+
+# -- the guard --------------------------------------------------------------------------------------------------
+
+
+def spoil(monkeypatch: pytest.MonkeyPatch, block: int, attempts: int) -> None:
+    """The first so many attempts at a block come out black."""
+    look = rollout.to_uint8
+    denoise, state = rollout.denoise_block, {"bad": False}
+
+    def spoilt(*args: Any, **options: Any) -> torch.Tensor:
+        state["bad"] = options["block"] == block and options["retry"] < attempts
+        return denoise(*args, **options)
+
+    monkeypatch.setattr(rollout, "denoise_block", spoilt)
+    monkeypatch.setattr(rollout, "to_uint8", lambda pixels: look(pixels) * (not state["bad"]))
+
+
+def test_guard_stop_ends_the_video_with_a_file_and_the_commands_to_go_on(
+    generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 2, 2)
+    stopped = generate("--guard", "stop", "--json", "--run", "run")
+    assert stopped.code == 1
+    values = json.loads(stopped.out)
+    assert (values["blocks"], values["frames"], values["interrupted"]) == (2, 29, True)
+    assert values["health"]["ended"].startswith("block 2 is not healthy: frozen, black")
+    assert num_frames(tmp_path / "a-red-circle.mp4") == 29
+    said = stopped.err.splitlines()[-1]
+    assert "--guard stop: block 2 is not healthy" in said
+    retry, branch = (shlex.split(command.split(";")[0]) for command in said.split("packforcing ")[1:])
+    done = run_command(*retry, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["health"] == {"unhealthy": {}, "retries": {"2": 2}, "ended": ""}
+    assert "made again: block 2 (0:02) 2 times" in done.err
+    assert num_frames(tmp_path / "a-red-circle.mp4") == 45
+    spoil(monkeypatch, 2, 0)
+    branched = run_command(*branch, "-o", "branch.mp4")
+    assert branched.code == 0, branched.err
+    assert num_frames(tmp_path / "branch.mp4") == 45
+
+
+def test_guard_warn_says_what_is_wrong_at_once_and_at_the_end(
+    generate: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(monkeypatch, 1, 9)
+    result = generate("--progress", "plain", "-v")
+    assert result.code == 0
+    told = [line for line in result.err.splitlines() if line.startswith("warning:")]
+    assert told[0].startswith("warning: block 1 (0:01): frozen and black")
+    assert told[-1].startswith("warning: not healthy: block 1 (0:01) frozen and black")
+    retried = generate("--progress", "json", "--guard", "retry", "--overwrite")
+    events = [json.loads(line) for line in retried.err.splitlines()]
+    assert [e["retry"] for e in events if e["event"] == "block"] == [0, 2, 0]
+    assert "black" in next(e for e in events if e["event"] == "block" and e["index"] == 1)["health"]
+
+
+def test_an_unknown_guard_is_refused(generate: Any) -> None:
+    assert_one_message(generate("--guard", "retyr"), 2, "did you mean retry?", "--guard")
+
+
+def test_the_guard_may_stand_in_a_file(
+    generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "packforcing.toml").write_text('guard = "stop"\n')
+    spoil(monkeypatch, 0, 9)
+    assert_one_message(generate(), 1, "block 0 is not healthy", "--guard retry")
