@@ -162,7 +162,7 @@ class Seam:
 
 def measure_seam(before: Pixels, after: Pixels) -> Seam:
     """Compare the frames on both sides of a join. before, after: [T, H, W, 3] uint8, at least one frame each."""
-    colours = [_lab(side.reshape(-1, 3).astype(np.float64)).mean(0) for side in (before[-4:], after[:4])]
+    colours = [lab(side.reshape(-1, 3).astype(np.float64)).mean(0) for side in (before[-4:], after[:4])]
     steps = [_change(a, b) for a, b in pairwise(before)]
     return Seam(
         delta_e=float(np.linalg.norm(colours[0] - colours[1])),
@@ -175,7 +175,7 @@ def _change(a: Pixels, b: Pixels) -> float:
     return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).mean())
 
 
-def _lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
+def lab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
     """sRGB 0..255 [n, 3] -> CIE 1976 L*a*b* with white D65 (IEC 61966-2-1, CIE 15)."""
     value = rgb / 255
     linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)

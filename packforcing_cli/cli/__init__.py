@@ -39,6 +39,7 @@ COMMANDS = (
     ("doctor", "doctor", "doctor"),
     ("show", "show", "show"),
     ("bench", "bench", "app"),
+    ("eval", "evaluate", "evaluate"),
 )
 
 
