@@ -188,13 +188,13 @@ def test_frames_of_another_form_are_refused(frames: Tensor) -> None:
 BLOCKS = 6
 
 
-def visited(seed: int, **here: tuple[bool, ...]) -> Scene:
+def visited(seed: int, here: tuple[bool, ...] | None = None) -> Scene:
     """A scene with a visitor; every combination before any comes twice."""
     words = COMBINATIONS[(seed * 61) % len(COMBINATIONS)]
     generator = torch.Generator().manual_seed(seed)
     scene = sample_story(generator, num_blocks=BLOCKS, visitor=True, switch=False, combination=words)
     assert scene.visitor is not None
-    return replace(scene, visitor=replace(scene.visitor, **here)) if here else scene
+    return replace(scene, visitor=replace(scene.visitor, here=here)) if here else scene
 
 
 def through_the_packaged_codec(frames: Tensor, *, seed: int) -> Tensor:

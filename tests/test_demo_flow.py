@@ -1,0 +1,136 @@
+"""The demo's training: pools of encoded stories, and what a step's loss is made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from packforcing_cli.training import demo_flow, demo_text, loop, recipes, world
+from packforcing_cli.training.demo_flow import Batch, Models, Pool
+from packforcing_cli.training.recipes import DemoFlow
+from packforcing_cli.vae import TinyCodec
+
+torch.set_num_threads(1)
+
+TINY = [
+    "vae=package", "model.layers=2", "model.heads=2", "model.head_dim=12", "model.ffn_dim=48",
+    "model.compressor_widths=[4,4,6,8]", "data.packed_blocks=6", "data.packed_clips=1", "data.first_clips=2",
+    "data.long_blocks=12", "data.long_clips=1", "data.long_probability=1", "data.recall_share=1",
+]  # fmt: skip
+STORIES = {"visitor_share": 1.0, "switch_share": 0.5}
+
+
+def recipe(*settings: str) -> DemoFlow:
+    found = recipes.load("demo-flow", [*TINY, *settings])
+    assert isinstance(found, DemoFlow)
+    return found
+
+
+@pytest.fixture(scope="module")
+def codec() -> TinyCodec:
+    return demo_flow.load_codec(recipe())
+
+
+@pytest.fixture(scope="module")
+def pools(codec: TinyCodec, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pool]:
+    folder = tmp_path_factory.mktemp("pools")
+    return {
+        name: demo_flow.build_pool(
+            folder / f"{name}.safetensors", codec, scenes=3, blocks=blocks, seed=4, quick=quick, **STORIES
+        )
+        for name, blocks, quick in (("first", 1, False), ("short", 6, True), ("long", 12, True))
+    }
+
+
+@pytest.fixture(scope="module")
+def models(codec: TinyCodec, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    demo_text.build_demo_tokenizer(folder)
+    built = demo_flow.build(recipe(), folder, codec.facts.latent_channels)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():  # so that every path has a gradient; some parts start as zeros
+        for module in built.modules().values():
+            for p in module.parameters():
+                p.add_(0.02 * torch.randn(p.shape, generator=generator))
+    return built
+
+
+def test_a_pool_says_of_every_block_what_its_scene_says(pools: dict[str, Pool]) -> None:
+    pool, generator = pools["short"], loop.step_generator(4, 6)
+    assert pool.latents.shape == (3, 6, 16, 4, 8, 16) and pool.lr.shape == (3, 6, 16, 2, 2, 4)
+    captions, seen = world.story_captions(), set()
+    for n in range(3):
+        scene = demo_flow.draw_scene(generator, 6, 1.0, 0.5, True)
+        assert scene.visitor is not None
+        assert [captions[i] for i in pool.caption[n].tolist()] == list(scene.block_captions(6))
+        assert pool.here[n].tolist() == [scene.visitor.is_here(block) for block in range(6)]
+        row, col = divmod(int(pool.place[n].argmax()), 16)
+        assert abs(8 * col + 4 - scene.visitor.x) < 9 and abs(8 * row + 4 - scene.visitor.y) < 9
+        assert float(pool.place[n].sum()) * 64 == pytest.approx(180, rel=0.02)
+        seen |= set(pool.here[n].tolist())
+    assert seen == {0, 1}
+
+
+def test_a_pool_is_read_again_and_made_anew_for_other_stories(codec: TinyCodec, tmp_path: Path) -> None:
+    path = tmp_path / "pool.safetensors"
+    settings = {"scenes": 2, "blocks": 1, "seed": 1, "quick": False}
+    first = demo_flow.build_pool(path, codec, **settings, **STORIES)  # type: ignore[arg-type]
+    written = path.stat().st_mtime_ns
+    again = demo_flow.build_pool(path, codec, **settings, **STORIES)  # type: ignore[arg-type]
+    assert path.stat().st_mtime_ns == written and torch.equal(first.latents, again.latents)
+    plain = demo_flow.build_pool(path, codec, **settings, visitor_share=0.0, switch_share=0.0)  # type: ignore[arg-type]
+    assert path.stat().st_mtime_ns != written
+    assert not bool(plain.place.any()) and not bool(plain.here.any())
+    assert int(plain.caption.max()) < len(world.training_captions())
+
+
+def test_a_steps_loss_reaches_every_module_and_bf16_is_near(models: Models, pools: dict[str, Pool]) -> None:
+    parts = {}
+    for precision in ("fp32", "bf16"):
+        settings = recipe(f"precision={precision}", "data.visitor_weight=4", "data.return_weight=8")
+        for module in models.modules().values():
+            module.zero_grad()
+        loss, parts[precision] = demo_flow.step_loss(models, pools, settings, loop.step_generator(0, 1))
+        loss.backward()
+        for module in models.modules().values():
+            assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in module.parameters())
+            assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
+        assert models.compressor.hr is not None and models.compressor.hr.time.weight.grad is not None
+        assert float(models.compressor.hr.time.weight.grad.abs().max()) > 0
+    assert {"first", "packed", "long"} <= parts["fp32"].keys()
+    for name, value in parts["fp32"].items():
+        assert parts["bf16"][name] == pytest.approx(value, rel=0.03)
+        assert parts["bf16"][name] != value  # it did compute in another precision
+
+
+def losses(models: Models, pool: Pool, settings: DemoFlow) -> torch.Tensor:
+    batch = Batch(torch.Generator().manual_seed(3), torch.device("cpu"))
+    item = demo_flow.strict_item(models, 6, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return demo_flow.packed_loss(
+            models, batch, pool, settings, item, tuple(range(6)), torch.tensor([0]),
+            targets=(1, 2, 3, 4, 5), draws=1,
+        )[0][0, 0]  # fmt: skip
+
+
+def test_weights_apply_where_the_look_of_a_visitor_can_be_known(
+    models: Models, pools: dict[str, Pool]
+) -> None:
+    here = torch.tensor([[0, 1, 0, 0, 1, 1]], dtype=torch.uint8)
+    pool = replace(pools["short"], here=here.expand(3, -1))
+    plain = losses(models, pool, recipe())
+    known = losses(models, pool, recipe("data.visitor_weight=5"))
+    back = losses(models, pool, recipe("data.return_weight=5"))
+    item = demo_flow.strict_item(models, 6, torch.Generator().manual_seed(1))
+    assert 1 in item.views[4].mid  # so that block 4 is a return
+    assert (known > plain).tolist() == [False, True, True, False, True]  # block 1: first; block 4: a return
+    assert (back > plain).tolist() == [False, False, False, True, False]
+
+
+def test_an_evaluation_is_repeatable(models: Models, pools: dict[str, Pool]) -> None:
+    first = demo_flow.mean_error(models, pools, recipe(), 0.9, count=4)
+    assert first == demo_flow.mean_error(models, pools, recipe(), 0.9, count=4)
+    assert first.keys() >= {"first", "later"} and min(first.values()) > 0
