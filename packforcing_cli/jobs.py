@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from packforcing_cli.source import History
 
 
+FILE_SETTINGS = ("codec", "crf", "preset")
+"""Of a request: how its file is encoded."""
+
+
 @dataclass(frozen=True)
 class Device:
     """Where a model runs, in which precision, what there is to use, and why."""
@@ -363,10 +367,14 @@ def extend_command(job: Job) -> str:
         "from-time": source.from_time,
         "to-time": source.to_time,
     }
+    usual = {name: GenerateRequest.model_fields[name].default for name in FILE_SETTINGS}
+    values |= {name: getattr(request, name) for name in usual if getattr(request, name) != usual[name]}
     words = [
         word for name, value in values.items() if value is not None for word in (f"--{name}", str(value))
     ]
     words += ["--only-new"] if source.only_new else []
+    words += [] if request.metadata else ["--no-metadata"]
+    words += [] if request.keep_run else ["--no-run"]
     words += [*request.timeline.moved(late).arguments(), "-o", str(job.path)]
     return shlex.join(["packforcing", "extend", str(source.path), *words])
 

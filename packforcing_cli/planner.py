@@ -48,6 +48,12 @@ HOST_BYTES = 2 * 10**9
 # H.264 at the default quality; the part file and the finished file exist together for a moment.
 VIDEO_BITS_PER_PIXEL = 0.15
 VIDEO_COPIES = 2
+# A run folder: a block's file beside its numbers (header, the rest of a disk block), and its line of figures.
+BLOCK_FILE_BYTES = 4_500
+ID_BYTES = 8  # of a recalled block, for each layer
+TRACE_BYTES = 3_000
+TRACE_ID_BYTES, TRACE_SCORE_BYTES = 6, 14  # an id and a score in JSON
+SNAPSHOT_COPIES = 2  # the old one and the one that takes its place
 HEADROOM = 0.95  # share of the free memory a plan may take
 STAGE_TEXT = {
     "text": "to encode the prompt",
@@ -126,7 +132,8 @@ class Plan:
     stages:             estimate of the memory of text, denoise and decode.
     peak_bytes:         the most of them where the model runs.
     working_bytes:      the part of it that is neither weights nor cache.
-    disk_bytes:         estimate of the disk space while the video is made.
+    disk_bytes:         estimate of the disk space while the video is made, the run folder included.
+    run_bytes:          the run folder's part of it; 0 when none is kept.
     fits:               whether peak and disk fit the machine; True when no machine was given.
     change:             the smallest change of the request that would make it fit; empty if none is needed or known.
     suggestion:         the same as options.
@@ -161,6 +168,7 @@ class Plan:
     stages: tuple[StageMemory, ...]
     peak_bytes: int
     disk_bytes: int
+    run_bytes: int
     machine: Machine | None
     fits: bool
     change: Mapping[str, Any]
@@ -193,8 +201,15 @@ class Plan:
         assert self.machine.disk_free_bytes is not None
         raise DiskFullError(
             f"about {gb(self.disk_bytes)} of disk are needed and {gb(self.machine.disk_free_bytes)} are free",
-            hint="Free some space, choose another --output, or make a shorter video.",
+            hint=f"Free some space, choose another --output, or make a shorter video.{self._without_run}",
         )
+
+    @property
+    def _without_run(self) -> str:
+        """What to do where the video alone would fit."""
+        assert self.machine is not None
+        alone = _disk_fits(self.disk_bytes - self.run_bytes, self.machine)
+        return f" {gb(self.run_bytes)} of it are the run folder: --no-run keeps none." if alone else ""
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain numbers and strings, in the frozen shape of `inspect-cache --json`."""
@@ -308,6 +323,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         stages=parts.stages,
         peak_bytes=parts.peak_bytes,
         disk_bytes=parts.disk_bytes,
+        run_bytes=parts.run_bytes,
         machine=machine,
         fits=fits,
         change={} if fits or machine is None else _smallest_change(parts, machine),
@@ -432,7 +448,25 @@ class _Parts:
     def disk_bytes(self) -> int:
         width, height = self.size
         pixels = self.layout.grid.frames_for(self.blocks) * width * height
-        return math.ceil(pixels * VIDEO_BITS_PER_PIXEL / 8) * VIDEO_COPIES
+        return math.ceil(pixels * VIDEO_BITS_PER_PIXEL / 8) * VIDEO_COPIES + self.run_bytes
+
+    @property
+    def run_bytes(self) -> int:
+        """Latents, recalled ids and figures of every block, and the snapshots; 0 when no run folder is kept."""
+        request, layout, per = self.request, self.layout, self.request.dtype_bytes
+        if not getattr(request, "keep_run", False):
+            return 0
+        grid, view = layout.grid, layout.largest_view(self.blocks)
+        latent = self.facts.latent_channels * grid.latent_rows * grid.latent_cols * per
+        ids, scores = grid.layers * view.active, grid.layers * len(view.mid)
+        a_block = BLOCK_FILE_BYTES + grid.frames_per_block * latent + ids * ID_BYTES
+        figures = TRACE_BYTES + ids * TRACE_ID_BYTES + scores * TRACE_SCORE_BYTES
+        snapshot = 0
+        if getattr(request, "snapshot_every", None) is not None:
+            width, height = self.size
+            state = width * height * DECODER_STATE[self.vae] * per
+            snapshot = (layout.capacity_bytes(self.blocks).live + state) * SNAPSHOT_COPIES
+        return self.blocks * (a_block + figures) + snapshot
 
     def changed(self, **values: Any) -> _Parts:
         return _Parts(self.request.changed(**values), self.facts, on_gpu=self.on_gpu)

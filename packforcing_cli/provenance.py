@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -40,6 +41,9 @@ class Provenance(BaseModel):
     request:      what was asked for, as JSON values; what was random or automatic is decided in it.
     layout:       the memory, in layout.py's numbers.
     image_sha256: of the start image; None without one.
+    files_sha256: of the files that were read beside the model's, by what they are ("pinned picture 1"); the start image
+                  is among them. Empty in a file of an older version.
+    libraries:    versions of the libraries that results depend on; empty in a file of an older version.
     extends:      the command, for a video that goes on with somebody's file or branches off a run; `request` is then of
                   its new part.
     """
@@ -52,6 +56,8 @@ class Provenance(BaseModel):
     model: ModelRecord
     layout: dict[str, Any]
     image_sha256: str | None = None
+    files_sha256: dict[str, str] = Field(default_factory=dict)
+    libraries: dict[str, str] = Field(default_factory=dict)
     extends: str | None = None
 
     def tags(self) -> dict[str, str]:
@@ -84,6 +90,58 @@ class Provenance(BaseModel):
             else:
                 memory[name] = value
         return GenerateRequest.from_values({**values, "memory": memory})
+
+
+FILES = {"image": "start image", "pin_images": "pinned picture", "embeddings": "embeddings"}
+"""What files of a request are called, by its field."""
+
+
+def files_of(request: GenerateRequest) -> dict[str, Path]:
+    """The files a request reads, by what they are."""
+    named = {f"{FILES['pin_images']} {n}": path for n, path in enumerate(request.pin_images, start=1)}
+    for field in ("image", "embeddings"):
+        path = getattr(request, field)
+        named |= {} if path is None else {FILES[field]: path}
+    return named
+
+
+def changes(before: Provenance, now: Provenance) -> list[str]:
+    """What is no longer as it was when a video was made, in words; what was asked for differently is left out.
+
+    Args:
+        before: what its file says.  now: the same of the repetition.
+    """
+
+    def same(*names: str) -> bool:
+        return all(before.request.get(name) == now.request.get(name) for name in names)
+
+    found = []
+    if same("vae") and now.model.name == before.model.name and now.model.files != before.model.files:
+        found.append(f"the weights of {before.model.name} {before.model.version}")
+    old, new = _hashes(before), _hashes(now)
+    for field, what in FILES.items():
+        names = [name for name in new if name.startswith(what) and name in old and same(field)]
+        found += [f"the {name}" for name in names if old[name] != new[name]]
+    if now.model.name == before.model.name and same("size", "seconds", "memory", "timeline", "pin_images"):
+        names = [name for name in now.layout if now.layout[name] != before.layout.get(name, now.layout[name])]
+        found += [
+            f"the memory's {name}: {before.layout[name]} then, {now.layout[name]} here" for name in names
+        ]
+    versions = (
+        {"packforcing": before.version, **before.libraries},
+        {"packforcing": now.version, **now.libraries},
+    )
+    found += [
+        f"{name} {then}, here {versions[1][name]}"
+        for name, then in versions[0].items()
+        if versions[1].get(name, then) != then
+    ]
+    return found
+
+
+def _hashes(made: Provenance) -> dict[str, str]:
+    older = {} if made.image_sha256 is None else {FILES["image"]: made.image_sha256}
+    return {**older, **made.files_sha256}
 
 
 def layout_values(layout: Layout) -> dict[str, Any]:

@@ -955,6 +955,8 @@ def generate(
             writer.abort()
             if run is None:
                 part_path(writer.path).unlink(missing_ok=True)
+        elif run is not None:
+            note_end(run, writer)
         blocks = last.index + 1 if unfinished else max(last.index + 1, shown.blocks_in(writer.blocks_written))
     if run is not None and not unfinished:
         close_run(run, writer)
@@ -989,6 +991,11 @@ def open_history(
     wanted = request.source
     if wanted is None:
         return None
+    if not wanted.path.is_file():
+        raise UsageError(
+            f"there is no file {wanted.path}, and the video goes on with it",
+            hint="Bring it back to that place.",
+        )
     source = Source(
         wanted.path,
         fps=fps,
@@ -1010,8 +1017,11 @@ def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -
     """What the file of a request is to say of itself."""
     manifest = model.manifest
     files = {name: record.sha256 for name, record in manifest.files.items()}
-    if "vae" in manifest.parts and model.hashes["vae"] != manifest.part_hash("vae"):
-        files["another VAE"] = model.hashes["vae"]
+    for part, name in (("vae", "VAE"), ("compressor", "compressor")):
+        own = manifest.part_hash(part) if part in manifest.parts else None
+        used = model.hashes.get(part)
+        if used not in (None, own) and part not in manifest.references:
+            files[f"another {name}"] = used
     return Provenance(
         version=__version__,
         request={k: v for k, v in request.to_values().items() if k not in provenance.NOT_REPEATED},
@@ -1021,10 +1031,18 @@ def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -
             files=files,
         ),
         layout=provenance.layout_values(layout),
-        image_sha256=None
-        if request.image is None
-        else hashlib.sha256(request.image.read_bytes()).hexdigest(),
+        image_sha256=None if request.image is None else _file_hash(request.image),
+        files_sha256={name: _file_hash(path) for name, path in provenance.files_of(request).items()},
+        libraries=libraries(model, request),
     )
+
+
+def libraries(model: VideoModel, request: GenerateRequest) -> dict[str, str]:
+    """Versions of the libraries that results depend on."""
+    names = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
+    if (model.quantize, request.quantize_text) != ("none", "none"):
+        names.append("torchao")
+    return {name: importlib.metadata.version(name) for name in names}
 
 
 # -- the run folder ---------------------------------------------------------------------------------------------
@@ -1074,9 +1092,6 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
     memory = request.memory.with_defaults(model.manifest.cache.model_dump())
     blocks = grid.blocks_for(request.seconds, model.manifest.fps)
     layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
-    versions = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
-    if (model.quantize, request.quantize_text) != ("none", "none"):
-        versions.append("torchao")
     pictures = request.pin_images if request.image is None else (request.image,)
     files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
     if request.embeddings is not None:
@@ -1085,7 +1100,7 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
         files["source video"] = request.source.path
     facts = {
         "packforcing": __version__,
-        **{name: importlib.metadata.version(name) for name in versions},
+        **libraries(model, request),
         "model": model.name,
         **{f"weights of {part}": sha256 for part, sha256 in model.hashes.items()},
         **{f"layout {name}": value for name, value in layout.items()},
@@ -1257,7 +1272,7 @@ def finished_blocks(run: RunFolder, output: Path) -> int:
     except VideoError:
         return 0
     record = run.record
-    is_known = record.output == str(output.absolute()) and record.frames == frames
+    is_known = record.output == str(output.absolute()) and frames in (record.frames, record.closing)
     blocks = record.shown.blocks_of(frames) or 0
     return blocks if owner == record.id or (owner is None and is_known) else 0
 
@@ -1299,7 +1314,7 @@ def finish(run: RunFolder) -> bool:
         return False
     if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
         if record.status != "finished":
-            run.update(status="finished", frames=frames)
+            run.update(status="finished", frames=frames, closing=0)
         return True
     history = open_history(request, record.lengths, fps=record.fps, size=record.size)
     encoding = Encoding.of(
@@ -1320,16 +1335,24 @@ def finish(run: RunFolder) -> bool:
     if shown.blocks_in(writer.blocks_written) < record.blocks:
         writer.abort()
         return False
+    note_end(run, writer)
     writer.close()
     close_run(run, writer)
     return True
+
+
+def note_end(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
+    """Before a file without tags gets its name, note in run.json what it will be: nothing else says whose it is."""
+    if not run.record.tags:
+        writer.flush()
+        run.update(closing=writer.frames_written)
 
 
 def close_run(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
     """Note in run.json how far the finished file goes."""
     blocks = run.record.shown.blocks_in(writer.blocks_written)
     status = "finished" if blocks == run.record.blocks else "stopped"
-    run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written)
+    run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written, closing=0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from packforcing_cli import durable
-from packforcing_cli.config import GenerateRequest
+from packforcing_cli.config import GenerateRequest, SourceVideo
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError
 from packforcing_cli.layout import Lengths, Shown
 
@@ -65,6 +65,7 @@ class Record(_Frozen):
 
     status:   running (also when a kill ended it), stopped (asked to end early, the file was finished), finished.
     output:   the finished video, an absolute path; `frames` are in it once the status is not running.
+    closing:  frames that it has once it got its name; only while a file without tags gets it, else 0.
     blocks:   length of the whole video; `fps`, `size` and `frames_per_block` are the video's.
     request:  what was asked for, everything decided: config.GenerateRequest as JSON values.
     tags:     of the video file.
@@ -82,6 +83,7 @@ class Record(_Frozen):
     prompt: str
     output: str
     frames: int = Field(0, ge=0)
+    closing: int = Field(0, ge=0)
     blocks: int = Field(ge=1)
     fps: int = Field(ge=1)
     size: tuple[int, int]
@@ -110,8 +112,12 @@ class Record(_Frozen):
     @property
     def shown(self) -> Shown:
         """Which blocks are in the file."""
-        source = GenerateRequest.from_values(self.request).source
-        return Shown(self.lengths) if source is None else source.shown(self.lengths)
+        return Shown(self.lengths) if self.source is None else self.source.shown(self.lengths)
+
+    @property
+    def source(self) -> SourceVideo | None:
+        """Somebody's video that it goes on with."""
+        return GenerateRequest.from_values(self.request).source
 
     @property
     def model(self) -> str:
@@ -180,10 +186,10 @@ def folder_of(run_id: str, *, root: Path | None = None) -> Path | None:
     root = root or default_root()
     if not re.fullmatch(r"[a-z0-9-]{1,80}", run_id):  # it may come from a video file
         return None
-    places = [root / run_id]
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        places.append(Path((root / f"{run_id}{MOVED}").read_text("utf-8").strip()))
-    return next((place for place in places if _has_run(place) and _id_of(place, run_id) == run_id), None)
+    inside = root / run_id
+    if _has_run(inside) and _id_of(inside, run_id) == run_id:
+        return inside
+    return _pointed_at(root / f"{run_id}{MOVED}")
 
 
 def check_new(folder: Path) -> None:
@@ -250,11 +256,21 @@ def _places(root: Path | None) -> dict[str, Path]:
     folders = {}
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if path.suffix == MOVED:
-            with contextlib.suppress(OSError, UnicodeDecodeError):
-                folders[path.stem] = Path(path.read_text("utf-8").strip())
+            there = _pointed_at(path)
+            if there is not None:
+                folders[path.stem] = there
         elif path.is_dir():
             folders[path.name] = path
     return {name: folder for name, folder in folders.items() if _has_run(folder)}
+
+
+def _pointed_at(pointer: Path) -> Path | None:
+    """The run folder a pointer names, None if that very run is not there (any more)."""
+    try:
+        folder = Path(pointer.read_text("utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return None
+    return folder if _has_run(folder) and _id_of(folder, pointer.stem) == pointer.stem else None
 
 
 def _has_run(folder: Path) -> bool:
@@ -362,13 +378,18 @@ def _remove_contents(folder: Path) -> None:
 
 
 def remove_leftovers() -> int:
-    """Remove folders without run.json, which a kill left while it made a run, an hour ago or longer.
+    """Remove what no run needs: folders without run.json, which a kill left while it made a run, an hour ago or
+    longer; and pointers to runs that are gone.
 
+    A pointer stays while the folder above its run is missing, too: a disk that is not mounted comes back.
     Returns: how many. Raises: RunFolderError.
     """
     root, count = default_root(), 0
-    for folder in root.iterdir() if root.is_dir() else ():
+    for folder in list(root.iterdir()) if root.is_dir() else ():
         try:
+            if folder.suffix == MOVED and _is_stale(folder):
+                folder.unlink()
+                count += 1
             old = folder.is_dir() and time.time() - folder.stat().st_mtime > 3600
             if old and not (folder / HEADER).exists() and not _is_locked(folder):
                 shutil.rmtree(folder)
@@ -376,6 +397,16 @@ def remove_leftovers() -> int:
         except OSError as error:
             raise RunFolderError(f"{folder} cannot be removed: {error.strerror or error}") from error
     return count
+
+
+def _is_stale(pointer: Path) -> bool:
+    """Whether the run a pointer names is gone for good, as far as can be told."""
+    try:
+        text = pointer.read_text("utf-8").strip()
+    except UnicodeDecodeError:
+        return True
+    folder = Path(text)
+    return not text or (folder.parent.is_dir() and _pointed_at(pointer) is None)
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -398,13 +429,16 @@ class RunFolder:
     Attributes: folder; record; blocks: how many it has; is_new: whether this process made it;
         dropped: name of a torn last block that was left out, empty if there was none.
         missing: name of a missing block, of a folder opened to be read whose later blocks are there.
+        snapshot_problem: why the snapshot is not used, once `snapshot_blocks` has looked at it; empty if it is sound.
     """
 
     def __init__(self, folder: Path, record: Record, lock: _Lock) -> None:
         self.folder, self.record = folder, record
         self.blocks, self.is_new, self.dropped, self.missing = 0, False, "", ""
+        self.snapshot_problem = ""
         self._lock = lock
         self._trace: int | None = None
+        self._snapshot: tuple[tuple[int, int], int] | None = None
 
     @classmethod
     def create(
@@ -561,7 +595,7 @@ class RunFolder:
             with durable.replacing(path) as temporary:
                 fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | durable.BINARY, 0o666)
                 try:
-                    for data in _safetensors(state, {"blocks": str(self.blocks)}):
+                    for data in _safetensors(state, _signed({"blocks": str(self.blocks)}, state)):
                         durable.write_all(fd, data)
                 finally:
                     os.close(fd)
@@ -569,14 +603,20 @@ class RunFolder:
             raise self._failure(error, path) from error
 
     def snapshot_blocks(self) -> int:
-        """After how many blocks the snapshot was made; 0 without one that can be used."""
-        from safetensors import SafetensorError, safe_open
+        """After how many blocks the snapshot was made; 0 without one that can be used.
 
+        One that is not what was written is not used, and `snapshot_problem` says so; it is read once for that.
+        """
+        path = self.folder / SNAPSHOT
         try:
-            with safe_open(self.folder / SNAPSHOT, framework="pt") as file:
-                blocks = int((file.metadata() or {}).get("blocks", "0"))
-        except (SafetensorError, OSError, ValueError):
+            stat = path.stat()
+        except OSError:
             return 0
+        known = (stat.st_size, stat.st_mtime_ns)
+        if self._snapshot is None or self._snapshot[0] != known:
+            blocks, self.snapshot_problem = _checked_snapshot(path)
+            self._snapshot = known, blocks
+        blocks = self._snapshot[1]
         return blocks if 0 < blocks <= self.blocks else 0
 
     def load_snapshot(self) -> dict[str, Tensor]:
@@ -750,6 +790,39 @@ def _safetensors(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
         data = tensors[name].contiguous().flatten().view(torch.uint8).numpy().data
         for start in range(0, len(data), _PIECE_BYTES):
             yield bytes(data[start : start + _PIECE_BYTES])
+
+
+_UNSIGNED = "0" * 64  # stands where the hash will be while it is worked out
+
+
+def _signed(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Metadata of a safetensors file that has the hash of the whole file in it."""
+    digest = hashlib.sha256()
+    for piece in _safetensors(tensors, {**metadata, "sha256": _UNSIGNED}):
+        digest.update(piece)
+    return {**metadata, "sha256": digest.hexdigest()}
+
+
+def _checked_snapshot(path: Path) -> tuple[int, str]:
+    """(blocks it was made after, ""), or (0, what is wrong with it). Reads all of it, a piece at a time."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(8)
+            header = file.read(min(int.from_bytes(start, "little"), path.stat().st_size))
+            metadata = json.loads(header)["__metadata__"]
+            said = metadata.get("sha256")
+            if said is None:
+                return 0, f"{path} is of an older version"
+            digest = hashlib.sha256(start + header.replace(said.encode(), _UNSIGNED.encode(), 1))
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+        if digest.hexdigest() == said:
+            return int(metadata["blocks"]), ""
+    except OSError as error:
+        return 0, f"{path} cannot be read: {error.strerror or error}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass  # no such header, which `_safetensors` never writes
+    return 0, f"{path} is damaged: its contents are not what was written"
 
 
 def _entry_name(index: int) -> str:

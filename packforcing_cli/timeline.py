@@ -188,10 +188,7 @@ class Timeline:
         free = max(1, start)  # the first block that the next scene may begin in
         for scene in sorted(self.scenes, key=lambda scene: scene.seconds):
             block = lengths.nearest_block(scene.seconds, fps)
-            blend = 0
-            if scene.blend:
-                seconds_a_block = Fraction(lengths.block_frames(1), fps)
-                blend = max(1, math.floor(scene.blend / seconds_a_block + Fraction(1, 2)))
+            blend = blend_blocks(scene.blend, lengths, fps=fps)
             alone = block + blend
             if block >= num_blocks:
                 last = lengths.frames_for(num_blocks - 1)
@@ -239,6 +236,24 @@ class Timeline:
         raise_if_any(problems)
         return Script(tuple(prompts), tuple(starts), tuple(blends), tuple(cuts), frozenset(pins))
 
+    def until(self, end: Fraction, lengths: Lengths, *, fps: int) -> Timeline:
+        """What of it happens before a time; pins that go on are cut there.
+
+        A scene stays if the block it takes over in begins before `end`.
+        """
+        scenes = []
+        for scene in self.scenes:
+            block = lengths.nearest_block(scene.seconds, fps)
+            if Fraction(lengths.frames_for(block), fps) >= end:
+                continue
+            alone = Fraction(lengths.frames_for(block + blend_blocks(scene.blend, lengths, fps=fps)), fps)
+            if scene.pin is not None:
+                pin = min(scene.pin, _written(end - alone))
+                scene = replace(scene, pin=pin if alone < end else None)
+            scenes.append(scene)
+        pins = (replace(span, end=min(span.end, _written(end))) for span in self.pins if span.start < end)
+        return Timeline(tuple(scenes), tuple(pins))
+
     def moved(self, by: Fraction) -> Timeline:
         """All of it so many seconds later; pins that would begin before 0 begin there."""
         return Timeline(
@@ -276,6 +291,18 @@ class Timeline:
 
 
 # -------------------------------------------------------------------------------------------------------- seconds
+
+
+def _written(seconds: Fraction) -> Fraction:
+    """The longest time up to this one that `clock` writes exactly: a rounded one could reach into the next frame."""
+    return Fraction(math.floor(seconds * 10**9), 10**9)
+
+
+def blend_blocks(seconds: Fraction, lengths: Lengths, *, fps: int) -> int:
+    """Blocks over which a blend of so many seconds goes; 0 without one, else at least one."""
+    if not seconds:
+        return 0
+    return max(1, math.floor(seconds * fps / lengths.block_frames(1) + Fraction(1, 2)))
 
 
 def clock(seconds: Fraction) -> str:

@@ -1,7 +1,8 @@
 """Break the writers and the command on purpose, in forked children of one warmed process, and see that nothing is lost.
 
     python tests/fault_matrix.py writers                every write, fsync, rename, close … x every fault (minutes)
-    python tests/fault_matrix.py writers --every 13     a sample, as the tests take it
+    python tests/fault_matrix.py writers --every 13     a sample, as the tests take it; also with --no-metadata,
+                                                        and of a video that goes on with another one: --source
     python tests/fault_matrix.py generate 1000          so many SIGKILLs of `packforcing generate` and its resumes
 
 `writers` runs run folder, video, snapshot and run.json for real, fed by a made-up block source whose frames are a
@@ -40,13 +41,14 @@ sys.path[:0] = [
 
 import av  # noqa: E402
 import torch  # noqa: E402
+from test_source import RAMP, write  # noqa: E402
 from tiny import embeds, video_model  # noqa: E402
 
-from packforcing_cli import __version__, cli, rollout  # noqa: E402
+from packforcing_cli import __version__, cli, rollout, trace  # noqa: E402
 from packforcing_cli.cache import CacheStats  # noqa: E402
 from packforcing_cli.cli import generate as generate_command  # noqa: E402
 from packforcing_cli.cli.progress import Display  # noqa: E402
-from packforcing_cli.config import GenerateRequest  # noqa: E402
+from packforcing_cli.config import GenerateRequest, SourceVideo  # noqa: E402
 from packforcing_cli.errors import PackforcingError  # noqa: E402
 from packforcing_cli.layout import MemoryBytes  # noqa: E402
 from packforcing_cli.rollout import Block, Prompt  # noqa: E402
@@ -55,6 +57,8 @@ from packforcing_cli.video import VideoReader, VideoWriter  # noqa: E402
 
 BLOCKS = 6
 SNAPSHOT_EVERY = 2
+TAGGED = True  # whether the file says whose it is
+SOURCE: SourceVideo | None = None  # the video that the made-up one goes on with: 3 frames and 3 blocks
 FAULTS = ("SIGKILL", "SIGTERM", "ENOSPC", "EIO", "short write")
 CALLS = ("write", "fsync", "rename", "replace", "link", "unlink", "close", "ftruncate")
 NOISE = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -73,16 +77,19 @@ def made_up_blocks(
         latents = torch.full((1, 4, 4, 8, 8), n + 0.5) if old is None else old.latents
         value = int(latents.flatten()[0] * 16)
         frames = torch.stack([(NOISE + value + t).to(torch.uint8) for t in range(13 if n == 0 else 16)])
+        if old is not None and old.pixels is not None:
+            frames = rollout.to_uint8(old.pixels)
         empty = MemoryBytes(0, 0, 0, 0, 0)
         yield Block(
             index=n,
             frames=frames,
             latents=latents,
-            selected=torch.full((1, 1), n) if old is None else old.selected,
+            selected=torch.full((1, 1), n) if old is None or old.selected is None else old.selected,
             recalled=(n,),
             cache=CacheStats(empty, (), (), (), ()),
             seconds={"denoise": 0.1},
             replayed=old is not None,
+            record=trace.Record(n),
             state=lambda n=n: {"n": torch.tensor(n + 1), "more": torch.zeros(1000)},
         )
 
@@ -101,6 +108,7 @@ def work(folder: Path, tell: Callable[[dict[str, Any]], None]) -> int:
             with run:
                 if rollout.finish(run):
                     return 0
+                request = GenerateRequest.from_values(run.record.request)
                 result = rollout.generate(
                     model,
                     Prompt("made up", embeds(0)),
@@ -108,6 +116,7 @@ def work(folder: Path, tell: Callable[[dict[str, Any]], None]) -> int:
                     seconds=(16 * BLOCKS - 3) / 16,
                     seed=3,
                     run=run,
+                    history=rollout.open_history(request, run.record.lengths, fps=16, size=(64, 64)),
                     snapshot_every=SNAPSHOT_EVERY,
                     on_block=lambda block, _: tell(
                         {
@@ -137,8 +146,8 @@ def a_record(output: Path) -> Record:
         fps=16,
         size=(64, 64),
         frames_per_block=4,
-        request=GenerateRequest(prompt="made up", seed=3).to_values(),
-        tags={"run": "20260101-000000-faults"},
+        request=GenerateRequest(prompt="made up", seed=3, source=SOURCE).to_values(),
+        tags={"run": "20260101-000000-faults"} if TAGGED else {},
         must={"model": "tiny"},
         numerics={},
     )
@@ -215,8 +224,8 @@ def facts(folder: Path) -> dict[str, Any]:
     with RunFolder.open(folder / "run") as run:
         assert run.record.status == "finished", run.record.status
         entries = [(e.latents.tolist(), e.selected.tolist(), e.retry) for e in run.entries()]
-        trace = [line["block"] for line in run.trace()]
-    assert trace == sorted(set(trace)), trace
+        traced = [line["block"] for line in run.trace()]
+    assert traced == sorted(set(traced)), traced
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     return {"latents": entries, "packets": packets(folder / "v.mp4"), "files": names}
 
@@ -235,8 +244,24 @@ def resume_twice(folder: Path, tell: Callable[[dict[str, Any]], None]) -> int:
 
 
 def frames_of(blocks: int) -> int:
-    """Frames of so many blocks."""
-    return 16 * blocks - 3 if blocks > 0 else 0
+    """Frames of a file of so many blocks."""
+    return 16 * blocks - 3 + lead() if blocks > 0 else 0
+
+
+def lead() -> int:
+    """Frames before the first block."""
+    return 0 if SOURCE is None else SOURCE.lead
+
+
+def is_whole(frames: int) -> bool:
+    """Whether a file of so many frames has whole blocks, or what is before them."""
+    return frames in (0, lead()) or (frames - lead()) % 16 == 13
+
+
+def a_source(folder: Path) -> SourceVideo:
+    """90 frames of 30 a second, with sound: 48 of 16 a second, of which 3 are before the first of 3 blocks."""
+    path = write(folder / "source.mp4", RAMP, audio=True)
+    return SourceVideo(path=path, sha256=rollout.file_hash(path), blocks=3, lead=3, padded=0)
 
 
 def plays(path: Path) -> int:
@@ -268,7 +293,7 @@ def check(folder: Path, code: int, told: list[dict[str, Any]], fault: str, expec
         return f"block {max(reported)} was reported and {kept} are there"
     there = [plays(path) for path in (folder / "v.part.mp4", folder / "v.mp4") if path.exists()]
     wanted = frames_of(max(reported) + 1) if reported else 0
-    if any(frames % 16 != 13 for frames in there if frames) or max(there, default=0) < wanted:
+    if not all(map(is_whole, there)) or max(there, default=0) < wanted:
         return f"the files have {there} frames, {wanted} were reported"
     code, more = in_child(lambda tell: resume_twice(folder, tell))
     if code or not any(line.get("no-op") for line in more):
@@ -280,8 +305,12 @@ def check(folder: Path, code: int, told: list[dict[str, Any]], fault: str, expec
     return ", ".join(f"other {name}" for name in found if found[name] != expected[name])
 
 
-def writers(every: int, faults: tuple[str, ...] = FAULTS) -> dict[str, Any]:
-    """Strike at every n-th call with every fault (`every` 1), or at a sample that moves on from fault to fault."""
+def writers(every: int, faults: tuple[str, ...] = FAULTS, *, goes_on: bool = False) -> dict[str, Any]:
+    """Strike at every n-th call with every fault (`every` 1), or at a sample that moves on from fault to fault.
+
+    goes_on: the made-up video goes on with somebody else's.
+    """
+    global SOURCE
     rollout.stream_generate = made_up_blocks  # type: ignore[assignment]
     write = VideoWriter.write
 
@@ -292,6 +321,7 @@ def writers(every: int, faults: tuple[str, ...] = FAULTS) -> dict[str, Any]:
     VideoWriter.write = write_and_wait  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as top:
         os.environ["XDG_STATE_HOME"] = f"{top}/state"
+        SOURCE = a_source(Path(top)) if goes_on else None
         whole = Path(top) / "whole"
         whole.mkdir()
 
@@ -414,7 +444,7 @@ def generate(kills: int, seed: int = 0) -> dict[str, Any]:
                     shutil.rmtree(folder / "run", ignore_errors=True)
                 there = [plays(path) for path in (folder / "v.part.mp4", folder / "v.mp4") if path.exists()]
                 least = frames_of(told - QUEUED)
-                if any(frames % 16 != 13 for frames in there if frames) or max(there, default=0) < least:
+                if not all(map(is_whole, there)) or max(there, default=0) < least:
                     wrong.append({"frames": there, "at least": least})
             for _ in range(2):
                 code, _told = in_child(lambda _, folder=folder, words=words: command(folder, words))  # type: ignore[misc]
@@ -440,13 +470,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     some = commands.add_parser("writers")
     some.add_argument("--every", type=int, default=1)
+    some.add_argument("--source", action="store_true", help="the video goes on with another one")
+    some.add_argument("--no-metadata", action="store_true", help="the file does not say whose it is")
     killed = commands.add_parser("generate")
     killed.add_argument("kills", type=int)
     killed.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    global TAGGED
+    TAGGED = not getattr(arguments, "no_metadata", False)
     torch.set_num_threads(1)
     if arguments.command == "writers":
-        result = writers(arguments.every)
+        result = writers(arguments.every, goes_on=arguments.source)
     else:
         result = generate(arguments.kills, arguments.seed)
     sys.stdout.write(json.dumps(result, indent=1) + "\n")

@@ -38,6 +38,14 @@ def test_six_kills_of_the_command_change_nothing() -> None:
     assert found["kills"] == 6 and found["inside"] >= 3
 
 
+def test_nor_when_the_file_does_not_say_whose_it_is() -> None:
+    assert run("writers", "--every", "61", "--no-metadata")["cases"] >= 10
+
+
+def test_nor_of_a_video_that_goes_on_with_another_one() -> None:
+    assert run("writers", "--every", "61", "--source")["cases"] >= 10
+
+
 @pytest.mark.slow
 def test_no_write_can_fail_anywhere_so_that_anything_is_lost() -> None:
     assert run("writers")["cases"] >= 500

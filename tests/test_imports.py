@@ -194,6 +194,9 @@ CHEAP = (
     ["models", "verify", "demo", "--json"],
     ["models", "pull", "--help"],
     ["train", "--help"],
+    ["recipes", "list", "--json"],
+    ["recipes", "show", "finetune"],
+    ["data", "check", "--help"],
     ["doctor", "--config"],
 )
 

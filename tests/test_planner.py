@@ -288,6 +288,29 @@ def test_a_full_disk_is_refused_before_anything_is_made() -> None:
         made.require_fit()
 
 
+def test_the_run_folder_is_counted_where_one_is_kept() -> None:
+    """16 x 60 x 104 numbers of 2 bytes are a latent frame; a snapshot is as large as the memory."""
+    asked = GenerateRequest(prompt="a", model="wan2.1-1.3b", seconds=60)
+    none = plan(asked.changed(keep_run=False))
+    kept, often = plan(asked), plan(asked.changed(snapshot_every=5))
+    assert (none.run_bytes, none.disk_bytes) == (
+        0,
+        plan(PlanRequest(model="wan2.1-1.3b", seconds=60)).disk_bytes,
+    )
+    assert kept.disk_bytes == none.disk_bytes + kept.run_bytes
+    latents = kept.latent_frames * 16 * 60 * 104 * 2
+    assert latents < kept.run_bytes < 1.5 * latents
+    assert often.run_bytes - kept.run_bytes > 2 * kept.capacity.live
+    free = Machine(80 * GB, disk_free_bytes=2 * none.disk_bytes)
+    with pytest.raises(DiskFullError, match="of disk are needed") as caught:
+        plan(asked, free).require_fit()
+    assert "are the run folder: --no-run keeps none." in caught.value.hint
+    plan(asked.changed(keep_run=False), free).require_fit()
+    with pytest.raises(DiskFullError) as caught:
+        plan(asked, Machine(80 * GB, disk_free_bytes=1000)).require_fit()
+    assert "--no-run" not in caught.value.hint
+
+
 def test_nothing_fits_a_machine_without_memory() -> None:
     made = plan(paper(), Machine(1))
     assert (made.fits, made.suggestion) == (False, "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -54,6 +55,52 @@ def test_changes_win_and_wrong_ones_are_refused() -> None:
     for wrong in ({"seed": -1}, {"selct": "fifo"}):
         with pytest.raises(ConfigError):
             MADE.generate_request(wrong)
+
+
+def again(made: Provenance = MADE, request: GenerateRequest = REQUEST, **values: Any) -> Provenance:
+    """The same video made again, with other values."""
+    return made.model_copy(update={"request": request.to_values(), **values})
+
+
+def test_what_is_no_longer_as_it_was_is_named_and_what_was_asked_for_is_not() -> None:
+    hashes = {"start image": "1", "pinned picture 1": "2", "pinned picture 2": "3", "embeddings": "4"}
+    layout = {"top_k": 4, "mid_span": "1"}
+    request = REQUEST.changed(pin_images=("a.png", "b.png"), embeddings="texts")
+    made = again(request=request, files_sha256=hashes, libraries={"torch": "2.9"}, layout=layout)
+    assert provenance.changes(made, made) == []
+    now = again(
+        made,
+        request,
+        version="1.3",
+        model=made.model.model_copy(update={"files": {"a/b": "1" * 64}}),
+        files_sha256={**hashes, "pinned picture 2": "5", "embeddings": "6"},
+        libraries={"torch": "2.10", "diffusers": "1"},
+        layout={"top_k": 4, "mid_span": "1/2", "more": 1},
+    )
+    named = [
+        "the weights of tiny 0",
+        "the pinned picture 2",
+        "the embeddings",
+        "the memory's mid_span: 1 then, 1/2 here",
+        "packforcing 1.2, here 1.3",
+        "torch 2.9, here 2.10",
+    ]
+    assert provenance.changes(made, now) == named
+    asked = again(
+        now, request.changed(embeddings="other", memory=MemoryOptions(top_k=4, bank=None, mid_span="1/2"))
+    )
+    assert provenance.changes(made, asked) == [named[0], named[1], *named[4:]]
+    other_model = again(now, request, model=ModelRecord(name="large", version="1"))
+    assert provenance.changes(made, other_model) == [*named[1:3], *named[4:]]
+
+
+def test_a_file_of_an_older_version_says_less_and_is_read() -> None:
+    values = MADE.model_dump(mode="json", by_alias=True)
+    for name in ("files_sha256", "libraries"):
+        del values[name]
+    old = provenance.from_tags({"packforcing": json.dumps({**values, "image_sha256": "1"})}, source="x")
+    now = again(files_sha256={"start image": "2", "pinned picture 1": "3"}, libraries={"torch": "2"})
+    assert provenance.changes(old, now) == ["the start image"]
 
 
 @pytest.mark.parametrize(

@@ -6,17 +6,22 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import runpy
+import shutil
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import av
 import pytest
+import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -29,6 +34,7 @@ from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli.progress import Display
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
+from packforcing_cli.layout import Lengths
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
@@ -292,6 +298,40 @@ def test_a_finished_run_whose_file_was_not_yet_noted_needs_no_model(
 # -- extending ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stopped_before", [False, True])
+@pytest.mark.parametrize("where", ["before", "behind"])
+def test_a_file_that_does_not_say_whose_it_is_is_known_when_it_has_its_name(
+    where: str, stopped_before: bool, model: VideoModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without tags a kill right before or right behind the last rename must not lock the run out of its own file."""
+
+    def kill(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output, tags={}) as run:
+        if stopped_before:
+            make(model, output, run, stop_after=3, metadata={})
+            assert (run.record.frames, run.record.closing) == (45, 0)
+        with monkeypatch.context() as patch:
+            if where == "before":
+                patch.setattr(VideoWriter, "close", lambda writer: kill(writer.abort()))
+            else:
+                patch.setattr(rollout, "close_run", kill)
+            assert make(model, output, run)[1] is None
+    assert output.exists() is (stopped_before or where == "behind")
+    with RunFolder.open(tmp_path / "run") as run:
+        assert (run.record.status, run.record.closing) == (
+            "running" if not stopped_before else "stopped",
+            109,
+        )
+        assert rollout.finish(run)
+        assert (run.record.status, run.record.frames, run.record.closing) == ("finished", 109, 0)
+        assert rollout.finish(run)
+    assert VideoReader(output).num_frames == 109
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "run"]
+
+
 @pytest.mark.parametrize("policy", ["packforcing", "full", "window"])
 def test_continuing_a_run_equals_the_same_seconds_of_a_longer_one(
     policy: str, model: VideoModel, tmp_path: Path
@@ -531,6 +571,34 @@ def test_a_pin_over_the_branch_point_ends_there() -> None:
     cut = [span.text for span in branch_of(prompt="red", pins=pins).pins]
     assert cut == ["0:01-0:02.8125", "0:02-0:02.8125"]
     assert [span.text for span in branch_of(pins=pins).pins] == ["0:01-0:04", "0:02-0:05.8125", "0:03-0:04"]
+
+
+def test_a_pinned_scene_over_the_branch_point_is_pinned_up_to_there() -> None:
+    """Blocks begin at 0, 0.8125, 1.8125 and 2.8125 s, where the branch is."""
+    pinned = {
+        "0:01 blue [pin 4s]": "2",
+        "0:01 blue [pin]": "0",
+        "0:01 blue [pin 1s]": "1",
+        "0:02 blue [pin 2s]": "1",
+    }
+    for text, seconds in pinned.items():
+        branch = branch_of(prompt="red", scenes=(text,))
+        assert branch.scenes[0].pin == Fraction(seconds)
+        script = branch.script("a", Lengths(4), fps=16, num_blocks=6, start=0)
+        assert script.pins <= {1, 2} and script.starts[-1] == 3
+    assert branch_of(scenes=("0:01 blue [pin 8s]",)).scenes[0].pin == 5  # to the end, 0:05.8125
+    within_its_blend = branch_of(at=("0:04 red",), scenes=("0:02 blue [blend 1s] [pin 3s]",)).scenes[0]
+    assert (within_its_blend.blend, within_its_blend.pin) == (1, None)
+
+
+@pytest.mark.parametrize("fps", [15, 16, 24, 30])
+def test_a_cut_timeline_has_no_frame_more_when_it_is_read_again(fps: int) -> None:
+    had = Timeline(parse_at([("0:00.9", "b [pin 3600s]")]), parse_pins(["0:00-1:00:00"]))
+    lengths = Lengths(4)
+    for blocks in range(3, 12):
+        end = Fraction(lengths.frames_for(blocks), fps)
+        cut = Timeline.from_json(had.until(end, lengths, fps=fps).to_json())
+        assert cut.script("a", lengths, fps=fps, num_blocks=blocks).pins == set(range(blocks))
 
 
 @pytest.mark.parametrize("more", [(), ("--prompt", "a square"), ("--at", "0:03 a square")])
@@ -815,6 +883,89 @@ def test_a_snapshot_is_a_file_of_the_safetensors_library(tmp_path: Path) -> None
     assert found.keys() == state.keys()
     for name, tensor in state.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+
+
+DAMAGE: dict[str, Callable[[bytes], bytes]] = {
+    "a number": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "the header": lambda data: data.replace(b'"cache.', b'"cachf.', 1),
+    "the count": lambda data: data.replace(b'"blocks":"2"', b'"blocks":"1"', 1),
+    "the end": lambda data: data[:-1],
+    "all but the beginning": lambda data: data[:20],
+    "everything": lambda _: b"",
+    "more": lambda data: data + b"0",
+    "the hash": lambda data: re.sub(rb'"sha256":"\w{64}"', b'"sha256":' + b"1" * 66, data),
+}
+
+
+@pytest.fixture(scope="module")
+def with_snapshot(model: VideoModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a run that was stopped after 3 blocks, with a snapshot after 2."""
+    folder = tmp_path_factory.mktemp("snapshot")
+    with folder_of(folder / "run", folder / "a.mp4") as run:
+        make(model, folder / "a.mp4", run, fail_at=2, snapshot_every=2)
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_snapshot_is_noticed_whatever_is_wrong_with_it(
+    damage: str, with_snapshot: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(with_snapshot / "run", tmp_path / "run")
+    path = tmp_path / "run" / "snapshot.safetensors"
+    with RunFolder.open(tmp_path / "run") as run:
+        assert (run.snapshot_blocks(), run.snapshot_problem) == (2, "")
+        data = path.read_bytes()
+        broken = DAMAGE[damage](data)
+        assert broken != data
+        path.write_bytes(broken)
+        os.utime(path, (1, 1))
+        assert run.snapshot_blocks() == 0
+        assert run.snapshot_problem == f"{path} is damaged: its contents are not what was written"
+
+
+def test_without_its_snapshot_a_run_goes_on_from_its_blocks(
+    model: VideoModel, with_snapshot: Path, unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot is as good as the blocks; a damaged one, and one of an older version, is left alone, and said."""
+    sound, old = (shutil.copytree(with_snapshot, tmp_path / name) for name in ("sound", "old"))
+    told: list[str] = []
+    for name in ("note", "warn"):
+        monkeypatch.setattr(Display, name, lambda _, text: told.append(text))
+    state = safetensors.torch.load_file(old / "run" / "snapshot.safetensors")
+    safetensors.torch.save_file(state, old / "run" / "snapshot.safetensors", {"blocks": "2"})
+    for folder, replayed, said in ((sound, 1, ""), (old, 3, "is of an older version; it is not used")):
+        with RunFolder.open(folder / "run") as run:
+            run.update(output=str(folder / "a.mp4"))
+            told.clear()
+            resuming.announce(run, model, Display(quiet=False))
+            assert said in " ".join(told) and f"; {replayed} to go through again" in told[-1]
+            frames, _ = make(model, folder / "a.mp4", run)
+        assert len(frames) == BLOCKS - 3 + replayed
+        assert torch.equal(latents(folder / "run"), latents(unbroken / "run"))
+        assert packets(folder / "a.mp4") == packets(unbroken / "a.mp4")
+
+
+def test_a_pointer_to_a_run_that_is_gone_is_ignored_and_swept_up(tmp_path: Path) -> None:
+    """--run DIR twice, the first run deleted by hand: DIR is the second one's; a disk that is away comes back."""
+    place, root = tmp_path / "kept", runfolder.default_root()
+    first, second = record(id="first"), record(id="second")
+    RunFolder.create(place, first).close()
+    away = tmp_path / "usb" / "runs" / "third"
+    RunFolder.create(away, record(id="third")).close()
+    shutil.rmtree(place)
+    assert [run.name for run in runfolder.all_runs()] == ["third"]
+    RunFolder.create(place, second).close()
+    (tmp_path / "usb").rename(tmp_path / "unplugged")
+    assert [run.name for run in runfolder.all_runs()] == ["second"]
+    assert (runfolder.folder_of("first"), runfolder.folder_of("second")) == (None, place)
+    with pytest.raises(UsageError, match="there is no run"):
+        runfolder.find("first")
+    assert runfolder.remove_leftovers() == 1
+    assert sorted(path.name for path in root.glob("*.where")) == ["second.where", "third.where"]
+    (tmp_path / "unplugged").rename(tmp_path / "usb")
+    assert [run.name for run in runfolder.all_runs()] == ["second", "third"]
+    (root / "fourth.where").write_bytes(b"\xff")
+    assert runfolder.remove_leftovers() == 1
 
 
 def test_changed_files_and_torchao_are_named(

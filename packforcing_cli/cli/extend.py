@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from packforcing_cli.cli import extend_file as foreign
+from packforcing_cli.cli import file_options as files
 from packforcing_cli.cli import generate as runner
 from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import resume as resuming
@@ -45,13 +46,14 @@ def extend(
         str | None,
         typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N. Default: as before."),
     ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option("--run", metavar="DIR", help="Where to keep the new run. Default: a new folder."),
-    ] = None,
-    no_run: Annotated[
-        bool, typer.Option("--no-run", help="Keep nothing: the new video cannot be resumed.")
-    ] = False,
+    codec: files.Codec = None,
+    crf: files.Crf = None,
+    preset: files.Preset = None,
+    frames: files.Frames = None,
+    metadata: files.Metadata = None,
+    run: files.RunPlace = None,
+    no_run: files.NoRun = False,
+    snapshot_every: files.SnapshotEvery = None,
     model: foreign.Model = None,
     size: foreign.Size = None,
     fit: foreign.Fit = None,
@@ -74,6 +76,7 @@ def extend(
     The new file has the old part and the new one; the source and its run stay as they are. With the same prompt
     and seed the result is what one longer run would have made. A video that was made elsewhere is read, brought to
     the model's size and rate, and remembered in the same bounded memory; how visible the join is will be printed.
+    Options of the file that are not given are those of the run.
 
     Example: packforcing extend a-red-circle.mp4 --seconds 30 --from 0:40 --prompt "a blue square" -o branch.mp4
 
@@ -87,6 +90,16 @@ def extend(
 
     shown = display.choose(progress, quiet=quiet, verbose=verbose)
     options = foreign.Options(model, size, fit, from_time, to_time, only_new)
+    changes: dict[str, Any] = {
+        "seed": seed,
+        "device": device,
+        "codec": codec,
+        "crf": crf,
+        "preset": preset,
+        "metadata": metadata,
+        "snapshot_every": snapshot_every,
+        "guard": guard,
+    }
     try:
         if foreign.is_foreign(source, shown):
             for name, given in (("--from", start), ("--force", force)):
@@ -96,8 +109,8 @@ def extend(
                         hint="To use a part of it: --from-time and --to-time.",
                     )
             code = foreign.extend_file(
-                Path(source), options, seconds, prompt, at, pin, seed, device, output, run,
-                guard=guard, keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+                Path(source), options, seconds, prompt, at, pin, changes, frames, output, run,
+                keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
             )  # fmt: skip
             if code:
                 raise typer.Exit(code)
@@ -116,13 +129,12 @@ def extend(
                 shown.warn(f"{old.dropped} of {old.record.id} is torn and left out")
             blocks, total = _lengths(old, seconds, start)
             before = GenerateRequest.from_values(old.record.request)
-            changes: dict[str, Any] = {"seed": seed, "device": device, "guard": guard}
             timeline = _timeline(old.record, blocks, total, prompt, at, pin)
             request = GenerateRequest.from_values(
                 {
                     **old.record.request,
                     "image": None,  # it is in the first block
-                    "frames": None,  # those of the source stay as they are
+                    "frames": frames,  # those of the source stay as they are
                     **({"embeddings": None} if prompt is not None or at else {}),  # not for new prompts
                     **{name: value for name, value in changes.items() if value is not None},
                     "seconds": total,
@@ -224,7 +236,6 @@ def _timeline(
     Scenes and pins of the source behind the branch stay as far as they fit, unless new prompts are given.
     Raises: UsageError for mistakes in `at` and `pin`, also one in the old part, which is made already.
     """
-    from dataclasses import replace
     from fractions import Fraction
 
     from packforcing_cli import timeline as timelines
@@ -256,17 +267,15 @@ def _timeline(
                 f"--at {timelines.clock(scene.seconds + late)}: the old part is made already",
                 hint=f"The first possible time is {timelines.clock(begins + late)}; to branch off earlier: --from.",
             )
-    return timelines.Timeline(
-        (*(scene for scene in before.scenes if scene.seconds < ends - half_a_block), *new),
-        (*(replace(span, end=min(span.end, ends)) for span in before.pins if span.start < ends), *given.pins),
-    )
+    kept = before.until(ends, record.lengths, fps=record.fps)
+    return timelines.Timeline((*kept.scenes, *new), (*kept.pins, *given.pins))
 
 
 def _made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | None:
     """The command of a branch that one longer run would not make: after another seed, a start image or another memory,
     or off such a branch. None for a plain continuation.
     """
-    from packforcing_cli import provenance
+    from packforcing_cli import jobs, provenance
     from packforcing_cli.errors import UsageError
 
     try:
@@ -283,6 +292,9 @@ def _made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | 
     new = (lengths.frames_for(job.plan.blocks) - lengths.frames_for(blocks)) / before.fps
     words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{new:g}"]
     words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]
+    for name in jobs.FILE_SETTINGS:
+        value = getattr(request, name)
+        words += [] if before.request.get(name) == value else [f"--{name}", str(value)]
     return shlex.join(["packforcing", *words])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -134,12 +134,11 @@ def extend_file(
     prompt: str | None,
     at: list[str] | None,
     pin: list[str] | None,
-    seed: int | None,
-    device: str | None,
+    changes: Mapping[str, Any],
+    frames: Path | None,
     output: Path | None,
     run: Path | None,
     *,
-    guard: str | None,
     keep_run: bool,
     overwrite: bool,
     as_json: bool,
@@ -148,6 +147,9 @@ def extend_file(
 ) -> int:
     """Go on with a video file; prints the path of the new one. Returns: the exit code.
 
+    Args:
+        changes: settings by name, None = not given.
+        frames:  folder for PNGs.
     Raises: PackforcingError, saying what plays.
     """
     from packforcing_cli import jobs, timeline
@@ -161,13 +163,11 @@ def extend_file(
         "size": options.size,
         "fit": options.fit,
         "seconds": seconds,
-        "seed": seed,
-        "device": device,
-        "guard": guard,
+        **changes,
         "overwrite": overwrite or None,
         "keep_run": None if keep_run else False,
     }
-    request, why_model = _request(source, options, said, at, pin, flags, output)
+    request, why_model = _request(source, options, said, at, pin, flags, frames, output)
     folder = runner.check_run_options(request, run)
     job = runner.prepare(request, why={"model": why_model})
     job.plan.require_fit()
@@ -196,6 +196,7 @@ def _request(
     at: list[str] | None,
     pin: list[str] | None,
     flags: dict[str, Any],
+    frames: Path | None,
     output: Path | None,
 ) -> tuple[GenerateRequest, str]:
     """The request for a video that goes on with a file, and why it takes the model it does."""
@@ -205,7 +206,9 @@ def _request(
     from packforcing_cli.source import Source
 
     _, wanted = story.gather(said, at, None, pin)
-    request = settings.gather(flags).generate_request(said.strip() or f"more of {source.stem}", output)
+    request = settings.gather(flags).generate_request(
+        said.strip() or f"more of {source.stem}", output, frames=frames
+    )
     output_folder = (request.output or Path()).absolute().parent
     request, _, why_model = choose.resolve_model(request, output_folder)
     facts = packages.facts(request.model)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from packforcing_cli.cli import file_options as files
 from packforcing_cli.cli import memory_options as memory
 from packforcing_cli.cli import story_options as story
 
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
 SCHEMA = 1
 HEALTH_SHOWN = 6  # blocks named in one line
 OTHER_NOISE = "Try another --seed, or --guard retry."
-FILE_PANEL = "File"
-RUN_PANEL = "Run folder"
 
 
 def generate(
@@ -116,31 +115,10 @@ def generate(
     at: story.At = None,
     timeline: story.TimelineFile = None,
     pin: story.Pin = None,
-    codec: Annotated[
-        str | None,
-        typer.Option(
-            "--codec",
-            metavar="NAME",
-            rich_help_panel=FILE_PANEL,
-            help="h264 (default) or hevc; h264_nvenc, hevc_nvenc on GPUs that can.",
-        ),
-    ] = None,
-    crf: Annotated[
-        int | None,
-        typer.Option("--crf", rich_help_panel=FILE_PANEL, help="Quality, 0 (lossless) to 51. Default 18."),
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            "--preset", metavar="NAME", rich_help_panel=FILE_PANEL, help="The encoder's. Default veryfast."
-        ),
-    ] = None,
-    frames: Annotated[
-        Path | None,
-        typer.Option(
-            "--frames", metavar="FOLDER", rich_help_panel=FILE_PANEL, help="Write every frame as a PNG, too."
-        ),
-    ] = None,
+    codec: files.Codec = None,
+    crf: files.Crf = None,
+    preset: files.Preset = None,
+    frames: files.Frames = None,
     policy: memory.Policy = None,
     sink_blocks: memory.SinkBlocks = None,
     recent_blocks: memory.RecentBlocks = None,
@@ -182,35 +160,11 @@ def generate(
             help="Make the video of a file again: what it was made with, and the options given here instead.",
         ),
     ] = None,
-    metadata: Annotated[
-        bool | None,
-        typer.Option("--metadata/--no-metadata", help="Write into the file how it was made. Default: yes."),
-    ] = None,
-    run: Annotated[
-        Path | None,
-        typer.Option(
-            "--run",
-            metavar="DIR",
-            rich_help_panel=RUN_PANEL,
-            help="Where to keep what resume and extend need. Default: a new folder; see `runs list`.",
-        ),
-    ] = None,
-    no_run: Annotated[
-        bool,
-        typer.Option(
-            "--no-run", rich_help_panel=RUN_PANEL, help="Keep nothing: the video cannot be resumed."
-        ),
-    ] = False,
+    metadata: files.Metadata = None,
+    run: files.RunPlace = None,
+    no_run: files.NoRun = False,
     guard: memory.Guard = None,
-    snapshot_every: Annotated[
-        int | None,
-        typer.Option(
-            "--snapshot-every",
-            metavar="BLOCKS",
-            rich_help_panel=RUN_PANEL,
-            help="Save the exact state now and then, so that resuming is instant; it is as large as the memory.",
-        ),
-    ] = None,
+    snapshot_every: files.SnapshotEvery = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
 
@@ -379,13 +333,9 @@ def _provenance(path: Path) -> Provenance:
 
 def _compare(before: Provenance, now: Provenance, shown: Display) -> None:
     """Say what is no longer as it was when the file was made."""
-    changed = []
-    if now.model.files != before.model.files:
-        changed.append(f"the weights of {before.model.name} {before.model.version}")
-    if before.image_sha256 is not None and now.image_sha256 not in (None, before.image_sha256):
-        changed.append("the start image")
-    if before.version != now.version:
-        changed.append(f"packforcing {before.version}, here {now.version}")
+    from packforcing_cli import provenance
+
+    changed = provenance.changes(before, now)
     if changed:
         shown.warn(f"not as it was when the file was made: {', '.join(changed)}; the video may differ")
 
@@ -491,7 +441,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         ("memory", _memory_text(job)),
         ("KV memory", f"{console.gb(plan.memory.live)}; a full cache: {console.gb(plan.full_history_bytes)}"),
         ("peak memory", f"about {console.gb(plan.peak_bytes)}: {_stages_text(plan)}"),
-        ("disk", f"at most about {console.gb(plan.disk_bytes)}"),
+        ("disk", _disk_text(plan)),
         ("output", str(job.path)),
         ("downloads", _downloads_text(job)),
         ("fits", fits),
@@ -500,6 +450,15 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         console.result(f"{name:<12} {value}")
     for warning in plan.warnings:
         shown.warn(warning)
+
+
+def _disk_text(plan: Plan) -> str:
+    """Most disk space while the video is made: at most about 1.2 GB: video 0.2 GB, run folder 1.0 GB."""
+    from packforcing_cli.cli import console
+
+    video = console.gb(plan.disk_bytes - plan.run_bytes)
+    parts = f"video {video}, run folder {console.gb(plan.run_bytes)}" if plan.run_bytes else "the video alone"
+    return f"at most about {console.gb(plan.disk_bytes)}: {parts}"
 
 
 def _downloads_text(job: Job) -> str:
@@ -728,6 +687,10 @@ def resume_command(run: RunFolder) -> str:
 
 
 def _again(job: Job) -> str:
+    from packforcing_cli import jobs
+
+    if job.request.source is not None:
+        return f"{jobs.extend_command(job)} --overwrite"
     return _command(job.request.model_copy(update={"overwrite": True}))
 
 
@@ -788,6 +751,7 @@ def report(
     Args:
         more: for the JSON.
     """
+    from packforcing_cli import jobs
     from packforcing_cli.cli import console
 
     plan = job.plan
@@ -835,7 +799,7 @@ def report(
                 "ended": result.ended,
             },
             "warnings": list(plan.warnings),
-            "command": _command(job.request),
+            "command": _command(job.request) if job.request.source is None else jobs.extend_command(job),
             "figures": {
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),

@@ -165,10 +165,10 @@ def _go_on(
         run.update(other_memory=run.blocks)
     announce(run, model, shown)
     is_same = run.record.output == str(request.output)
-    frames = run.record.frames if is_same else 0
+    frames, closing = (run.record.frames, run.record.closing) if is_same else (0, 0)
+    changes = {"output": str(request.output), "frames": frames, "closing": closing}
     asked = {**run.record.request, "guard": request.guard}
-    must = {**run.record.must, **now}
-    run.update(status="running", output=str(request.output), frames=frames, must=must, request=asked)
+    run.update(status="running", **changes, must={**run.record.must, **now}, request=asked)
     return run
 
 
@@ -188,6 +188,8 @@ def announce(
             " bit for bit"
         )
     cost = rollout.replay_cost(run, keep=keep, blocks=blocks)
+    if run.snapshot_problem:
+        shown.warn(f"{run.snapshot_problem}; it is not used, the blocks are enough")
     there, length = keep or run.blocks, blocks or run.record.blocks
     shown.note(
         f"{run.record.id}: {there} of {length} blocks are there; {cost.blocks} to go through again"

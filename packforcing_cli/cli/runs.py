@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from packforcing_cli.config import SourceVideo
     from packforcing_cli.runfolder import Run
 
 SCHEMA = 1
@@ -71,6 +72,7 @@ def show(
         "made": f"{record.created:%Y-%m-%d %H:%M} UTC by packforcing {record.version}",
         "model": record.model,
         "parent": record.parent or "none",
+        **({} if record.source is None else {"source": _source(record.source)}),
         "numerics": ", ".join(
             f"{name} {value}" for name, value in record.numerics.items() if value is not None
         ),
@@ -162,9 +164,19 @@ def _entry(run: Run) -> dict[str, Any]:
         "size_bytes": run.size_bytes,
         "video": record.output if record else None,
         "parent": record.parent if record else None,
+        "source": str(record.source.path) if record and record.source else None,
         "folder": str(run.folder),
         "problem": run.problem,
     }
+
+
+def _source(source: SourceVideo) -> str:
+    """The video that a run goes on with, and how much of it: phone.mp4, 3 blocks, from 0:20 to 1:05."""
+    words = [f"{source.path}, {source.blocks} block{'' if source.blocks == 1 else 's'}"]
+    words += [f"from {source.from_time}"] if source.from_time else []
+    words += [f"to {source.to_time}"] if source.to_time else []
+    words += ["not in the video"] if source.only_new else []
+    return ", ".join(words)
 
 
 def _blocks(run: Run) -> str:

@@ -52,6 +52,8 @@ def _values(file: Path, reader: VideoReader, made: Provenance) -> dict[str, Any]
         "model": made.model.model_dump(),
         "layout": made.layout,
         "image_sha256": made.image_sha256,
+        "files_sha256": made.files_sha256,
+        "libraries": made.libraries,
         "command": _command(file, made),
     }
 
@@ -80,8 +82,10 @@ def _rows(file: Path, reader: VideoReader, made: Provenance) -> list[tuple[str, 
     ]
     rows.append(("model", f"{made.model.name} {made.model.version}"))
     rows += [("", f"{name} {sha256[:12]}…") for name, sha256 in made.model.files.items()]
+    rows += [("file", f"{name} {sha256[:12]}…") for name, sha256 in made.files_sha256.items()]
     layout = ", ".join(f"{name} {value}" for name, value in made.layout.items() if value not in ([], None))
-    return [*rows, ("memory", layout), ("version", made.version), ("command", _command(file, made))]
+    versions = ", ".join((made.version, *(f"{name} {number}" for name, number in made.libraries.items())))
+    return [*rows, ("memory", layout), ("version", versions), ("command", _command(file, made))]
 
 
 def _command(file: Path, made: Provenance) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import av
 import numpy as np
 import pytest
-from test_generate import assert_one_message, write_tiny
+from test_generate import assert_one_message, send_in_block, write_tiny
 from test_source import RAMP, write
 
+from packforcing_cli import runfolder
+from packforcing_cli.config import GenerateRequest
+from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.video import VideoReader
 
 
@@ -71,6 +75,68 @@ def test_a_video_from_elsewhere_is_continued_and_its_seam_told(
     assert set(values["seam"]) == {"delta_e", "jump", "own_motion"}
     assert "empty prompt" not in again.err
     assert VideoReader(tmp_path / "c.mp4").metadata["prompt"] == "red"
+
+
+def test_options_of_the_file_hold_for_both_kinds_of_source(
+    extend: Any, run_command: Any, tmp_path: Path
+) -> None:
+    """What is not given for a run's continuation is as it was; --frames is of one video only."""
+    write(tmp_path / "phone.mp4", RAMP, size=(160, 90))  # 48 frames
+    options = ("--codec", "hevc", "--crf", "40", "--preset", "ultrafast", "--snapshot-every", "2")
+    made = extend("phone.mp4", "--prompt", "red", *options, "--frames", "a", "--no-metadata", "-o", "a.mp4")
+    assert made.code == 0, made.err
+    assert sorted(path.name for path in (tmp_path / "a").iterdir())[-1] == "frame-000079.png"
+    more = run_command("extend", "a.mp4", "--seconds", "1", "-o", "b.mp4")
+    assert more.code == 0, more.err
+    other = ("--codec", "h264", "--crf", "20", "--frames", "c", "--metadata", "--snapshot-every", "1")
+    last = run_command("extend", "b.mp4", "--seconds", "1", *other, "-o", "c.mp4")
+    assert last.code == 0, last.err
+    assert len(list((tmp_path / "c").iterdir())) == VideoReader(tmp_path / "c.mp4").num_frames == 112
+    codecs, tagged, snapshots = [], [], []
+    for name in "abc":
+        with av.open(str(tmp_path / f"{name}.mp4")) as container:
+            codecs.append(container.streams.video[0].codec_context.name)
+            tagged.append("packforcing" in container.metadata)
+    for run in runfolder.all_runs():
+        assert run.record is not None
+        with RunFolder.open(run.folder) as opened:
+            snapshots.append(opened.snapshot_blocks())
+        command = run_command("runs", "show", run.name).out
+        assert f"source    {tmp_path / 'phone.mp4'}, 3 blocks" in command
+    assert (codecs, tagged, snapshots) == (["hevc", "hevc", "h264"], [False, False, True], [4, 6, 7])
+    crf = [GenerateRequest.from_values(run.record.request).crf for run in runfolder.all_runs() if run.record]
+    assert crf == [40, 40, 20]
+    said = json.loads(run_command("show", "c.mp4", "--json").out)["command"]
+    assert "--codec" not in said  # h264, as always
+    twice = run_command("extend", "b.mp4", "--seconds", "1", "--frames", "a", "-o", "d.mp4")
+    assert_one_message(twice, 2, "there are frames in a", "--overwrite")
+    streamed = extend("phone.mp4", "--prompt", "red", "--no-run", "--snapshot-every", "1", "-o", "e.mp4")
+    assert_one_message(streamed, 2, "--snapshot-every needs a run folder", "Leave one away")
+
+
+def test_stopped_within_the_source_it_is_finished_by_resume(
+    extend: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "phone.mp4", RAMP, size=(160, 90), audio=True)
+    asked = ("phone.mp4", "--prompt", "red", "--seed", "5")
+    assert extend(*asked, "-o", "whole.mp4").code == 0
+    with monkeypatch.context() as patch:
+        send_in_block(patch, 1, signal.SIGINT)
+        stopped = extend(*asked, "-o", "a.mp4")
+    assert stopped.code == 130
+    assert "Stopped before there was a new block. To go on: packforcing resume 2" in stopped.err
+    assert not (tmp_path / "a.mp4").exists()
+    (tmp_path / "phone.mp4").rename(tmp_path / "moved.mp4")
+    lost = run_command("resume", "--last")
+    assert_one_message(lost, 2, f"there is no file {tmp_path / 'phone.mp4'}", "Bring it back")
+    write(tmp_path / "phone.mp4", RAMP[::-1], size=(160, 90), audio=True)
+    assert_one_message(run_command("resume", "--last"), 2, "source video", "")
+    (tmp_path / "moved.mp4").replace(tmp_path / "phone.mp4")
+    done = run_command("resume", "--last")
+    assert done.code == 0, done.err
+    assert done.out == f"{tmp_path / 'a.mp4'}\n"
+    both = [VideoReader(tmp_path / name) for name in ("a.mp4", "whole.mp4")]
+    assert all(np.array_equal(*pair) for pair in zip(*both, strict=True)) and both[0].has_audio
 
 
 def test_without_any_prompt_an_empty_one_is_taken_and_said(extend: Any, tmp_path: Path) -> None:

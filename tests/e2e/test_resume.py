@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,23 @@ def test_wrong_run_options_are_refused_before_anything_is_made(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["full"]
 
 
+def test_a_dry_run_tells_at_least_the_disk_that_is_taken(generate: Any, tmp_path: Path) -> None:
+    for more in ((), ("--snapshot-every", "2")):
+        options = ("-o", f"{len(more)}.mp4", "--run", f"run{len(more)}", *more)
+        said = next(
+            line for line in generate(*options, "--dry-run").out.splitlines() if line.startswith("disk")
+        )
+        number, unit = re.search(r"run folder ([\d.]+) (\w+)$", said).groups()  # type: ignore[union-attr]
+        planned = float(number) * {"kB": 1e3, "MB": 1e6}[unit]
+        assert generate(*options).code == 0
+        taken = sum(
+            p.stat().st_size for p in (tmp_path / f"run{len(more)}").rglob("*") if p.name != "run.json"
+        )
+        assert taken < planned < (20 if more else 5) * taken
+    said = generate("--no-run", "--dry-run").out
+    assert re.search(r"disk +at most about .*: the video alone", said)
+
+
 def test_snapshots_make_resuming_instant(
     generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -422,6 +440,7 @@ def test_runs_are_listed_shown_removed_and_pruned(
         "size_bytes",
         "video",
         "parent",
+        "source",
         "folder",
         "problem",
     }

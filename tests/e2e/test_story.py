@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,29 @@ def test_a_file_says_how_it_was_made_and_is_made_again(
     shown = run_command("show", "a.mp4").out
     assert "prompt       a red circle" in shown and "at           0:02 a circle [cut]" in shown
     assert "packforcing generate --from a.mp4" in shown
+
+
+def test_changed_files_and_libraries_are_said(
+    generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, colour in (("one.png", "red"), ("two.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    pins = ("--pin-image", "one.png", "--pin-image", "two.png")
+    assert generate("a red circle", *pins, "--seconds", "3", "-o", "a.mp4").code == 0
+    values = json.loads(run_command("show", "a.mp4", "--json").out)
+    assert values["libraries"]["torch"] == metadata.version("torch")
+    assert (
+        values["files_sha256"]["pinned picture 2"]
+        == hashlib.sha256((tmp_path / "two.png").read_bytes()).hexdigest()
+    )
+    assert "pinned picture 2" in run_command("show", "a.mp4").out
+    assert "not as it was" not in run_command("generate", "--from", "a.mp4", "-o", "b.mp4").err
+    Image.new("RGB", (64, 64), "green").save(tmp_path / "two.png")
+    monkeypatch.setattr("packforcing_cli.rollout.libraries", lambda *_: {"torch": "0.1"})
+    again = run_command("generate", "--from", "a.mp4", "-o", "c.mp4")
+    assert again.code == 0
+    said = f"not as it was when the file was made: the pinned picture 2, torch {metadata.version('torch')}, here 0.1; "
+    assert said in " ".join(again.err.split())
 
 
 def test_a_changed_model_is_said_and_no_metadata_leaves_nothing(
