@@ -42,7 +42,7 @@ from torch import Tensor
 
 from packforcing_cli import rope, selection
 from packforcing_cli.errors import LayoutError
-from packforcing_cli.layout import BlockView, Layout, MemoryBytes, Position
+from packforcing_cli.layout import BlockView, Layout, MemoryBytes, Position, Slots
 
 
 class BlockKV(Protocol):
@@ -82,7 +82,6 @@ class CacheContext:
 
     def __init__(self, cache: KVCache, view: BlockView, *, scored: bool) -> None:
         layers, device, slots = cache.layers, cache.device, cache.layout.slots(view)
-        mids = [cache.layout.compressed_positions(start, slots.span) for start in slots.mid_starts]
         self.block, self.layout = view.current, cache.layout
         self.positions = cache._block_positions([slots.current_start])
         self.selected = torch.full((layers, view.active), -1, dtype=torch.int64, device=device)
@@ -90,7 +89,8 @@ class CacheContext:
         self.degenerate = torch.zeros(layers, dtype=torch.bool, device=device)
         self._cache = cache
         self._num_tokens = cache.layout.tokens(view).stored
-        self._mid_angles = cache._angles(cache._positions([position for mid in mids for position in mid]))
+        self._view = view
+        self._shared_angles = self._mid_angles(slots) if cache.layout.rope_adjustment else None
         self._ready = [False] * layers
 
     def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,16 @@ class CacheContext:
             forced, self.degenerate[part] = choice.ids, choice.degenerate
         self.selected[part] = forced
         for layer in layers:
-            cache._write_mids(layer, self.selected[layer], *self._mid_angles, end=cache._n + self._num_tokens)
+            ids = self.selected[layer]
+            angles = self._shared_angles or self._mid_angles(cache.layout.slots(self._view, ids.tolist()))
+            cache._write_mids(layer, ids, *angles, end=cache._n + self._num_tokens)
             self._ready[layer] = True
+
+    def _mid_angles(self, slots: Slots) -> tuple[Tensor, Tensor]:
+        """Rotations of the active mids; without RoPE adjustment each layer has its own."""
+        cache = self._cache
+        mids = [cache.layout.compressed_positions(start, slots.span) for start in slots.mid_starts]
+        return cache._angles(cache._positions([position for mid in mids for position in mid]))
 
     def _check_open(self) -> None:
         if self._cache._open is not self:

@@ -98,6 +98,8 @@ class MemoryOptions(Options):
     compressor:         hr+lr, hr, lr, the baselines pool and identity, none = old blocks are forgotten, auto = the
                         package's own; or other weights: an installed package's name, a package or a part's folder.
     compressed_context: what a compressed block saw when its keys were made: the sinks, or the block's history.
+    rope_adjustment:    what attends takes contiguous temporal slots; False = every block keeps those of its own time,
+                        so distances grow with the video (an ablation: METHOD 9.6).
     """
 
     policy: str = "packforcing"
@@ -109,6 +111,7 @@ class MemoryOptions(Options):
     mid_span: str | None = None
     compressor: str = "auto"
     compressed_context: str = "sinks"
+    rope_adjustment: bool = True
 
     @field_validator("policy")
     @classmethod
@@ -153,10 +156,10 @@ class MemoryOptions(Options):
         """Slots a mid block takes.
 
         Args:
-            default: the model's own, taken when nothing was set.
+            default: the model's own, taken when nothing was set. Without RoPE adjustment it is frames_per_block.
         """
         if self.mid_span is None:
-            return default
+            return default if self.rope_adjustment else Fraction(frames_per_block)
         if self.mid_span == "fit":
             return "fit"
         return Fraction(frames_per_block if self.mid_span == "block" else self.mid_span)
@@ -180,15 +183,18 @@ class MemoryOptions(Options):
             bank=self.bank,
             mid_span=self.span(grid.frames_per_block, default_span),
             trained_frames=trained_frames,
+            rope_adjustment=self.rope_adjustment,
         )
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> MemoryOptions:
         """Take a package's values for everything that was not set explicitly, and for the compressor "auto".
 
-        Names unknown here are left out.
+        Names unknown here are left out; without RoPE adjustment a package's mid_span means nothing.
         """
         known = {name: value for name, value in defaults.items() if name in MemoryOptions.model_fields}
         own = self.model_dump(include=self.model_fields_set)
+        if not self.rope_adjustment:
+            known.pop("mid_span", None)
         if own.get("compressor") == "auto" and "compressor" in known:
             del own["compressor"]
         return MemoryOptions(**{**known, **own})

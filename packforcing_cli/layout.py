@@ -17,6 +17,10 @@ RoPE only sees differences, so the shift changes nothing (METHOD 5.3). A dropped
 A mid block takes `mid_span` slots: frames_per_block (the paper's reading), fewer, or "fit", which spreads the slots
 that are left in the range the model was trained on (METHOD 5.5).
 
+Without RoPE adjustment (`rope_adjustment=False`, METHOD 9.6) every block keeps the slots of its own time: block b sits
+at frames_per_block * b and takes frames_per_block slots, whatever was dropped between it and the current block.
+Distances then grow with the video, and where a mid sits depends on which block it is: `slots` is told a layer's ids.
+
 Life of a block: current -> sink (the first sink_blocks of a video), otherwise current -> recent -> bank -> gone.
 A bank block attends only while it is active. With top_k 0 there is no bank: what leaves recent is gone.
 
@@ -298,6 +302,7 @@ class Slots:
 
     sink_starts, mid_starts, recent_starts: oldest first. mid_starts has one entry an active position, whichever
     block a layer puts there; a position takes `span` slots.
+    oldest: first slot that is attended, above 0 only without RoPE adjustment and without sinks.
     """
 
     sink_starts: tuple[Fraction, ...]
@@ -306,6 +311,7 @@ class Slots:
     current_start: Fraction
     span: Fraction
     frames_per_block: int
+    oldest: Fraction = Fraction(0)
 
     @property
     def sink_start(self) -> Fraction:
@@ -313,8 +319,8 @@ class Slots:
 
     @property
     def total(self) -> Fraction:
-        """Slots taken in all, the current block included."""
-        return self.current_start + self.frames_per_block
+        """Slots from the oldest that is attended to the current block's last."""
+        return self.current_start + self.frames_per_block - self.oldest
 
     @property
     def max_distance(self) -> Fraction:
@@ -376,6 +382,7 @@ class Layout:
     trained_frames: latent frames of the longest clip the model was trained on: slot distances stayed below it.
     cuts:           blocks that see none of the recent blocks before them; these go on to the bank.
     pins:           blocks that are recalled by every later block and never dropped.
+    rope_adjustment: active blocks take contiguous slots; False = every block keeps those of its own time.
     Raises: LayoutError if the numbers describe no possible context.
     """
 
@@ -388,6 +395,7 @@ class Layout:
     trained_frames: int = 20
     cuts: tuple[int, ...] = ()
     pins: frozenset[int] = frozenset()
+    rope_adjustment: bool = True
 
     def __post_init__(self) -> None:
         for name in ("sink_blocks", "recent_blocks", "top_k"):
@@ -413,6 +421,12 @@ class Layout:
             raise LayoutError(
                 f"bank must be at least 1 block, got {self.bank}",
                 hint="Use --top-k 0 for no compressed memory.",
+            )
+        if not self.rope_adjustment and self.mid_span != self.grid.frames_per_block:
+            raise LayoutError(
+                f"mid_span {self.mid_span} contradicts no RoPE adjustment: every block keeps the"
+                f" {self.grid.frames_per_block} slots of its own time",
+                hint="Use --mid-span block, or --rope-adjustment.",
             )
         if self.mid_span == "fit":
             if self._room_for_mid <= 0:
@@ -442,6 +456,7 @@ class Layout:
         bank: int | None = 256,
         mid_span: Span | int = "fit",
         trained_frames: int = 20,
+        rope_adjustment: bool = True,
     ) -> Layout:
         """The numbers of a policy, see the module docstring.
 
@@ -458,7 +473,16 @@ class Layout:
         elif policy != "packforcing":
             raise UsageError(f"unknown policy {policy!r}", hint=f"Choose one of {', '.join(POLICIES)}.")
         span: Span = "fit" if mid_span == "fit" else Fraction(mid_span)
-        return cls(grid, sink_blocks, recent_blocks, top_k, bank, span, trained_frames)
+        return cls(
+            grid,
+            sink_blocks,
+            recent_blocks,
+            top_k,
+            bank,
+            span,
+            trained_frames,
+            rope_adjustment=rope_adjustment,
+        )
 
     @property
     def _room_for_mid(self) -> int:
@@ -519,11 +543,41 @@ class Layout:
             return min(full, Fraction(self._room_for_mid, view.active))
         return self.mid_span
 
-    def slots(self, view: BlockView | int) -> Slots:
-        """Slots of a view's active blocks: contiguous, counted back from the current block, the oldest at 0."""
+    def slots(self, view: BlockView | int, ids: Sequence[int] | None = None) -> Slots:
+        """Slots of a view's active blocks: contiguous, counted back from the current block, the oldest at 0.
+
+        Args:
+            ids: the mids of a layer, ascending. They matter without RoPE adjustment only. None = mid_starts are
+                those of the newest mids, and `oldest` is that of the oldest mid a layer may choose.
+        Raises: LayoutError if ids are not the view's number of active blocks, or not in its bank.
+        """
         view = self.view(view) if isinstance(view, int) else view
+        if ids is not None and (len(ids) != view.active or not {*ids} <= {*view.mid}):
+            raise LayoutError(f"{[*ids]} are not {view.active} of the mids of block {view.current}")
+        if not self.rope_adjustment:
+            return self._own_slots(view, ids)
         return _slots(
             self.grid.frames_per_block, len(view.sink), view.active, len(view.recent), self.span(view)
+        )
+
+    def _own_slots(self, view: BlockView, ids: Sequence[int] | None) -> Slots:
+        """Slots without RoPE adjustment: those of each block's own time."""
+        frames, mids = self.grid.frames_per_block, tuple(view.mid)
+        active = mids[len(mids) - view.active :] if ids is None else tuple(ids)
+        reachable = (mids if ids is None else active) if view.active else ()
+        seen = (*view.sink, *reachable, *view.recent, view.current)
+
+        def starts(blocks: Sequence[int]) -> tuple[Fraction, ...]:
+            return tuple(Fraction(frames * block) for block in blocks)
+
+        return Slots(
+            sink_starts=starts(view.sink),
+            mid_starts=starts(active),
+            recent_starts=starts(view.recent),
+            current_start=Fraction(frames * view.current),
+            span=self.span(view),
+            frames_per_block=frames,
+            oldest=Fraction(frames * min(seen)),
         )
 
     @property

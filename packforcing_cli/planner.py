@@ -540,6 +540,8 @@ def _warnings(parts: _Parts, slots: SlotPlan) -> tuple[str, ...]:
     layout = parts.layout
     if not slots.within_trained_range:
         step = "use --mid-span fit or a smaller --top-k" if layout.top_k else "use --policy packforcing"
+        if not layout.rope_adjustment:
+            step = "it grows with the video; use --rope-adjustment"
         found.append(
             f"the context spans {_number(slots.total)} slots and the model was trained on {slots.trained_frames};"
             f" {step}"

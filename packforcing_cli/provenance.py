@@ -153,6 +153,7 @@ def layout_values(layout: Layout) -> dict[str, Any]:
         "top_k": layout.top_k,
         "bank": layout.bank,
         "mid_span": str(layout.mid_span),
+        "rope_adjustment": layout.rope_adjustment,
         "trained_frames": layout.trained_frames,
         "cuts": list(layout.cuts),
         "pins": sorted(layout.pins),

@@ -845,6 +845,16 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 _UNKNOWN = "an unknown process"
 
 
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """The right to write into any folder, for one process at a time. Raises: LockedError."""
+    lock = _Lock(folder)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 class _Lock:
     """The right to work on a run folder, for one process at a time.
 

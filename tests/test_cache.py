@@ -69,9 +69,10 @@ def make_cache(
     *,
     pins: frozenset[int] = frozenset(),
     cuts: tuple[int, ...] = (),
+    rope_adjustment: bool = True,
     **options: Any,
 ) -> KVCache:
-    layout = replace(make_layout(setting, dtype), pins=pins, cuts=cuts)
+    layout = replace(make_layout(setting, dtype), pins=pins, cuts=cuts, rope_adjustment=rope_adjustment)
     return KVCache(layout, **{"num_blocks": NUM_BLOCKS, "dtype": dtype, **options})
 
 
@@ -236,6 +237,38 @@ def test_every_layer_sees_what_the_simulation_sees(setting: Any, mode: str) -> N
         if cache.needs_backup(i):
             cache.add_backup(i, random_kv(i, COMPRESSED))
         simulation.commit(i)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_without_rope_adjustment_keys_are_turned_to_the_time_of_their_block(mode: str) -> None:
+    """Brute force: every key at 4 times its block's number, from whichever blocks each layer recalled."""
+    setting = (2, 1, 3, 6, FRAMES)
+    cache = make_cache(setting, select=mode, seed=3, rope_adjustment=False)
+    query = torch.randn(5, HEADS, DIM, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    choices = set()
+    for i in range(NUM_BLOCKS):
+        context = cache.context(i)
+        seen, own = denoise(cache, context), random_kv(100 * i + 1, BLOCK)
+        assert torch.equal(context.positions, float64(block_cells(4.0 * i)))
+        stats = cache.stats()
+        for layer in range(LAYERS):
+            mids = context.selected[layer].tolist()
+            choices.add(tuple(mids))
+            keys, values = [own.k[layer, 0]], [own.v[layer, 0]]
+            for block in (*stats.sink, *stats.recent):
+                keys.append(turn(random_kv(block, BLOCK).k[layer, 0], block_cells(4.0 * block)))
+                values.append(random_kv(block, BLOCK).v[layer, 0])
+            for block in mids:
+                keys.append(
+                    turn(random_kv(block, COMPRESSED).k[layer, 0], compressed_cells(4.0 * block, 4.0))
+                )
+                values.append(random_kv(block, COMPRESSED).v[layer, 0])
+            k, v = (t[0] for t in seen[layer])
+            assert_equal(attend(query, k, v), attend(query, torch.cat(keys), torch.cat(values)))
+        cache.commit(i, random_kv(i, BLOCK))
+        if cache.needs_backup(i):
+            cache.add_backup(i, random_kv(i, COMPRESSED))
+    assert any(b - a > 1 for ids in choices for a, b in pairwise(ids)) or mode == "fifo"  # with gaps
 
 
 def test_visibility_table_of_twelve_blocks() -> None:

@@ -192,6 +192,40 @@ def test_slots_are_contiguous_walking_back_from_the_current_block(span: Any) -> 
         assert slots.max_distance == slots.current_start + 3
 
 
+def test_without_rope_adjustment_every_block_keeps_the_slots_of_its_own_time() -> None:
+    """METHOD 5.1 without the repair: block b at 4 b, whatever was dropped; distances grow."""
+    layout = Layout(DEMO, 2, 1, 3, bank=6, mid_span=Fraction(4), trained_frames=20, rope_adjustment=False)
+    slots = layout.slots(20, (13, 15, 18))
+    assert slots.sink_starts == (0, 4)
+    assert slots.mid_starts == (52, 60, 72)
+    assert slots.recent_starts == (76,)
+    assert (slots.current_start, slots.span, slots.oldest) == (80, 4, 0)
+    assert slots.max_distance == 83
+    assert [layout.slots(n).max_distance for n in (0, 1, 9)] == [3, 7, 39]
+    assert layout.slots(20).mid_starts == (64, 68, 72)  # of the newest, when no choice is given
+    with pytest.raises(LayoutError, match="not 3 of the mids of block 20"):
+        layout.slots(20, (2, 15, 18))
+
+
+def test_without_rope_adjustment_and_sinks_the_distance_is_that_to_the_oldest_a_layer_may_choose() -> None:
+    layout = Layout(DEMO, 0, 1, 3, bank=6, mid_span=Fraction(4), trained_frames=20, rope_adjustment=False)
+    assert [*layout.view(20).mid] == [13, 14, 15, 16, 17, 18]
+    assert layout.slots(20).max_distance == 4 * 20 + 3 - 4 * 13
+    assert layout.slots(20, (16, 17, 18)).max_distance == 4 * 20 + 3 - 4 * 16
+    windows = [
+        Layout.from_policy("window", grid=DEMO, num_blocks=30, rope_adjustment=adjusted)
+        for adjusted in (False, True)
+    ]
+    assert {window.slots(20).max_distance for window in windows} == {15}
+
+
+@pytest.mark.parametrize("span", ["fit", Fraction(1)])
+def test_a_span_contradicts_no_rope_adjustment(span: Any) -> None:
+    with pytest.raises(LayoutError, match="contradicts no RoPE adjustment") as caught:
+        Layout(DEMO, mid_span=span, trained_frames=80, rope_adjustment=False)
+    assert "--mid-span block" in caught.value.hint
+
+
 def test_fit_fills_the_trained_range_exactly() -> None:
     layout = Layout(WAN, 2, 1, 16, None, "fit", 20)
     assert layout.span(3) == 4  # no mid block yet

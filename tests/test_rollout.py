@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from packforcing_cli import rollout
-from packforcing_cli.config import MemoryOptions
+from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, Prompt, Story, schedule_for, stream_generate
@@ -67,6 +67,24 @@ def test_identity_compressor_and_full_budget_equal_dense_attention(model: VideoM
     torch.testing.assert_close(latents(model, everything, num_blocks=6), dense, rtol=1e-9, atol=1e-9)
     fewer = everything.model_copy(update={"top_k": 1})
     assert (latents(model, fewer, num_blocks=6)[-1] - dense[-1]).norm() > 1e-4 * dense[-1].norm()
+
+
+def test_while_nothing_is_dropped_rope_adjustment_changes_nothing(model: VideoModel) -> None:
+    everything = {"compressor": "identity", "mid_span": "block", "top_k": 3}
+    adjusted = latents(model, MemoryOptions(**everything), num_blocks=8)
+    plain = latents(model, MemoryOptions(**everything, rope_adjustment=False), num_blocks=8)
+    assert torch.equal(plain[:7], adjusted[:7])  # sinks 0 1, mids 2 3 4, recent 5: block 6 sees all
+    assert not torch.equal(plain[7], adjusted[7])
+
+
+def test_a_run_names_rope_adjustment_only_when_it_is_off(model: VideoModel) -> None:
+    """Runs of before the option existed had it, and are not another memory."""
+    request = GenerateRequest(prompt="made up", model="tiny", seconds=5)
+    usual = rollout.must_be_same(model, request)
+    off = rollout.must_be_same(model, request.changed(rope_adjustment=False))
+    assert "layout rope_adjustment" not in usual
+    assert off["layout rope_adjustment"] is False
+    assert rollout.is_other_memory(usual, off)
 
 
 def test_an_untrained_compressor_equals_the_low_resolution_branch_alone_bit_for_bit() -> None:

@@ -128,6 +128,7 @@ def generate(
     mid_span: memory.MidSpan = None,
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
+    rope_adjustment: memory.RopeAdjustment = None,
     quantize: memory.Quantize = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
@@ -211,6 +212,7 @@ def generate(
         "mid_span": mid_span,
         "compressor": compressor,
         "compressed_context": compressed_context,
+        "rope_adjustment": rope_adjustment,
     }
     shown = display.choose(progress, quiet=quiet, verbose=verbose)
     try:

@@ -83,6 +83,15 @@ CompressedContext = Annotated[
         help="What a block sees while it is compressed: sinks (default) or history.",
     ),
 ]
+RopeAdjustment = Annotated[
+    bool | None,
+    typer.Option(
+        "--rope-adjustment/--no-rope-adjustment",
+        rich_help_panel=PANEL,
+        help="Whether what attends takes contiguous temporal slots (default), or every block keeps those of its own"
+        " time, so that distances grow with the video.",
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(

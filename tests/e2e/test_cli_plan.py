@@ -46,6 +46,7 @@ PLAN_SHAPE: dict[str, Any] = {
         "mid_span": str,
         "compressor": str,
         "compressed_context": str,
+        "rope_adjustment": bool,
     },
     "tokens": {
         "block": int,
@@ -199,6 +200,7 @@ def test_every_memory_option_reaches_the_plan(run_command: Any) -> None:
         "mid_span": "1/2",
         "compressor": "hr+lr",
         "compressed_context": "history",
+        "rope_adjustment": True,
     }
     assert values["tokens"]["sink"] == values["tokens"]["block"]
     assert values["tokens"]["mid"] == 3 * values["tokens"]["compressed_block"]
@@ -304,3 +306,20 @@ def test_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     assert done.stdout == "{"
     assert "Traceback" not in done.stderr
     assert "BrokenPipe" not in done.stderr
+
+
+def test_without_rope_adjustment_the_plan_shows_the_distance_and_warns(run_command: Any) -> None:
+    done = run_command("inspect-cache", "--no-rope-adjustment", "--seconds", "60", "--json")
+    values = json.loads(done.out)
+    assert values["memory"]["rope_adjustment"] is False
+    assert values["slots"] == {
+        "mid_span": 4.0,
+        "total": 240.0,
+        "max_distance": 239.0,
+        "trained_frames": 80,
+        "within_trained_range": False,
+    }
+    assert "it grows with the video; use --rope-adjustment" in values["warnings"][0]
+    refused = run_command("inspect-cache", "--no-rope-adjustment", "--mid-span", "1")
+    assert refused.code == 2
+    assert "mid_span 1 contradicts no RoPE adjustment" in refused.err
