@@ -19,14 +19,14 @@ _packforcing() {
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --address|--at|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-failures|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--recent-blocks|--repeats|--retries|--rows|--run|--seam|--seconds|--seed|--seeds|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
+        --address|--at|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--data|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-bad|--max-failures|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--recent-blocks|--repeats|--retries|--rows|--run|--scene-seconds|--seam|--seconds|--seed|--seeds|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing data"|"packforcing data check"|"packforcing data encode"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing recipes"|"packforcing recipes copy"|"packforcing recipes list"|"packforcing recipes show"|"packforcing recipes validate"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
-        "packforcing") words="batch bench doctor eval extend generate inspect-cache models resume runs show train --version --help -h" ;;
+        "packforcing") words="batch bench data doctor eval extend generate inspect-cache models recipes resume runs show train --version --help -h" ;;
         "packforcing batch") words="cancel retry run schema status --help -h" ;;
         "packforcing batch cancel") words="--job --help -h" ;;
         "packforcing batch retry") words="--job --lost --help -h" ;;
@@ -40,21 +40,29 @@ _packforcing() {
         "packforcing bench load") words="--model --dtype --device --force --json --help -h" ;;
         "packforcing bench scaling") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
         "packforcing bench startup") words="--force --json --help -h" ;;
+        "packforcing data") words="check encode --help -h" ;;
+        "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;
+        "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
         "packforcing eval") words="--prompt --clip --seam --plot --overwrite --explain --offline --suite --quick --model --out --rows --prompts --seeds --seconds --jobs --device --record --dry-run --json -q --quiet --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --codec --crf --preset --frames --metadata --no-metadata --run --no-run --snapshot-every --model --size --fit --from-time --to-time --only-new --guard --force --json --progress -q --quiet -v --verbose --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --guard --snapshot-every --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --lora --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --guard --snapshot-every --help -h" ;;
         "packforcing inspect-cache") words="--at --block --layer --compare --follow --html --plot --overwrite --model --seconds --size --fps --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --quantize --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
         "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
         "packforcing models list") words="--json --help -h" ;;
-        "packforcing models pack") words="-o --output --with-parts --overwrite -q --quiet --help -h" ;;
+        "packforcing models pack") words="-o --output --with-parts --lora --overwrite -q --quiet --help -h" ;;
         "packforcing models path") words="--help -h" ;;
         "packforcing models pull") words="--update --offline --endpoint --json -q --quiet --help -h" ;;
         "packforcing models remove") words="--hub-files -y --yes -q --quiet --help -h" ;;
         "packforcing models show") words="--json --help -h" ;;
         "packforcing models verify") words="--deep --json -q --quiet --help -h" ;;
+        "packforcing recipes") words="copy list show validate --help -h" ;;
+        "packforcing recipes copy") words="--help -h" ;;
+        "packforcing recipes list") words="--json --help -h" ;;
+        "packforcing recipes show") words="--help -h" ;;
+        "packforcing recipes validate") words="--set --force --json --help -h" ;;
         "packforcing resume") words="--last -o --output --device --guard --force --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing runs") words="list prune remove show --help -h" ;;
         "packforcing runs list") words="--json --help -h" ;;
@@ -62,7 +70,7 @@ _packforcing() {
         "packforcing runs remove") words="-y --yes --help -h" ;;
         "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
-        "packforcing train") words="--out --set --vae -q --quiet -v --verbose --help -h" ;;
+        "packforcing train") words="--out --set --vae --data --resume --force -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

@@ -348,6 +348,7 @@ class GenerateRequest(PlanRequest):
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
+    loras:     folders of adapters as PATH or PATH:WEIGHT, added to the model's weights.
     auto_fit:  make the smallest change that lets a request fit, and say so.
     codec:     h264 or hevc, or with NVIDIA's hardware h264_nvenc or hevc_nvenc.
     crf:       quality, 0 (lossless) to 51.
@@ -372,6 +373,7 @@ class GenerateRequest(PlanRequest):
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
     embeddings: Path | None = None
+    loras: tuple[str, ...] = ()
     auto_fit: bool = False
     codec: str = "h264"
     crf: int = Field(18, ge=0, le=51)
@@ -434,7 +436,7 @@ def random_seed() -> int:
 
 # ---------------------------------------------------------------------------------------------- where values come from
 
-_NOT_SETTINGS = ("memory", "prompt", "image", "pin_images", "output", "frames", "timeline", "source")
+_NOT_SETTINGS = ("memory", "prompt", "image", "pin_images", "loras", "output", "frames", "timeline", "source")
 SETTINGS = (
     *(name for name in GenerateRequest.model_fields if name not in _NOT_SETTINGS),
     *MemoryOptions.model_fields,

@@ -314,6 +314,11 @@ def recorded(job: Job) -> GenerateRequest:
         path = request.source.path.absolute()
         changes["source"] = request.source.model_copy(update={"path": path})
     changes["pin_images"] = tuple(path.absolute() for path in request.pin_images)
+    if request.loras:
+        from packforcing_cli import lora
+
+        places = (lora.parse(text) for text in request.loras)
+        changes["loras"] = tuple(f"{path.absolute()}:{strength:g}" for path, strength in places)
     return request.model_copy(update=changes)
 
 
@@ -427,6 +432,7 @@ def open_source(job: Job) -> ModelSource:
         quantize_text=request.quantize_text,
         offload=request.offload,
         compressor=request.memory.compressor,
+        loras=request.loras,
     )
 
 

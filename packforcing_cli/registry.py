@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, durable, packages, weights
+from packforcing_cli import catalog, durable, lora, packages, weights
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.config import COMPRESSORS
@@ -99,6 +99,7 @@ __all__ = [
     "resolve_device",
     "resolve_dtype",
     "verify_package",
+    "write_merged",
     "write_package",
 ]
 
@@ -165,6 +166,7 @@ def load_model(
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
+    loras: Sequence[str] = (),
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
     return open_model(
@@ -176,6 +178,7 @@ def load_model(
         quantize_text=quantize_text,
         offload=offload,
         compressor=compressor,
+        loras=loras,
     ).load()
 
 
@@ -189,6 +192,7 @@ def open_model(
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
+    loras: Sequence[str] = (),
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
 
@@ -202,6 +206,7 @@ def open_model(
                        host memory and copies each to the GPU while it runs.
         compressor:    a kind, which loads the package's own weights where it has any, or the weights to use instead:
                        an installed package's name, a package's folder or a part's folder.
+        loras:         folders of adapters as PATH or PATH:WEIGHT, added to the transformer's weights one after another.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
     """
@@ -214,7 +219,12 @@ def open_model(
     require_support(quantize, chosen_device)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
     other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
+    adapters = [lora.read(*lora.parse(text)) for text in loras]
     if facts is not None:
+        if adapters:
+            raise UsageError(
+                f"{facts.name} has random weights: a LoRA means nothing to it", hint="Leave --lora away."
+            )
         return _open_random(
             facts,
             chosen_device,
@@ -231,6 +241,8 @@ def open_model(
     hashes = _part_hashes(manifest, vae_folder, own_vae=part_folder(folder, manifest, "vae"))
     if other is not None:
         hashes["compressor"] = other.verify()
+    for number, adapter in enumerate(adapters, 1):
+        hashes[f"lora {number}"] = f"{adapter.sha256} x {adapter.strength:g}"
     text = TextIdentity(
         encoder=_combined(manifest.part_hash("text_encoder"), manifest.part_hash("tokenizer")),
         length=manifest.text_length,
@@ -256,6 +268,7 @@ def open_model(
             dtype=chosen_dtype,
             quantize=quantize,
             stream_layers=offload == "all",
+            loras=adapters,
         )
         network = None
         if other is not None:
@@ -431,16 +444,24 @@ def load_transformer(
     dtype: torch.dtype,
     quantize: str = "none",
     stream_layers: bool = False,
+    loras: Sequence[lora.Lora] = (),
 ) -> WanTransformer:
     """Read a transformer from its folder.
 
     Args:
         quantize:      a mode of `quantize` for the linears of its layers.
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
-    Raises: WeightsError for another architecture or wrong tensors.
+        loras:         adapters that are added to the weights, before these are quantized.
+    Raises: WeightsError for another architecture or wrong tensors, or adapters of another model.
     """
     module = _empty_transformer(folder)
     change = _changes(module, device, dtype, quantize, stream_layers=stream_layers)
+    if loras:
+        add, rest = lora.merger(loras, module.state_dict()), change
+
+        def change(name: str, tensor: Tensor) -> Tensor:
+            return rest(name, add(name, tensor))
+
     source = torch.device("cpu") if stream_layers else device
     module = _filled(module, folder, source, dtype, change)
     if stream_layers:
@@ -751,6 +772,32 @@ def write_package(
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return written
+
+
+def write_merged(base: Path, loras: Sequence[str], folder: Path) -> Manifest:
+    """Write the package `base` with adapters, PATH or PATH:WEIGHT, merged into its transformer.
+
+    The weights keep the precision they are stored in. Raises: as `lora.read`, `write_package`, `verify_package`.
+    """
+    manifest = read_manifest(base)
+    adapters = [lora.read(*lora.parse(text)) for text in loras]
+    verify_package(base, manifest)
+    place = part_folder(base, manifest, "transformer")
+    _, first = next(weights.each_tensor(place))
+    transformer = load_transformer(place, device=torch.device("cpu"), dtype=first.dtype, loras=adapters)
+    merged = [{"sha256": adapter.sha256, "weight": adapter.strength} for adapter in adapters]
+    return write_package(
+        folder,
+        manifest.model_copy(
+            update={
+                "base_model": manifest.base_model or manifest.name,
+                "provenance": {**manifest.provenance, "merged_loras": merged},
+                "references": {},
+            }
+        ),
+        transformer=transformer,
+        base=base,
+    )
 
 
 _FILE_NAMES = {

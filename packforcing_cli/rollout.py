@@ -33,7 +33,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
 from packforcing_cli.source import History, Source
 from packforcing_cli.timeline import Script, parse_time
 from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
-from packforcing_cli.vae import StreamingDecoder, WanCodec, encode_lr, lr_pixels
+from packforcing_cli.vae import Codec, StreamingDecoder, WanCodec, encode_lr, lr_pixels
 from packforcing_cli.video import FrameFolder, PipeWriter, Sound, VideoReader, VideoWriter, part_path
 
 
@@ -253,8 +253,21 @@ def encode_image(model: VideoModel, pixels: NDArray[np.uint8]) -> Tensor:
     return (latents if last is None else torch.cat((latents, last), dim=2)).to(model.dtype)
 
 
+class HasCodec(Protocol):
+    """What encoding needs of a model: a `VideoModel`, or its codec alone."""
+
+    @property
+    def codec(self) -> Codec: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
 def encode_blocks(
-    model: VideoModel, pieces: Iterable[NDArray[np.uint8]], *, frames_per_block: int
+    model: HasCodec, pieces: Iterable[NDArray[np.uint8]], *, frames_per_block: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Encode the blocks of a video as one stream, reading no further than the encoder looks ahead.
 

@@ -19,11 +19,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from packforcing_cli import rope
 from packforcing_cli.errors import WeightsError
@@ -371,6 +373,7 @@ class WanTransformer(nn.Module):
         self.proj_out = nn.Linear(config.dim, config.out_channels * ph * pw)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self._seat: _Seat | None = None
+        self._recomputes = False
 
     def stream_layers(self, device: torch.device) -> None:
         """Leave the layers' weights where they are and copy each layer to `device` while it runs.
@@ -378,6 +381,10 @@ class WanTransformer(nn.Module):
         Everything else must be on the device. Results are the same; every pass copies all layers.
         """
         self._seat = _Seat(self.config, device)
+
+    def recompute_layers(self) -> None:
+        """Keep only the input of each layer for the backward pass, which runs the layer again; results are the same."""
+        self._recomputes = True
 
     # -- pieces, shared by inference and training ---------------------------------------------------------------
 
@@ -427,7 +434,11 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """All layers over x [B,S,d]; `attend(layer, q, k, v)` receives un-rotated queries and keys."""
         for i, layer in enumerate(self._layers()):
-            x = layer(x, modulation, text.layers[i], lambda q, k, v, i=i: attend(i, q, k, v), attend_text)
+            inputs = (x, modulation, text.layers[i], partial(attend, i), attend_text)
+            if self._recomputes and torch.is_grad_enabled():
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         return x
 
     def _layers(self) -> Iterator[Layer]:

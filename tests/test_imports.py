@@ -29,7 +29,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "manifest",
     ),
-    ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle"),
+    ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle", "lora"),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     (
         "bundle",
@@ -209,6 +209,9 @@ CHEAP = (
     ["models", "verify", "demo", "--json"],
     ["models", "pull", "--help"],
     ["train", "--help"],
+    ["recipes", "list", "--json"],
+    ["recipes", "show", "finetune"],
+    ["data", "check", "--help"],
     ["doctor", "--config"],
 )
 

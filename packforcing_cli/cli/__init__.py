@@ -33,6 +33,8 @@ COMMANDS = (
     ("runs", "runs", "app"),
     ("batch", "batch", "app"),
     ("train", "train", "train"),
+    ("recipes", "recipes", "app"),
+    ("data", "data", "app"),
     ("inspect-cache", "inspect_cache", "inspect_cache"),
     ("models", "models", "app"),
     ("doctor", "doctor", "doctor"),

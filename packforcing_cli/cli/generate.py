@@ -102,6 +102,14 @@ def generate(
             help="Prompt embeddings from packforcing models embed; the text encoder is not loaded.",
         ),
     ] = None,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--lora",
+            metavar="PATH[:WEIGHT]",
+            help="Adapters from packforcing train finetune-lora, added to the model; can be repeated.",
+        ),
+    ] = None,
     pin_image: story.PinImage = None,
     fit: story.Fit = None,
     at: story.At = None,
@@ -215,7 +223,13 @@ def generate(
         if made_with is None:
             first, scenes = story.gather(given, at, timeline, pin)
             request = settings.gather(flags).generate_request(
-                first, output, timeline=scenes, image=image, pin_images=tuple(pin_image or ()), frames=frames
+                first,
+                output,
+                timeline=scenes,
+                image=image,
+                pin_images=tuple(pin_image or ()),
+                frames=frames,
+                loras=tuple(lora or ()),
             )
         else:
             changes: dict[str, Any] = {
@@ -223,6 +237,7 @@ def generate(
                 "image": image,
                 "pin_images": tuple(pin_image) if pin_image else None,
                 "frames": frames,
+                "loras": tuple(lora) if lora else None,
                 **settings.with_places(flags),
             }
             if at or timeline or pin:
@@ -380,6 +395,8 @@ def _command(request: GenerateRequest) -> str:
     options = request.timeline.arguments()
     for picture in request.pin_images:
         options += ["--pin-image", str(picture)]
+    for adapter in request.loras:
+        options += ["--lora", adapter]
     for name, value in values.items():
         if value is not None:
             shown = f"{value:.12g}" if isinstance(value, float) else str(value)

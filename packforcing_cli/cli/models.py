@@ -422,6 +422,10 @@ def pack(
             "--with-parts", help="Put parts that lie on the Hub into it, for a machine without network."
         ),
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option("--lora", metavar="PATH[:WEIGHT]", help="Merge adapters into it; can be repeated."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     quiet: Quiet = False,
 ) -> None:
@@ -434,6 +438,10 @@ def pack(
     from packforcing_cli.cli.transfers import Transfers
 
     folder = _locate(name)
+    if lora:
+        _pack_merged(folder, lora, output, with_parts=with_parts, overwrite=overwrite)
+        console.result(str(output))
+        return
     manifest = packages.read_manifest(folder)
     sizes = {file: record.size for file, record in manifest.files.items()}
     if with_parts:
@@ -442,6 +450,23 @@ def pack(
     with Transfers(quiet=quiet, sizes=sizes) as shown:
         bundle.pack(folder, output, with_parts=with_parts, overwrite=overwrite, advance=shown.advance)
     console.result(str(output))
+
+
+def _pack_merged(folder: Path, loras: list[str], output: Path, *, with_parts: bool, overwrite: bool) -> None:
+    """Write a package whose transformer has adapters merged into its weights."""
+    import tempfile
+
+    from packforcing_cli import bundle, registry
+
+    if output.exists() and not overwrite:
+        from packforcing_cli.errors import UsageError
+
+        raise UsageError(f"{output} exists", hint="Choose another place, or use --overwrite.")
+    output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".merged-") as place:
+        merged = Path(place) / "package"
+        registry.write_merged(folder, loras, merged)
+        bundle.pack(merged, output, with_parts=with_parts, overwrite=overwrite)
 
 
 @app.command("remove")

@@ -5,6 +5,7 @@ With several processes (torchrun) every one of them runs this command; the first
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -16,7 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from packforcing_cli.training.recipes import DemoFlow, DemoVae
+    import torch
+
+    from packforcing_cli.training.data import EncodedData
+    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipes import AnyRecipe
 
 LINE_EVERY_SECONDS = 10.0
 SPEED_WINDOW_SECONDS = 60.0
@@ -40,14 +45,30 @@ def train(
             "--vae", metavar="DIR", help="Run folder of the trained VAE, for recipes that need one."
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data",
+            metavar="DIR",
+            help="Clips to finetune on, or what packforcing data encode made of them.",
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Only go on with a run: refuse to start a new one.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Accept that inference leaves the context of training.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
 ) -> None:
     """Train a model by a recipe. Prints the folder of the result.
 
-    Example: packforcing train demo-vae, then packforcing train demo-flow --vae runs/demo-vae
+    Example: packforcing train finetune --data CLIPS. The demo from nothing: packforcing train demo-vae, then
+    packforcing train demo-flow --vae runs/demo-vae
 
-    A folder that has checkpoints is continued. Ctrl-C saves a checkpoint first; twice stops at once.
+    A folder that has checkpoints is continued. Ctrl-C saves a checkpoint first; twice stops at once. A recipe whose
+    result would be run in a context that it is not trained in is refused.
     """
     from packforcing_cli.errors import PackforcingError, UsageError
     from packforcing_cli.training import recipes
@@ -55,18 +76,26 @@ def train(
     is_first = os.environ.get("RANK", "0") == "0"
     talk = _Talk(silent=quiet or not is_first)
     try:
-        chosen = recipes.load(recipe, settings or [])
-        if vae is not None:
-            if "vae" not in type(chosen).model_fields:
+        changed = list(settings or [])
+        chosen = recipes.load(recipe, changed)
+        for option, key, value in (("--vae", "vae", vae), ("--data", "data.folder", data)):
+            if value is None:
+                continue
+            if not _takes(chosen, key):
+                what = "other VAE" if key == "vae" else "clips"
                 raise UsageError(
-                    f"--vae {vae}: a {chosen.kind} recipe uses no other VAE", hint="Leave --vae away."
+                    f"{option} {value}: a {chosen.kind} recipe uses no {what}", hint=f"Leave {option} away."
                 )
-            chosen = recipes.load(recipe, [*(settings or []), f"vae={vae}"])
+            changed.append(f"{key}={json.dumps(str(value))}")
+        chosen = recipes.load(recipe, changed)
         folder = out or Path("runs") / recipes.find(recipe).stem
+        if resume and not any((folder / "checkpoints").glob("step-*.safetensors")):
+            raise UsageError(
+                f"there is no run to go on with in {folder}", hint="Check --out, or leave --resume away."
+            )
         _make_folder(folder)
-        again = _command(recipe, folder, settings or [], vae)
-        _introduce(chosen, folder, talk, verbose=verbose)
-        code = _run(chosen, folder, talk, again)
+        again = _command(recipe, folder, settings or [], vae, data, force=force)
+        code = _run(chosen, folder, talk, again, force=force, verbose=verbose)
     except PackforcingError as error:
         if is_first:
             raise
@@ -75,6 +104,17 @@ def train(
         raise typer.Exit(code)
     if is_first:
         _report(chosen, folder, talk)
+
+
+def _takes(recipe: AnyRecipe, key: str) -> bool:
+    """Whether a recipe has a key such as data.folder."""
+    model: Any = type(recipe)
+    for part in key.split("."):
+        field = getattr(model, "model_fields", {}).get(part)
+        if field is None:
+            return False
+        model = field.annotation
+    return True
 
 
 def _make_folder(folder: Path) -> None:
@@ -92,26 +132,37 @@ def _make_folder(folder: Path) -> None:
         raise UsageError(f"the folder {folder} is not writable", hint="Choose another with --out.")
 
 
-def _command(recipe: str, folder: Path, settings: list[str], vae: str | None) -> str:
+def _command(
+    recipe: str, folder: Path, settings: list[str], vae: str | None, data: Path | None, *, force: bool
+) -> str:
     """The command that goes on with this run, as it was started."""
     words = ["packforcing", "train", recipe, "--out", str(folder)]
     for setting in settings:
         words += ["--set", setting]
     if vae is not None:
         words += ["--vae", vae]
+    if data is not None:
+        words += ["--data", str(data)]
+    if force:
+        words.append("--force")
     count = os.environ.get("WORLD_SIZE", "1")
     if count != "1":
         words[:1] = ["torchrun", "--nproc-per-node", count, "-m", "packforcing_cli"]
     return shlex.join(words)
 
 
-def _introduce(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, *, verbose: bool) -> None:
+def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -> None:
     import torch
 
     steps = recipe.train.steps
     # The newest may be cut short by a crash; the trainer says at which step it really goes on.
     found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
-    what = {"demo-vae": "the demo's autoencoder", "demo-flow": "the demo's transformer and compressor"}
+    what = {
+        "demo-vae": "the demo's autoencoder",
+        "demo-flow": "the demo's transformer and compressor",
+        "finetune": f"{getattr(recipe, 'model', '')} on clips",
+        "finetune-lora": f"adapters of {getattr(recipe, 'model', '')} on clips",
+    }
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
     threads = recipe.train.threads or torch.get_num_threads()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -172,8 +223,8 @@ class _Lines:
         if event == "pool":
             self._talk.say("scenes are rendered and encoded, once for this folder …")
         elif event == "start":
-            done = f", {record['step']} of {self._steps} steps done already" if record["step"] else ""
-            self._talk.say(f"{record['parameters']:,} parameters{done}")
+            if record["step"]:
+                self._talk.say(f"{record['step']} of {self._steps} steps done already")
         elif event == "evaluate":
             step = record.pop("step")
             self._talk.say(f"step {step}, evaluated: {_figures(record)}")
@@ -210,7 +261,7 @@ class _Stop:
         self.code = self.code or 128 + number
 
 
-def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> int:
+def _run(recipe: AnyRecipe, folder: Path, talk: _Talk, again: str, *, force: bool, verbose: bool) -> int:
     """Train. Returns: 0, or the exit code of a run that was stopped. Raises: PackforcingError."""
     from packforcing_cli import durable
     from packforcing_cli.errors import DiskFullError
@@ -218,7 +269,9 @@ def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> i
     lines = _Lines(recipe.train.steps, talk)
     with _Stop() as stop:
         try:
-            figures = _train(recipe, folder, lines, stop)
+            _introduce(recipe, folder, talk, verbose=verbose)
+            clips = _prepare(recipe, folder, talk, force=force)
+            figures = _train(recipe, folder, lines, stop, clips)
         except KeyboardInterrupt:
             talk.say(f"Stopped at once; the steps since the newest checkpoint are lost. To go on: {again}")
             return stop.code or 130
@@ -235,25 +288,103 @@ def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> i
     return 0
 
 
-def _train(recipe: DemoVae | DemoFlow, folder: Path, lines: _Lines, stop: _Stop) -> dict[str, Any]:
+def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, force: bool) -> EncodedData | None:
+    """Say what the training takes, refuse what cannot go well, and encode clips where there are any.
+
+    Raises: UsageError if inference would leave the trained context; MemoryFitError; what reading clips raises.
+    """
+    from packforcing_cli.training.estimate import estimate, would_fit
+    from packforcing_cli.training.loop import Workers
+    from packforcing_cli.training.recipe_kinds import Finetune
+
+    device = Workers.start().device
+    clips = _clips(recipe, folder, talk, device) if isinstance(recipe, Finetune) else None
+    blocks = None if clips is None else max((scene.blocks for scene in clips.scenes), default=None)
+    found = estimate(recipe, device, scene_blocks=blocks)
+    for line in found.lines():
+        talk.say(line)
+    if not force:
+        found.require_match()
+    for mismatch in found.mismatches:
+        talk.say(f"warning: inference leaves what is trained: {mismatch}")
+    too_large = found.memory.total > found.free_bytes * 0.95
+    found.require_fit(would_fit(recipe, device, scene_blocks=blocks) if too_large else ())
+    return clips
+
+
+def _clips(recipe: Finetune, folder: Path, talk: _Talk, device: torch.device) -> EncodedData:
+    """The encoded data a recipe names, encoded now if it is a folder of clips; by the first process alone."""
+    from packforcing_cli import packages, registry
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.training import data
+    from packforcing_cli.training.loop import Workers
+
+    settings = recipe.data
+    if not settings.folder:
+        raise UsageError(
+            "there are no clips to train on", hint="Give a folder: packforcing train … --data CLIPS"
+        )
+    given = Path(settings.folder)
+    if data.EncodedData.is_one(given):
+        return data.EncodedData.open(given)
+    place = packages.find_package(recipe.model)
+    wanted = data.Wanted.by(
+        packages.read_manifest(place),
+        place,
+        scene_seconds=settings.scene_seconds,
+        enlarge=settings.enlarge,
+        max_bad=settings.max_bad,
+    )
+    data.find_clips(given)  # a wrong folder is said before the model is verified
+    workers = Workers.start()
+    if workers.rank == 0:
+        source = registry.open_model(recipe.model, device=device)
+
+        def told(done: int, total: int, finding: data.Finding, had: bool) -> None:
+            if finding.state != "used":
+                talk.say(f"warning: {finding.name}: {finding.state}, {finding.message}")
+
+        talk.say(f"encoding the clips of {given} into {folder / 'data'}, what is not there yet …")
+        data.encode(given, folder / "data", source, wanted, on_clip=told)
+    workers.any_wants(False)  # the others wait here
+    found = data.EncodedData.open(folder / "data")
+    talk.say(f"data: {len(found.scenes)} scenes of {len({scene.clip for scene in found.scenes})} clips")
+    return found
+
+
+def _train(
+    recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None
+) -> dict[str, Any]:
+    from packforcing_cli.training.recipe_kinds import Finetune
+
     if recipe.kind == "demo-vae":
         from packforcing_cli.training import demo_vae
 
         return demo_vae.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+    if isinstance(recipe, Finetune):
+        from packforcing_cli.training import finetune
+
+        assert clips is not None
+        return finetune.train(recipe, folder, clips, on_log=lines, should_stop=lambda: stop.code != 0)
     from packforcing_cli.training import demo_flow
 
     return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
 
 
-def _report(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk) -> None:
+def _report(recipe: AnyRecipe, folder: Path, talk: _Talk) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
+    from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
 
     if recipe.kind == "demo-vae":
         result = folder / "vae"
         talk.say(f"Done. Next: packforcing train demo-flow --vae {shlex.quote(str(folder))}")
     else:
         result = folder / "package"
+        if isinstance(recipe, Finetune) and recipe.samples.every:
+            talk.say(f"samples, before and after: {folder / 'samples'}; curve: {folder / 'curve.png'}")
+        if isinstance(recipe, FinetuneLora):
+            talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
         talk.say(
             'Done. Try it: packforcing generate "a red circle moving right on a blue background"'
             f" --model {shlex.quote(str(result))}"

@@ -67,6 +67,14 @@ class Workers:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    def mean(self, value: float) -> float:
+        """The mean of a number over the processes; all of them must ask."""
+        if self.count == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total) / self.count
+
     def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Replace every gradient by its mean over the processes; a missing gradient counts as zero."""
         if self.count == 1:
@@ -269,6 +277,8 @@ def run(
     log: Log,
     evaluate: Callable[[], dict[str, Any]] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    items: int | None = None,
+    log_every: int = LOG_EVERY,
 ) -> bool:
     """Train from `state.step` to `settings.steps`, with checkpoints, log lines and evaluations.
 
@@ -277,12 +287,20 @@ def run(
         facts:       stored in checkpoints; a run with other facts cannot go on from them.
         evaluate:    called every `settings.evaluate_every` steps by the first process; its figures are logged.
         should_stop: asked after every step; True saves a checkpoint and ends.
+        items:       losses a step, over all processes; the step follows their mean. The n-th of a step has the
+                     generator (seed, step, n), whichever process it falls to. None = one a process.
+        log_every:   steps between lines of the log.
     Returns: whether all steps are done. Raises: WeightsError if the loss is not finite.
     """
     checkpoints, saved = out / "checkpoints", time.monotonic()
     parameters = [p for module in state.modules.values() for p in module.parameters()]
     peaks = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
     load_checkpoint(checkpoints, state, facts)
+    if items is not None and items % workers.count:
+        raise UsageError(
+            f"{items} items a step cannot be shared by {workers.count} processes",
+            hint=f"Use a multiple of {workers.count}.",
+        )
     log.write(
         event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
     )
@@ -297,21 +315,32 @@ def run(
         groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
         for group, peak in zip(groups, peaks, strict=True):
             group["lr"] = peak * factor
-        value, parts = loss(step_generator(settings.seed, state.step, workers.rank))
         for p in parameters:
             p.grad = None
-        value.backward()
+        mine = range(workers.rank, workers.count if items is None else items, workers.count)
+        shown = 0.0
+        parts: dict[str, float] = {}
+        for item in mine:
+            value, parts = loss(step_generator(settings.seed, state.step, item))
+            if value.requires_grad:  # an item need not reach what is trained
+                (value / len(mine)).backward()
+            shown += float(value.detach()) / len(mine)
         workers.average_gradients(parameters)
-        shown = float(value.detach())
+        shown = workers.mean(shown)
         require_finite(shown, state.step, checkpoints)
         norm = clip_gradients([p for p in parameters if p.grad is not None], settings.clip)
+        require_finite(norm, state.step, checkpoints, what="gradient")
         for optimizer in state.optimizers:
             optimizer.step()
         state.step += 1
         state.average.update(state.modules, state.step)
-        if state.step % LOG_EVERY == 0:
+        if state.step % log_every == 0:
             log.write(
-                step=state.step, loss=round(shown, 5), norm=round(norm, 3), factor=round(factor, 4), **parts
+                step=state.step,
+                loss=float(f"{shown:.9g}"),
+                norm=round(norm, 3),
+                factor=round(factor, 4),
+                **parts,
             )
         if evaluate is not None and workers.rank == 0 and state.step % settings.evaluate_every == 0:
             log.write(event="evaluate", step=state.step, **evaluate())
@@ -326,11 +355,11 @@ def run(
     return True
 
 
-def require_finite(loss: float, step: int, checkpoints: Path) -> None:
-    """Raises: WeightsError if a loss is NaN or infinite, naming the step and where the last good state is."""
-    if not math.isfinite(loss):
+def require_finite(value: float, step: int, checkpoints: Path, *, what: str = "loss") -> None:
+    """Raises: WeightsError if a loss or norm is NaN or infinite, naming the step and where the last good state is."""
+    if not math.isfinite(value):
         raise WeightsError(
-            f"the loss became {loss} at step {step}",
+            f"the {what} became {value} at step {step}",
             hint=f"The last good checkpoint is in {checkpoints}. Lower the learning rate and resume.",
         )
 

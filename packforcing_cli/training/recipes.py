@@ -13,31 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from packforcing_cli.errors import UsageError
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Train
+from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Train(_Strict):
-    """How long and how fast. Learning rates are peak values; see `loop.learning_rate_factor`."""
-
-    steps: int = Field(gt=0)
-    seed: int = 0
-    learning_rate: float = Field(gt=0)
-    muon_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    warmup: int = Field(default=50, ge=0)
-    decay_fraction: float = Field(default=0.4, ge=0, le=1)
-    floor: float = Field(default=0.02, ge=0, le=1)
-    clip: float = Field(default=1.0, gt=0)
-    average: float = Field(default=0.998, ge=0, lt=1)
-    checkpoint_minutes: float = Field(default=3.0, gt=0)
-    evaluate_every: int = Field(default=500, gt=0)
-    threads: int | None = Field(default=None, gt=0)
+__all__ = ["DemoFlow", "DemoVae", "Finetune", "FinetuneLora", "FlowData", "Train", "find", "load", "names"]
 
 
 class VaeData(_Strict):
@@ -134,8 +116,15 @@ class DemoFlow(_Strict):
     )
 
 
-Recipe = Annotated[DemoVae | DemoFlow, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[DemoVae | DemoFlow] = TypeAdapter(Recipe)
+AnyRecipe = DemoVae | DemoFlow | Finetune | FinetuneLora
+KINDS: dict[str, type[BaseModel]] = {
+    "demo-vae": DemoVae,
+    "demo-flow": DemoFlow,
+    "finetune": Finetune,
+    "finetune-lora": FinetuneLora,
+}
+Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)
 
 
 def folders() -> list[Path]:
@@ -165,7 +154,7 @@ def find(name: str) -> Path:
     raise UsageError(f"no recipe named {name!r}", hint=f"Did you mean: {', '.join(near)}?")
 
 
-def load(name: str, settings: Sequence[str] = ()) -> DemoVae | DemoFlow:
+def load(name: str, settings: Sequence[str] = ()) -> AnyRecipe:
     """Read and validate a recipe; `settings` are key.path=value overrides, values in JSON or plain text.
 
     Raises: UsageError for a missing file, broken TOML, an unknown key (nearest named) or a bad value.
@@ -203,19 +192,21 @@ def _apply(values: dict[str, Any], setting: str) -> None:
 def _explain(path: Path, values: Mapping[str, Any], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = [str(part) for part in problem["loc"] if part not in ("demo-vae", "demo-flow")]
+        where = [str(part) for part in problem["loc"] if part not in KINDS]
         text = f"{'.'.join(where) or 'recipe'}: {problem['msg']}"
         if problem["type"] == "extra_forbidden":
             known = _known_keys(str(values.get("kind")), where[:-1])
             near = difflib.get_close_matches(where[-1], known, 1, 0.0)
             text = f"{'.'.join(where)}: unknown key" + (f"; nearest known: {near[0]}" if near else "")
+        elif problem["type"] == "union_tag_invalid":
+            near = difflib.get_close_matches(str(values.get("kind")), KINDS, 1, 0.0)
+            text = f"kind: {values.get('kind')!r} is unknown; nearest known: {near[0]}"
         lines.append(text)
     return f"{path.name}: " + "; ".join(lines)
 
 
 def _known_keys(kind: str, where: Sequence[str]) -> list[str]:
-    recipes: dict[str, Any] = {"demo-vae": DemoVae, "demo-flow": DemoFlow}
-    model = recipes.get(kind)
+    model: Any = KINDS.get(kind)
     for part in where:
         field = model.model_fields.get(part) if model is not None else None
         model = field.annotation if field is not None else None

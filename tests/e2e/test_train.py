@@ -96,7 +96,9 @@ def test_a_recipe_runs_from_start_to_result(run_command: Any, tmp_path: Path) ->
     said = result.err.splitlines()
     assert said[0].startswith("Starting demo-vae in runs/demo-vae: the demo's autoencoder, 20 steps on the ")
     assert said[1].startswith("log: runs/demo-vae/metrics.jsonl")
-    assert said[2].endswith(" parameters")
+    assert said[2].startswith("parameters   ")
+    assert said[3].startswith("memory       about ")
+    assert said[4] == "steps        20"
     assert any(line.startswith("step 20/20: loss ") for line in said)
     assert said[-1] == "Done. Next: packforcing train demo-flow --vae runs/demo-vae"
     assert sorted(p.name for p in (tmp_path / "runs/demo-vae/vae").iterdir()) == [
@@ -153,6 +155,11 @@ def test_a_recipe_file_trains_into_a_folder_of_its_name(run_command: Any, tmp_pa
         (["demo-vae", "--set", "train.steps=0"], "train.steps: ", ""),
         (["demo-vae", "--set", "steps"], "--set takes key=value", "--set train.steps=100"),
         (["demo-vae", "--vae", "x"], "uses no other VAE", "Leave --vae away"),
+        (["demo-vae", "--data", "x"], "uses no clips", "Leave --data away"),
+        (["demo-vae", "--resume"], "there is no run to go on with", "--out"),
+        (["finetune"], "there are no clips to train on", "--data CLIPS"),
+        (["finetune", "--data", "nowhere"], "there is no folder nowhere", "video clips"),
+        (["demo-flow", "--set", "data.long_clips=0"], "training meets at most 1 beside 2 sinks", "--force"),
         (["demo-flow", "--vae", "nowhere"], "no trained autoencoder in nowhere", "train demo-vae"),
         (["demo-vae", "--out", "/dev/null/run"], "cannot make the folder /dev/null/run", "--out"),
     ],
@@ -196,7 +203,7 @@ def test_only_the_first_process_talks(run_command: Any, monkeypatch: pytest.Monk
 
 
 def test_training_needs_no_diffusers_av_or_torchao(vae_run: Path, tmp_path: Path) -> None:
-    arguments = ["train", "demo-flow", "--vae", str(vae_run), "--out", "run", *settings(FLOW)]
+    arguments = ["train", "demo-flow", "--vae", str(vae_run), "--out", "run", "--force", *settings(FLOW)]
     code = (
         "import sys\n"
         "for name in ('diffusers', 'av', 'torchao'):\n"
@@ -219,6 +226,7 @@ def test_two_processes_train_together_and_stop_together(vae_run: Path, tmp_path:
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"),
             *("-m", "packforcing_cli", "train", "demo-flow", "--vae", str(vae_run), "--out", "run"),
+            "--force",
             *settings(FLOW, train__steps="100000"),
         ],
         cwd=tmp_path,

@@ -1,0 +1,505 @@
+"""What a recipe will take, before its first step: parameters, memory, and whether its context is that of inference.
+
+Memory is counted on meta tensors, which have shapes and no data: weights, gradients, optimiser and average from the
+parameters, what the backward pass needs from one item's forward pass with one and with two layers.
+Draws nothing, reads no weights; a package's configuration files at most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packforcing_cli import machine, packages, weights
+from packforcing_cli.compressor import Compressor, CompressorConfig
+from packforcing_cli.errors import MemoryFitError, UsageError
+from packforcing_cli.layout import Grid
+from packforcing_cli.packages import CacheDefaults, Manifest
+from packforcing_cli.text import build_encoder
+from packforcing_cli.training.items import Context, Item, Shape
+from packforcing_cli.training.packed import packed_forward
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, ItemData
+from packforcing_cli.training.recipes import AnyRecipe, DemoFlow, DemoVae
+from packforcing_cli.transformer import TransformerConfig, WanTransformer
+from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
+
+HEADROOM = 0.95  # of the free memory may be planned with
+CUDA_CONTEXT = 600_000_000  # bytes the driver and its libraries take
+PROCESS = 450_000_000  # bytes of an interpreter with torch
+TEMPORARY = 0.25  # of what the backward pass needs: the tensors in hand while it is made and used
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one process where the model runs.
+
+    weights:     parameters in float32, trained or not.
+    training:    gradients, AdamW's two moments, the moving average.
+    activations: what the backward pass of one item needs, with what is in hand meanwhile.
+    other:       the VAE for samples, the interpreter or the GPU's context.
+    """
+
+    weights: int
+    training: int
+    activations: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.training + self.activations + self.other
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What is known of a training before it starts.
+
+    context, preset: what items meet, and the memory settings of the result; None where there is no memory to train.
+    mismatches:      where the preset leaves the context.
+    """
+
+    kind: str
+    parameters: int
+    trained: int
+    steps: int
+    memory: Memory
+    free_bytes: int
+    device: str
+    context: Context | None = None
+    preset: CacheDefaults | None = None
+    mismatches: tuple[str, ...] = ()
+
+    def lines(self) -> list[str]:
+        """The figures as text for people."""
+        m = self.memory
+        lines = [
+            f"parameters   {self.parameters:,}"
+            + ("" if self.trained == self.parameters else f", {self.trained:,} of them trained"),
+            f"memory       about {_gb(m.total)} of {_gb(self.free_bytes)} free on {self.device}"
+            f" (weights {_gb(m.weights)}, training {_gb(m.training)}, activations {_gb(m.activations)},"
+            f" other {_gb(m.other)})",
+            f"steps        {self.steps:,}",
+        ]
+        if self.context is not None:
+            lines.append(f"trained on   {self.context}")
+        if self.preset is not None:
+            p = self.preset
+            lines.append(
+                f"inference    {p.sink_blocks} sinks with 0 to {p.top_k} mids; {p.recent_blocks} recent;"
+                f" slots a mid {p.mid_span}"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        context = None
+        if self.context is not None:
+            context = {
+                "mids": {str(s): m for s, m in self.context.mids.items()},
+                "spans": [str(span) for span in self.context.spans],
+                "slots": self.context.slots,
+            }
+        return {
+            "kind": self.kind,
+            "parameters": self.parameters,
+            "trained": self.trained,
+            "steps": self.steps,
+            "memory_bytes": {**dataclasses.asdict(self.memory), "total": self.memory.total},
+            "free_bytes": self.free_bytes,
+            "device": self.device,
+            "context": context,
+            "preset": None if self.preset is None else self.preset.model_dump(mode="json"),
+            "mismatches": list(self.mismatches),
+        }
+
+    def require_match(self) -> None:
+        """Raises: UsageError if inference would leave the context that training meets."""
+        if self.mismatches:
+            raise UsageError(
+                "the result would be run in a context it was not trained in: " + "; ".join(self.mismatches),
+                hint="Change [preset] or [data] of the recipe, or pass --force.",
+            )
+
+    def require_fit(self, would_fit: Sequence[str] = ()) -> None:
+        """Raises: MemoryFitError if there is not enough memory; `would_fit`: changes that would help."""
+        if self.memory.total > self.free_bytes * HEADROOM:
+            hint = f"This would fit: {would_fit[0]}" if would_fit else "Use a machine with more memory."
+            raise MemoryFitError(
+                f"the training needs about {_gb(self.memory.total)} and {self.device} has"
+                f" {_gb(self.free_bytes)} free",
+                hint=hint,
+            )
+
+
+def estimate(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None) -> Estimate:
+    """Estimate a recipe on a device.
+
+    Args:
+        scene_blocks: blocks of the longest scene of the data; None = as long as the recipe cuts them.
+    Raises: UsageError or WeightsError if a model or size it names is not possible.
+    """
+    free, name = free_memory(device)
+    if isinstance(recipe, DemoVae):
+        return _of_vae(recipe, device, free, name)
+    if isinstance(recipe, DemoFlow):
+        return _of_flow(recipe, device, free, name)
+    return _of_finetune(recipe, device, free, name, scene_blocks)
+
+
+def free_memory(device: torch.device) -> tuple[int, str]:
+    """Bytes that can be taken where a model runs, and what to call that place."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], torch.cuda.get_device_name(device)
+    return machine.available_memory(), "this machine"
+
+
+def _of_vae(recipe: DemoVae, device: torch.device, free: int, name: str) -> Estimate:
+    try:
+        shape = TinyAutoencoderConfig.from_dict(recipe.model)
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"recipe model: {error}") from error
+    from packforcing_cli.training import world
+
+    with torch.device("meta"):
+        model = TinyAutoencoder(shape)
+        pixels = torch.empty(recipe.data.clips, 3, recipe.data.frames, world.HEIGHT, world.WIDTH)
+    with _Saved() as saved:
+        model.decode(model.encode(pixels), clamp=False)
+    count = _count(model)
+    # Shrunken clips are a sixteenth of the pixels each.
+    activations = saved.size_bytes * (1 + recipe.data.shrunken_clips / recipe.data.clips / 16)
+    memory = Memory(4 * count, 16 * count, round(activations * (1 + TEMPORARY)), _other(device))
+    return Estimate(recipe.kind, count, count, recipe.train.steps, memory, free, name)
+
+
+def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Estimate:
+    from packforcing_cli.training import demo_flow, demo_text, world
+
+    text = demo_text.tiny_umt5_config()
+    size = recipe.model
+    config = TransformerConfig(
+        num_layers=size.layers,
+        num_attention_heads=size.heads,
+        attention_head_dim=size.head_dim,
+        ffn_dim=size.ffn_dim,
+        text_dim=text.d_model,
+    )
+    with torch.device("meta"):
+        transformer = WanTransformer(config)
+        compressor = Compressor(CompressorConfig(dim=config.dim, widths=size.compressor_widths))
+    encoder = build_encoder({"model_type": "umt5", **text.to_dict()}, on_meta=True)
+    count = _count(transformer) + _count(compressor) + _count(encoder)
+    grid = _grid(config, (world.WIDTH, world.HEIGHT), 8, demo_flow.FRAMES_PER_BLOCK)
+    shape = Shape("strict", recipe.data.packed_blocks, (2,), demo_flow.MAX_MIDS, demo_flow.SPANS, 0.0)
+    item = shape.item(grid, recipe.data.packed_blocks, torch.Generator().manual_seed(0))
+    activations = activation_bytes(
+        config,
+        grid,
+        item,
+        draws=recipe.data.packed_draws,
+        text_length=demo_text.DEMO_TEXT_LENGTH,
+        keeps_scores=device.type == "cpu",
+    ) * max(1, recipe.data.packed_clips)
+    data = recipe.data
+    blocks = data.first_scenes + data.short_scenes * data.short_blocks + data.long_scenes * data.long_blocks
+    pool = blocks * (demo_flow.FRAMES_PER_BLOCK * 16 * 8 * 16 + 2 * 16 * 2 * 4) * 2
+    memory = Memory(4 * count, 16 * count, activations, _other(device) + pool)
+    mids = {demo_flow.LONG_SINKS: demo_flow.MAX_MIDS if data.long_clips else max(0, data.packed_blocks - 4)}
+    context = Context(demo_flow.FRAMES_PER_BLOCK, mids, tuple(sorted(set(demo_flow.SPANS))))
+    preset = CacheDefaults(
+        frames_per_block=demo_flow.FRAMES_PER_BLOCK,
+        top_k=demo_flow.MAX_MIDS,
+        mid_span=str(demo_flow.DEFAULT_SPAN),
+    )
+    return Estimate(
+        recipe.kind,
+        count,
+        count,
+        recipe.train.steps,
+        memory,
+        free,
+        name,
+        context,
+        preset,
+        _mismatches(context, preset),
+    )
+
+
+def _of_finetune(
+    recipe: Finetune, device: torch.device, free: int, name: str, scene_blocks: int | None
+) -> Estimate:
+    folder = packages.find_package(recipe.model)
+    manifest = packages.read_manifest(folder)
+    config = TransformerConfig.from_dict(
+        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
+    )
+    with torch.device("meta"):
+        transformer = WanTransformer(config)
+        compressor = Compressor(compressor_config(manifest, config, folder))
+    count = _count(transformer) + _count(compressor)
+    trained = count if recipe.train_transformer else _count(compressor)
+    if isinstance(recipe, FinetuneLora):
+        linears = {name: child for name, child in transformer.named_modules() if isinstance(child, nn.Linear)}
+        trained = sum(
+            recipe.rank * (child.in_features + child.out_features)
+            for name, child in linears.items()
+            if any(name.endswith(f".{target}") for target in recipe.targets)
+        )
+        count += trained
+    grid = grid_of(manifest, config)
+    shape = shape_of(recipe.data)
+    blocks = scene_blocks or grid.blocks_for(recipe.data.scene_seconds, manifest.fps)
+    if blocks < shape.least_blocks:
+        raise UsageError(
+            f"scenes of {recipe.data.scene_seconds:g} s have {blocks} blocks, {shape.name} items need"
+            f" {shape.least_blocks}",
+            hint="Use longer clips, or a larger data.scene_seconds.",
+        )
+    item = widest_item(shape, grid, blocks)
+    activations = activation_bytes(
+        config,
+        grid,
+        item,
+        draws=recipe.data.draws,
+        text_length=manifest.text_length,
+        half=precision(recipe, device) == torch.bfloat16,
+        keeps_scores=device.type == "cpu",
+        checkpointing=recipe.checkpointing,
+    )
+    other = _other(device)
+    if recipe.samples.every:
+        vae = sum(record.size for record in manifest.part_files("vae").values())
+        other += 2 * vae if device.type == "cpu" else vae
+    memory = Memory(4 * count, 16 * trained, activations, other)
+    context = shape.context(grid, blocks)
+    preset = preset_of(recipe, manifest)
+    return Estimate(
+        recipe.kind,
+        count,
+        trained,
+        recipe.train.steps,
+        memory,
+        free,
+        name,
+        context,
+        preset,
+        _mismatches(context, preset),
+    )
+
+
+def would_fit(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None) -> list[str]:
+    """Changes of a recipe, as --set options, with which it fits; the mildest first."""
+    if not isinstance(recipe, Finetune):
+        return []
+    changes: list[dict[str, Any]] = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
+    if not isinstance(recipe, FinetuneLora):
+        changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
+    found = []
+    for change in changes:
+        values = recipe.model_dump(mode="json", exclude_unset=True)
+        for key, value in change.items():
+            table, _, last = key.rpartition(".")
+            (values.setdefault(table, {}) if table else values)[last] = value
+        smaller = estimate(type(recipe).model_validate(values), device, scene_blocks=scene_blocks)
+        if smaller.memory.total <= smaller.free_bytes * HEADROOM:
+            found.append(" ".join(f"--set {key}={str(value).lower()}" for key, value in change.items()))
+    return found
+
+
+def _mismatches(context: Context, preset: CacheDefaults) -> tuple[str, ...]:
+    return context.mismatches(
+        sink_blocks=preset.sink_blocks,
+        recent_blocks=preset.recent_blocks,
+        top_k=preset.top_k,
+        mid_span=preset.mid_span,
+    )
+
+
+# -- what a recipe and a package say together ---------------------------------------------------------------------
+
+
+def shape_of(data: ItemData) -> Shape:
+    """How items are drawn."""
+    return Shape(data.shape, data.blocks, data.sinks, data.max_mids, data.slot_spans, data.drop)
+
+
+def grid_of(manifest: Manifest, config: TransformerConfig) -> Grid:
+    """Token grid of a package's own size."""
+    return _grid(config, manifest.size, manifest.codec.spatial_stride, manifest.cache.frames_per_block)
+
+
+def _grid(config: TransformerConfig, size: tuple[int, int], stride: int, frames_per_block: int) -> Grid:
+    multiple = stride * config.patch_size[1]
+    return Grid(
+        frames_per_block=frames_per_block,
+        rows=size[1] // multiple,
+        cols=size[0] // multiple,
+        layers=config.num_layers,
+        kv_dim=config.dim,
+        heads=config.num_attention_heads,
+        dtype_bytes=4,
+    )
+
+
+def compressor_config(manifest: Manifest, config: TransformerConfig, folder: Any) -> CompressorConfig:
+    """The package's compressor, or the one of the paper for a model that has none."""
+    if "compressor" in manifest.parts or "compressor" in manifest.references:
+        values = weights.read_config(packages.part_folder(folder, manifest, "compressor"))
+        return CompressorConfig.from_dict(values)
+    return CompressorConfig(dim=config.dim, in_channels=config.in_channels)
+
+
+def preset_of(recipe: Finetune, manifest: Manifest) -> CacheDefaults:
+    """Memory settings of the result: the recipe's, else those of the model it starts from."""
+    changes = recipe.preset.model_dump(exclude_none=True)
+    if not isinstance(recipe, FinetuneLora):
+        changes["compressor"] = "hr+lr"  # it is trained, where the model had none, too
+    return manifest.cache.model_copy(update=changes)
+
+
+def precision(recipe: Finetune, device: torch.device) -> torch.dtype:
+    """The dtype of products."""
+    if recipe.precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if recipe.precision == "bf16" else torch.float32
+
+
+def widest_item(shape: Shape, grid: Grid, scene_blocks: int) -> Item:
+    """The item with most tokens among a number of draws without drops."""
+    shape = dataclasses.replace(shape, drop=0.0)
+    draws = [shape.item(grid, scene_blocks, torch.Generator().manual_seed(n)) for n in range(64)]
+    return max(draws, key=lambda i: (len(i.packed.full) + len(i.targets), len(i.packed.compressed)))
+
+
+# -- activations --------------------------------------------------------------------------------------------------
+
+
+def activation_bytes(
+    config: TransformerConfig,
+    grid: Grid,
+    item: Item,
+    *,
+    draws: int,
+    text_length: int,
+    half: bool = False,
+    keeps_scores: bool,
+    checkpointing: bool = False,
+) -> int:
+    """Bytes that the backward pass of one item needs, with what is in hand while it runs.
+
+    Args:
+        half:          products in bfloat16.
+        keeps_scores:  attention keeps its scores, as it does on a CPU; a fused kernel does not.
+        checkpointing: the layers' inputs are kept and one layer is run again at a time.
+    """
+    one, two = (
+        _saved_by(
+            dataclasses.replace(config, num_layers=n), grid, item, draws, text_length, half, keeps_scores
+        )
+        for n in (1, 2)
+    )
+    layer, rest = two - one, max(0, 2 * one - two)
+    tokens = (len(item.packed.full) + draws * len(item.targets)) * grid.block_tokens
+    tokens += len(item.packed.compressed) * grid.compressed_tokens
+    if checkpointing:
+        kept = rest + layer + config.num_layers * tokens * config.dim * 4
+    else:
+        kept = rest + config.num_layers * layer
+    return round(kept + TEMPORARY * layer)
+
+
+def _saved_by(
+    config: TransformerConfig,
+    grid: Grid,
+    item: Item,
+    draws: int,
+    text_length: int,
+    half: bool,
+    keeps_scores: bool,
+) -> int:
+    frames, h, w = grid.frames_per_block, grid.latent_rows, grid.latent_cols
+    full, targets, mids = len(item.packed.full), len(item.targets), len(item.packed.compressed)
+    with torch.device("meta"):
+        model = WanTransformer(config)
+        clean = torch.empty(1, full, config.in_channels, frames, h, w)
+        noisy = torch.empty(1, draws * targets, config.in_channels, frames, h, w)
+        compressed = torch.empty(1, mids, grid.compressed_tokens, config.dim, requires_grad=True)
+        text = torch.empty(1, text_length, config.text_dim)
+        timesteps = torch.empty(1, draws * targets)
+    ignored = frozenset[int]() if keeps_scores else frozenset(_key_lengths(grid, item, text_length))
+    with (
+        _Saved(ignored - {config.attention_head_dim, config.dim}) as saved,
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        packed_forward(
+            model,
+            item.packed,
+            grid,
+            clean=clean,
+            compressed=compressed,
+            noisy=noisy,
+            timesteps=timesteps,
+            text=model.embed_text(text),
+            targets=item.targets,
+        )
+    return saved.size_bytes
+
+
+def _key_lengths(grid: Grid, item: Item, text_length: int) -> set[int]:
+    """How many keys the queries of an item attend, in all its attentions."""
+    block, packed = grid.block_tokens, grid.compressed_tokens
+    lengths = {text_length, len(item.packed.sinks or ()) * block + packed}
+    for view in item.packed.views:
+        lengths.add((len(view.sink) + len(view.recent) + 1) * block + len(view.mid) * packed)
+    return lengths
+
+
+class _Saved:
+    """Counts the bytes of tensors kept for the backward pass inside a `with`; parameters are not among them.
+
+    ignored_lengths: a last dimension of one of these is that of attention scores, which a fused kernel does not keep.
+    """
+
+    def __init__(self, ignored_lengths: frozenset[int] = frozenset()) -> None:
+        self._sizes: dict[int, int] = {}
+        self._kept: list[Tensor] = []  # an identity means something only as long as the tensor lives
+        self._ignored = ignored_lengths
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        scores = tensor.ndim >= 3 and tensor.shape[-1] in self._ignored
+        if not isinstance(tensor, nn.Parameter) and not scores:
+            storage = tensor.untyped_storage()
+            self._sizes[storage._cdata] = storage.nbytes()
+            self._kept.append(tensor)
+        return tensor
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self._sizes.values())
+
+    def __enter__(self) -> _Saved:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _other(device: torch.device) -> int:
+    return CUDA_CONTEXT if device.type == "cuda" else PROCESS
+
+
+def _gb(size_bytes: int) -> str:
+    for unit, scale in (("GB", 10**9), ("MB", 10**6)):
+        if size_bytes >= scale:
+            return f"{size_bytes / scale:.1f} {unit}"
+    return f"{size_bytes / 1e3:.0f} kB"

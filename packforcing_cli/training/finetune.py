@@ -1,0 +1,585 @@
+"""Finetune a model on encoded clips: flow matching by packed teacher forcing, with the compressor in the same loss.
+
+    scene -> item (items.py) -> packed_forward -> squared velocity error -> AdamW -> moving average -> package
+
+What an item's blocks see, and at which slots, is what they will see at inference (packed.py); the loss reaches the
+compressor through the keys and values of the mids, and nothing is detached. Weights, optimiser state and residual
+stream are float32; products may be bfloat16. Neither VAE nor text encoder is loaded, the VAE only for sample videos.
+Source: METHOD 7.4, 7.5, 7.7; teacher forcing as in Self-Forcing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packforcing_cli import durable, embeddings, packages, registry, rollout, weights
+from packforcing_cli.compressor import Compressor
+from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache
+from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.layout import Grid
+from packforcing_cli.packages import Manifest
+from packforcing_cli.registry import ModelSource, VideoModel
+from packforcing_cli.rollout import Prompt, Story
+from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
+from packforcing_cli.timeline import Script
+from packforcing_cli.training import adapters, estimate, loop
+from packforcing_cli.training.data import EncodedData, Scene
+from packforcing_cli.training.items import Shape, kept_evenly
+from packforcing_cli.training.packed import packed_forward
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+from packforcing_cli.transformer import WanTransformer
+from packforcing_cli.vae import Codec
+
+STUDENT_STEPS, STUDENT_GUIDANCE = 40, 3.0
+EVALUATED_SIGMAS = (0.3, 0.6, 0.9)
+EVALUATED_ITEMS = 8
+COMPRESSOR_SEED = 0x5EED
+
+
+@dataclass(frozen=True)
+class Models:
+    """What trains, in float32 on its device, and what is known of it."""
+
+    transformer: WanTransformer
+    compressor: Compressor
+    grid: Grid
+    shift: float
+    precision: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+
+@dataclass(frozen=True)
+class Split:
+    """Scenes that are trained on and scenes that are only evaluated; `is_held_out` is False if there are none such."""
+
+    trained: tuple[Scene, ...]
+    evaluated: tuple[Scene, ...]
+    is_held_out: bool
+
+    @classmethod
+    def of(cls, data: EncodedData, shape: Shape, held_out: float) -> Split:
+        """Split by clip, so that no scene of a held-out clip is trained on.
+
+        Raises: UsageError if no scene is long enough for the shape.
+        """
+        long_enough = [scene for scene in data.scenes if scene.blocks >= shape.least_blocks]
+        if not long_enough:
+            most = max((scene.blocks for scene in data.scenes), default=0)
+            raise UsageError(
+                f"{shape.name} items need scenes of {shape.least_blocks} blocks; the longest of"
+                f" {len(data.scenes)} in {data.folder} has {most}",
+                hint="Use longer clips, or encode them with a larger --scene-seconds.",
+            )
+        clips = sorted({scene.clip for scene in long_enough})
+        trained, held = kept_evenly(clips, held_out)
+        names = {clips[n] for n in trained}
+        inside = tuple(scene for scene in long_enough if scene.clip in names)
+        outside = tuple(scene for scene in long_enough if scene.clip not in names)
+        return cls(inside, outside or inside, bool(held))
+
+
+# -- the loss -----------------------------------------------------------------------------------------------------
+
+
+def item_loss(
+    models: Models,
+    data: EncodedData,
+    scene: Scene,
+    shape: Shape,
+    recipe: Finetune,
+    generator: torch.Generator,
+    *,
+    sigma: float | None = None,
+) -> Tensor:
+    """Mean squared velocity error of the target blocks of one item of a scene.
+
+    Args:
+        generator: draws the item, the noise levels and the noise, on the CPU: the same on every device.
+        sigma:     to evaluate: one noise level for all, no noise on the history, no dropped caption; None = to train.
+    """
+    settings, device = recipe.data, models.device
+    item = shape.item(models.grid, scene.blocks, generator)
+    dtype = next(models.transformer.parameters()).dtype
+    latents, lr = (t[None].to(device, dtype) for t in data.load(scene, item.scene))
+    draws, count = settings.draws, settings.draws * len(item.targets)
+    x0 = latents[:, list(item.targets)].repeat(1, draws, 1, 1, 1, 1)
+    history = latents[:, list(item.packed.full)]
+    order, inside = torch.randperm(count, generator=generator), torch.rand(count, generator=generator)
+    levels = [shifted(float(s), models.shift) for s in (order + inside) / count]
+    noise = torch.randn(x0.shape, generator=generator).to(x0)
+    past_noise = torch.randn(history.shape, generator=generator).to(x0)
+    dice = torch.rand(3, generator=generator).tolist()
+    caption, level = scene.caption, 0.0
+    if sigma is None:
+        # Half of the items meet a slightly noisy history, as the model's own past errors will be.
+        level = dice[0] * settings.context_noise if dice[1] < 0.5 else 0.0
+        caption = UNCONDITIONAL if dice[2] < settings.caption_dropout else caption
+    else:
+        levels = [sigma] * count
+    sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
+    wide = sigmas.view(1, count, 1, 1, 1, 1)
+    with torch.autocast(device.type, torch.bfloat16, enabled=models.precision == torch.bfloat16):
+        velocity = packed_forward(
+            models.transformer,
+            item.packed,
+            models.grid,
+            clean=(1 - level) * history + level * past_noise,
+            compressed=compress(models, latents, lr, item.packed.compressed),
+            noisy=(1 - wide) * x0 + wide * noise,
+            timesteps=NUM_TRAIN_TIMESTEPS * sigmas,
+            text=models.transformer.embed_text(data.embedding(caption).to(x0)),
+            targets=item.targets,
+        )
+    return (velocity.to(dtype) - (noise - x0)).square().mean()
+
+
+def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
+    """Compressed tokens [1,K,N_c,d] of some blocks of [1,n,C,F,h,w] latents and [1,n,C,2,h/4,w/4] LR latents."""
+    if not blocks:
+        return latents.new_zeros(1, 0, models.grid.compressed_tokens, models.transformer.config.dim)
+    chosen = list(blocks)
+    tokens = models.transformer.patch(lr[0, chosen])
+    return models.compressor(latents[0, chosen], tokens)[None].to(latents.dtype)
+
+
+# -- the run ------------------------------------------------------------------------------------------------------
+
+
+def load_models(recipe: Finetune, source: ModelSource, device: torch.device) -> Models:
+    """The transformer and compressor to train; a model without a compressor gets one that starts as its LR branch.
+
+    Raises: UsageError for a compressed context that items cannot give; WeightsError.
+    """
+    folder, manifest = source.folder, source.manifest
+    if manifest.cache.compressed_context != "sinks":
+        raise UsageError(
+            f"{source.name} compresses blocks in the context {manifest.cache.compressed_context!r}: finetuning"
+            " is made for 'sinks'",
+            hint="Choose another model.",
+        )
+    transformer = registry.load_transformer(
+        packages.part_folder(folder, manifest, "transformer"), device=device, dtype=torch.float32
+    )
+    config = estimate.compressor_config(manifest, transformer.config, folder)
+    if config.branches == "hr+lr" and ("compressor" in manifest.parts or "compressor" in manifest.references):
+        compressor = registry.load_compressor(
+            packages.part_folder(folder, manifest, "compressor"), device=device, dtype=torch.float32
+        )
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(COMPRESSOR_SEED)
+            compressor = Compressor(replace(config, branches="hr+lr")).to(device)
+    if recipe.checkpointing:
+        transformer.recompute_layers()
+    is_lora = isinstance(recipe, FinetuneLora)
+    transformer.train().requires_grad_(recipe.train_transformer and not is_lora)
+    compressor.train().requires_grad_(not is_lora)
+    if isinstance(recipe, FinetuneLora):
+        adapters.insert(transformer, recipe)
+    return Models(
+        transformer,
+        compressor,
+        estimate.grid_of(manifest, transformer.config),
+        manifest.schedule.shift,
+        estimate.precision(recipe, device),
+    )
+
+
+def trained_modules(models: Models, recipe: Finetune) -> dict[str, nn.Module]:
+    """Name -> module whose weights change."""
+    if isinstance(recipe, FinetuneLora):
+        return {"adapters": adapters.Adapters(models.transformer)}
+    modules: dict[str, nn.Module] = {"compressor": models.compressor}
+    return {"transformer": models.transformer, **modules} if recipe.train_transformer else modules
+
+
+def optimizer_of(models: Models, recipe: Finetune) -> torch.optim.Optimizer:
+    """AdamW; only matrices decay, and the compressor has its own learning rate (METHOD 7.6 f)."""
+    settings = recipe.train
+    groups: list[dict[str, Any]] = []
+    for name, module in trained_modules(models, recipe).items():
+        rate = recipe.compressor_learning_rate if name == "compressor" else settings.learning_rate
+        for decays in (True, False):
+            parameters = [p for p in module.parameters() if (p.ndim >= 2) == decays]
+            decay = settings.weight_decay if decays else 0.0
+            groups.append({"params": parameters, "lr": rate, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=(0.9, 0.99))
+
+
+def facts_of(recipe: Finetune, source: ModelSource, data: EncodedData) -> dict[str, Any]:
+    """What a checkpoint can only be continued with: all that the sequence of losses depends on."""
+    free = {"samples", "sampling", "preset", "checkpointing"}
+    values = recipe.model_dump(mode="json", exclude=free)
+    for name in ("checkpoint_minutes", "evaluate_every", "threads", "steps"):
+        del values["train"][name]
+    for name in ("folder", "max_bad", "enlarge", "scene_seconds"):
+        del values["data"][name]
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            flat[name] = value
+    flat["data"] = data.sha256
+    flat["weights"] = packages.hash_of(source.manifest.files | _referred(source.manifest))
+    result: dict[str, Any] = json.loads(json.dumps(flat))
+    return result
+
+
+def _referred(manifest: Manifest) -> dict[str, packages.FileRecord]:
+    return {
+        f"{part}/{name}": record
+        for part, reference in manifest.references.items()
+        for name, record in reference.files.items()
+    }
+
+
+def train(
+    recipe: Finetune,
+    out: Path,
+    data: EncodedData,
+    *,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    log_every: int = loop.LOG_EVERY,
+) -> dict[str, Any]:
+    """Run or resume the recipe in `out`; the result is the model package `out/package/`.
+
+    Args:
+        on_log:      told every line of the log.
+        should_stop: asked after every step; True ends with a checkpoint.
+    Returns: the figures; without "result" when it was stopped.
+    Raises: UsageError for data of another model, or a run of another recipe or data; WeightsError if the loss is not
+        finite, naming the clip.
+    """
+    settings = recipe.train
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    workers = loop.Workers.start()
+    source = registry.open_model(recipe.model, device=workers.device, dtype=torch.float32)
+    data.require_fit(source)
+    shape = estimate.shape_of(recipe.data)
+    split = Split.of(data, shape, recipe.data.held_out)
+    models = load_models(recipe, source, workers.device)
+    modules = trained_modules(models, recipe)
+    state = loop.TrainingState(
+        modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
+    )
+    log_path = out / f"metrics{workers.rank or ''}.jsonl"
+    _forget_lost_steps(log_path, out / "checkpoints")
+    manifest = result_manifest(recipe, source, data, shape, split)
+    sampler = (
+        Sampler(recipe, source, manifest, models, data, split, out / "samples")
+        if recipe.samples.every
+        else None
+    )
+    last: dict[str, Any] = {}
+
+    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        scene = split.trained[int(torch.randint(len(split.trained), (), generator=generator))]
+        value = item_loss(models, data, scene, shape, recipe, generator)
+        if not math.isfinite(float(value.detach())):
+            raise WeightsError(
+                f"the loss became {float(value.detach())} at step {state.step}, on scene {scene.index} of"
+                f" {scene.clip}",
+                hint=f"The last good checkpoint is in {out / 'checkpoints'}. Look at that clip, or lower the"
+                " learning rate, and resume.",
+            )
+        return value, {}
+
+    def evaluate() -> dict[str, Any]:
+        with averaged(state):
+            errors = evaluated(models, data, split, shape, recipe)
+            if sampler is not None and state.step % recipe.samples.every == 0 and state.step < settings.steps:
+                sampler.make(state.step)
+        last.clear()
+        last.update(errors)
+        draw_curve(log_path, out / "curve.png")
+        return errors
+
+    with loop.Log(log_path, on_log) as log:
+        if workers.rank == 0 and sampler is not None and not (out / "checkpoints").is_dir():
+            sampler.make(0)
+        finished = loop.run(
+            state,
+            settings,
+            loss,
+            out=out,
+            facts=facts_of(recipe, source, data),
+            workers=workers,
+            log=log,
+            evaluate=evaluate,
+            should_stop=should_stop,
+            items=recipe.items,
+            log_every=log_every,
+        )
+        figures: dict[str, Any] = {"steps": state.step}
+        if finished and workers.rank == 0:
+            with averaged(state):
+                if not last or state.step % settings.evaluate_every:
+                    last.update(evaluated(models, data, split, shape, recipe))
+                if sampler is not None:
+                    sampler.make(state.step)
+                network = models.transformer
+                own: Compressor | None = models.compressor
+                if isinstance(recipe, FinetuneLora):
+                    adapters.write(out / "lora", network, recipe)
+                    figures["lora"] = str(out / "lora")
+                    network, own = adapters.merged(network), None
+                write_result(out / "package", source, manifest, network, own, steps=state.step, metrics=last)
+            draw_curve(log_path, out / "curve.png")
+            figures["result"] = str(out / "package")
+            log.write(event="done", **figures)
+    workers.stop()
+    return figures
+
+
+@contextmanager
+def averaged(state: loop.TrainingState) -> Iterator[None]:
+    """The modules with their averaged weights."""
+    kept = {
+        name: {k: v.detach().clone() for k, v in module.state_dict().items()}
+        for name, module in state.modules.items()
+    }
+    try:
+        for name, module in state.modules.items():
+            module.load_state_dict(state.average.state_of(name))
+        yield
+    finally:
+        for name, module in state.modules.items():
+            module.load_state_dict(kept[name])
+
+
+@torch.no_grad()
+def evaluated(
+    models: Models, data: EncodedData, split: Split, shape: Shape, recipe: Finetune
+) -> dict[str, Any]:
+    """Velocity error at fixed noise levels, over the same items and noise every time."""
+    count = max(EVALUATED_ITEMS, min(len(split.evaluated), 4 * EVALUATED_ITEMS))
+    errors: dict[str, float] = {}
+    for sigma in EVALUATED_SIGMAS:
+        total = 0.0
+        for n in range(count):
+            scene = split.evaluated[n % len(split.evaluated)]
+            generator = loop.step_generator(recipe.train.seed, -1 - n)
+            total += float(item_loss(models, data, scene, shape, recipe, generator, sigma=sigma))
+        errors[f"sigma {sigma:g}"] = round(total / count, 5)
+    return {"held-out clips" if split.is_held_out else "trained clips": errors}
+
+
+def _forget_lost_steps(log: Path, checkpoints: Path) -> None:
+    """Drop the lines of steps that are made again because a kill came before their checkpoint."""
+    if not log.is_file():
+        return
+    steps = [int(path.stem.removeprefix("step-")) for path in checkpoints.glob("step-*.safetensors")]
+    last = max(steps, default=0)
+    kept = []
+    for line in log.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut off by the kill
+        if int(record.get("step", 0)) <= last or record.get("event") == "start":
+            kept.append(line)
+    durable.write(log, b"".join(line + b"\n" for line in kept))
+
+
+def draw_curve(log: Path, path: Path) -> None:
+    """Draw the losses and evaluations of a log as a PNG. Nothing is drawn before the second line."""
+    from matplotlib.figure import Figure
+
+    losses: dict[int, float] = {}
+    errors: dict[str, dict[int, float]] = {}
+    for line in log.read_text("utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if "loss" in record:
+            losses[int(record["step"])] = float(record["loss"])
+        elif record.get("event") == "evaluate":
+            for group, values in record.items():
+                if isinstance(values, dict):
+                    for name, value in values.items():
+                        errors.setdefault(f"{group}, {name}", {})[int(record["step"])] = float(value)
+    if len(losses) < 2:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(list(losses), list(losses.values()), linewidth=0.8, color="0.6", label="loss of a step")
+    for name, values in errors.items():
+        axes.plot(list(values), list(values.values()), marker=".", label=name)
+    axes.set_xlabel("step")
+    axes.set_ylabel("squared velocity error")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    with durable.replacing(path) as part:
+        figure.savefig(part, format="png", dpi=110)
+
+
+# -- the result ---------------------------------------------------------------------------------------------------
+
+
+def result_manifest(
+    recipe: Finetune, source: ModelSource, data: EncodedData, shape: Shape, split: Split
+) -> Manifest:
+    """The manifest of the result, but for its figures."""
+    base = source.manifest
+    longest = max(scene.blocks for scene in split.trained)
+    config = estimate.grid_of(base, _config(source))
+    context = shape.context(config, longest)
+    schedule = base.schedule
+    if schedule.kind == "renoise":
+        schedule = registry.Schedule(
+            kind="euler", steps=STUDENT_STEPS, shift=schedule.shift, guidance=STUDENT_GUIDANCE
+        )
+    schedule = schedule.model_copy(update=recipe.sampling.model_dump(exclude_none=True))
+    seconds = config.frames_for(longest) / base.fps
+    item = (
+        "consecutive blocks"
+        if shape.name == "strict"
+        else "sinks, far blocks as compressed tokens, neighbours"
+    )
+    return base.model_copy(
+        update={
+            "name": f"{base.name}-finetuned",
+            "title": f"{base.title} - finetuned on clips",
+            "base_model": base.base_model or base.name,
+            "cache": estimate.preset_of(recipe, base),
+            "schedule": schedule,
+            "trained_frames": context.slots,
+            "start_image": False,
+            "provenance": {
+                "recipe": recipe.kind,
+                "settings": recipe.model_dump(mode="json", exclude={"data": {"folder"}}),
+                "data": {
+                    "sha256": data.sha256,
+                    "clips": len({scene.clip for scene in split.trained}),
+                    "scenes": len(split.trained),
+                    "longest_scene_seconds": round(seconds, 2),
+                    "items": f"{shape.name}: {item}",
+                },
+                "context": str(context),
+                "from": {"model": base.name, "version": base.version, "provenance": base.provenance},
+            },
+        }
+    )
+
+
+def _config(source: ModelSource) -> Any:
+    from packforcing_cli.transformer import TransformerConfig
+
+    folder = packages.part_folder(source.folder, source.manifest, "transformer")
+    return TransformerConfig.from_dict(weights.read_config(folder))
+
+
+def write_result(
+    folder: Path,
+    source: ModelSource,
+    manifest: Manifest,
+    transformer: WanTransformer,
+    compressor: Compressor | None,
+    *,
+    steps: int,
+    metrics: dict[str, Any],
+) -> Manifest:
+    """Write the package, its weights in the precision they came in; parts that were not trained are the base's."""
+    place = packages.part_folder(source.folder, source.manifest, "transformer")
+    _, first = next(weights.each_tensor(place))
+    provenance = {**manifest.provenance, "steps": steps, "weights": "averaged", "metrics": metrics}
+    return registry.write_package(
+        folder,
+        manifest.model_copy(update={"provenance": provenance, "references": {}}),
+        transformer=transformer,
+        compressor=compressor,
+        dtype=first.dtype,
+        base=source.folder,
+        overwrite=True,
+    )
+
+
+class Sampler:
+    """Makes sample videos with the weights the modules have at the moment."""
+
+    def __init__(
+        self,
+        recipe: Finetune,
+        source: ModelSource,
+        manifest: Manifest,
+        models: Models,
+        data: EncodedData,
+        split: Split,
+        folder: Path,
+    ) -> None:
+        self._recipe, self._source, self._manifest = recipe, source, manifest
+        self._models, self._data, self._folder = models, data, folder
+        captions = list(dict.fromkeys(scene.caption for scene in (*split.evaluated, *split.trained)))
+        self._prompts = recipe.samples.prompts or tuple(captions[: recipe.samples.count])
+        self._codec: Codec | None = None
+        self._stories: list[Story] = []
+
+    def make(self, step: int) -> list[Path]:
+        """Write samples/STEP-N.mp4 for every prompt, replacing those that are there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._codec is None:
+            place = packages.part_folder(self._source.folder, self._source.manifest, "vae")
+            self._codec = registry.load_codec(place, device=self._models.device, dtype=torch.float32)
+        if not self._stories:
+            self._stories = self._encoded()
+        model = VideoModel(
+            name=self._manifest.name,
+            manifest=self._manifest,
+            folder=self._source.folder,
+            transformer=self._models.transformer,
+            compressor=self._models.compressor,
+            codec=self._codec,
+            load_text_encoder=self._source.load_text_encoder,
+            text=self._source.text,
+            device=self._models.device,
+            dtype=torch.float32,
+        )
+        paths = []
+        for n, story in enumerate(self._stories):
+            path = self._folder / f"{step:07d}-{n}.mp4"
+            settings = self._recipe.samples
+            rollout.generate(
+                model,
+                story,
+                path,
+                seconds=settings.seconds,
+                seed=settings.seed + n,
+                metadata={"title": story.script.prompts[0], "comment": f"step {step}"},
+                overwrite=True,
+            )
+            paths.append(path)
+        return paths
+
+    def _encoded(self) -> list[Story]:
+        guided = self._manifest.schedule.guidance != 1.0
+        texts = [*self._prompts, UNCONDITIONAL]
+        if self._recipe.samples.prompts:
+            found = embeddings.encode(
+                texts, self._source.text, self._source.load_text_encoder, cache=EmbeddingCache.of_user()
+            )
+            embeds = {text: entry.embeds for text, entry in found.items()}
+        else:
+            embeds = {text: self._data.embedding(text) for text in texts}
+        device = self._models.device
+        empty = embeds[UNCONDITIONAL].to(device).float() if guided else None
+        return [
+            Story(Script((text,)), (Prompt(text, embeds[text].to(device).float(), empty),))
+            for text in self._prompts
+        ]

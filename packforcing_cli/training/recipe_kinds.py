@@ -1,0 +1,205 @@
+"""What recipes are made of: settings every training shares, and the fields of finetuning.
+
+Knows TOML values and nothing else: no torch, no model, no data. `recipes` reads the files.
+"""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+
+class Strict(BaseModel):
+    """Base of everything in a recipe: frozen, unknown keys are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Train(Strict):
+    """How long and how fast. Learning rates are peak values; see `loop.learning_rate_factor`."""
+
+    steps: int = Field(gt=0)
+    seed: int = 0
+    learning_rate: float = Field(gt=0)
+    muon_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    warmup: int = Field(default=50, ge=0)
+    decay_fraction: float = Field(default=0.4, ge=0, le=1)
+    floor: float = Field(default=0.02, ge=0, le=1)
+    clip: float = Field(default=1.0, gt=0)
+    average: float = Field(default=0.998, ge=0, lt=1)
+    checkpoint_minutes: float = Field(default=3.0, gt=0)
+    evaluate_every: int = Field(default=500, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+
+
+def span_of(value: str) -> Fraction:
+    """Slots of a mid block as a number. Raises: ValueError for anything but a positive number or fraction."""
+    try:
+        span = Fraction(value)
+    except (ValueError, ZeroDivisionError):
+        span = Fraction(0)
+    if span <= 0:
+        raise ValueError(f'{value!r} is no number of slots: use for example "1", "4" or "1/2"')
+    return span
+
+
+class ItemData(Strict):
+    """Which clips are taken, and what an item of training is made of.
+
+    folder:          clips, or what `packforcing data encode` made of them; --data sets it.
+    shape:           strict = consecutive blocks from a scene's start; long-memory = sinks, then far blocks as
+                     compressed tokens only, then two or three true neighbours.
+    scene_seconds:   clips are cut into scenes of at most this length.
+    blocks:          blocks of a strict item.
+    sinks:           sink blocks, one of these numbers an item.
+    max_mids:        compressed blocks that a block sees at most.
+    spans:           slots a compressed block takes, one of these an item.
+    drop:            strict items: how often a block does not see one of its mids.
+    draws:           noise draws that share an item's clean pass.
+    caption_dropout: items with the empty prompt.
+    context_noise:   most noise on the history, of half of the items; their timestep stays 0.
+    held_out:        share of the clips that is evaluated on and not trained on.
+    enlarge:         take clips that are smaller than the model's pictures, too.
+    max_bad:         share of bad clips above which nothing is started.
+    """
+
+    folder: str = ""
+    shape: Literal["strict", "long-memory"]
+    scene_seconds: float = Field(gt=0, le=24)
+    blocks: int = Field(default=5, ge=2, le=5)
+    sinks: tuple[int, ...] = Field(default=(1, 2), min_length=1)
+    max_mids: int = Field(default=16, ge=0)
+    spans: tuple[str, ...] = Field(default=("1", "1", "2", "4"), min_length=1)
+    drop: float = Field(default=0.2, ge=0, lt=1)
+    draws: int = Field(default=1, ge=1)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    context_noise: float = Field(default=0.15, ge=0, lt=1)
+    held_out: float = Field(default=0.05, ge=0, le=0.5)
+    enlarge: bool = False
+    max_bad: float = Field(default=0.1, ge=0, le=1)
+
+    @field_validator("sinks")
+    @classmethod
+    def _some_sinks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(n < 1 or n > 2 for n in value):
+            raise ValueError("sinks are 1 or 2 blocks: with three neighbours more do not fit in 5 blocks")
+        return value
+
+    @field_validator("spans")
+    @classmethod
+    def _spans(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for span in value:
+            span_of(span)
+        return value
+
+    @property
+    def slot_spans(self) -> tuple[Fraction, ...]:
+        """`spans` as numbers."""
+        return tuple(Fraction(span) for span in self.spans)
+
+
+class Preset(Strict):
+    """Memory settings that the package of the result is run with; left out = those of the model it starts from."""
+
+    sink_blocks: int | None = Field(default=None, ge=0)
+    top_k: int | None = Field(default=None, ge=0)
+    mid_span: str | None = None
+
+    @field_validator("mid_span")
+    @classmethod
+    def _span(cls, value: str | None) -> str | None:
+        if value is not None and value != "fit":
+            span_of(value)
+        return value
+
+
+class Samples(Strict):
+    """Videos made on the way: before the first step, every `every` steps and at the end.
+
+    every:   0 = none, and no VAE is loaded.
+    prompts: empty = the captions of the first clips.
+    """
+
+    every: int = Field(default=0, ge=0)
+    prompts: tuple[str, ...] = ()
+    count: int = Field(default=2, ge=1, le=16)
+    seconds: float = Field(default=10.0, gt=0)
+    seed: int = 0
+
+
+class Sampling(Strict):
+    """How the result is sampled; left out = as the model it starts from, or 40 steps at guidance 3 for a student.
+
+    Flow matching on clips trains a model for all noise levels: a few-step student becomes a many-step model.
+    """
+
+    steps: int | None = Field(default=None, ge=1)
+    guidance: float | None = Field(default=None, ge=0)
+
+
+class Finetune(Strict):
+    """Every weight of a model's transformer and compressor, trained on clips by packed teacher forcing.
+
+    model:                    a model's name or package folder.
+    items:                    items a step, over all processes together.
+    compressor_learning_rate: of the HR branch, which starts from nothing where the model has none.
+    train_transformer:        false = the compressor alone.
+    precision:                bf16 = products in bfloat16, everything that is kept in float32; auto = bf16 on a GPU.
+    checkpointing:            run each layer again in the backward pass instead of keeping what is in it.
+    """
+
+    kind: Literal["finetune"]
+    model: str = "demo"
+    items: int = Field(default=4, ge=1)
+    compressor_learning_rate: float = Field(default=1e-4, gt=0)
+    train_transformer: bool = True
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
+    data: ItemData
+    preset: Preset = Preset()
+    samples: Samples = Samples()
+    sampling: Sampling = Sampling()
+    train: Train
+
+    @model_validator(mode="after")
+    def _what_belongs_together(self) -> Finetune:
+        if self.train.muon_learning_rate is not None:
+            raise ValueError("train.muon_learning_rate: finetuning uses AdamW alone; leave it out")
+        if self.samples.every % self.train.evaluate_every:
+            raise ValueError(
+                f"samples.every {self.samples.every} must be a multiple of train.evaluate_every"
+                f" {self.train.evaluate_every}"
+            )
+        return self
+
+
+class FinetuneLora(Finetune):
+    """Low-rank adapters of the transformer's layers; everything else stays, the compressor too.
+
+    rank:    of the adapters.  alpha: their output is scaled by alpha / rank.
+    targets: ends of the names of the linears that get one.
+    """
+
+    kind: Literal["finetune-lora"]  # type: ignore[assignment]
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
+    targets: tuple[str, ...] = Field(
+        default=(
+            *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"),
+            *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+            *("ffn.net.0.proj", "ffn.net.2"),
+        ),
+        min_length=1,
+    )
+
+    @model_validator(mode="after")
+    def _what_a_lora_has_not(self) -> FinetuneLora:
+        for name in ("compressor_learning_rate", "train_transformer"):
+            if name in self.model_fields_set:
+                raise ValueError(
+                    f"{name} has no meaning here: adapters of the transformer are all that is trained"
+                )
+        return self
