@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from packforcing_cli.training.recipes import DemoFlow, DemoVae
+    from packforcing_cli.training.recipes import DemoFlow, DemoVae, SelfForcing
 
 LINE_EVERY_SECONDS = 10.0
 SPEED_WINDOW_SECONDS = 60.0
@@ -105,13 +105,17 @@ def _command(recipe: str, folder: Path, settings: list[str], vae: str | None) ->
     return shlex.join(words)
 
 
-def _introduce(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, *, verbose: bool) -> None:
+def _introduce(recipe: DemoVae | DemoFlow | SelfForcing, folder: Path, talk: _Talk, *, verbose: bool) -> None:
     import torch
 
     steps = recipe.train.steps
     # The newest may be cut short by a crash; the trainer says at which step it really goes on.
     found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
-    what = {"demo-vae": "the demo's autoencoder", "demo-flow": "the demo's transformer and compressor"}
+    what = {
+        "demo-vae": "the demo's autoencoder",
+        "demo-flow": "the demo's transformer and compressor",
+        "self-forcing": "a few-step student and its compressor",
+    }
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
     threads = recipe.train.threads or torch.get_num_threads()
     count = int(os.environ.get("WORLD_SIZE", "1"))
@@ -210,7 +214,7 @@ class _Stop:
         self.code = self.code or 128 + number
 
 
-def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> int:
+def _run(recipe: DemoVae | DemoFlow | SelfForcing, folder: Path, talk: _Talk, again: str) -> int:
     """Train. Returns: 0, or the exit code of a run that was stopped. Raises: PackforcingError."""
     from packforcing_cli import durable
     from packforcing_cli.errors import DiskFullError
@@ -235,17 +239,23 @@ def _run(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk, again: str) -> i
     return 0
 
 
-def _train(recipe: DemoVae | DemoFlow, folder: Path, lines: _Lines, stop: _Stop) -> dict[str, Any]:
+def _train(
+    recipe: DemoVae | DemoFlow | SelfForcing, folder: Path, lines: _Lines, stop: _Stop
+) -> dict[str, Any]:
     if recipe.kind == "demo-vae":
         from packforcing_cli.training import demo_vae
 
         return demo_vae.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+    if recipe.kind == "self-forcing":
+        from packforcing_cli.training import self_forcing
+
+        return self_forcing.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
     from packforcing_cli.training import demo_flow
 
     return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
 
 
-def _report(recipe: DemoVae | DemoFlow, folder: Path, talk: _Talk) -> None:
+def _report(recipe: DemoVae | DemoFlow | SelfForcing, folder: Path, talk: _Talk) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
 

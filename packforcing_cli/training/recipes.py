@@ -111,8 +111,54 @@ class DemoFlow(_Strict):
     shift: float = 5.0
 
 
-Recipe = Annotated[DemoVae | DemoFlow, Field(discriminator="kind")]
-_ADAPTER: TypeAdapter[DemoVae | DemoFlow] = TypeAdapter(Recipe)
+class StudentRollout(_Strict):
+    """What a rollout in training is: `blocks` graded ones after up to `max_prefix` others; drawn anew each time."""
+
+    timesteps: tuple[int, ...] = Field(default=(1000, 750, 500, 250), description="steps of the student")
+    blocks: int = Field(default=5, ge=2)
+    max_prefix: int = Field(default=0, ge=0, le=1000)
+    sink_blocks: tuple[int, ...] = Field(default=(1, 2), min_length=1)
+    mid_spans: tuple[str, ...] = Field(default=("1",), min_length=1, description="slots a mid takes")
+    top_k: int = Field(default=16, ge=1)
+
+
+class StudentTrain(_Strict):
+    """How long and how fast; the rates of Self-Forcing and the paper, the compressor's own is larger."""
+
+    steps: int = Field(gt=0, description="iterations: critic updates")
+    seed: int = 0
+    learning_rate: float = Field(default=2e-6, gt=0)
+    critic_learning_rate: float = Field(default=1e-6, gt=0)
+    compressor_learning_rate: float = Field(default=5e-5, gt=0)
+    compressor_alone: int = Field(
+        default=200, ge=0, description="student updates in which the mids' gradient stops at the compressor"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=10.0, gt=0)
+    average: float = Field(default=0.99, ge=0, lt=1)
+    average_start: int = Field(default=200, ge=0)
+    checkpointing: bool = False
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+
+
+class SelfForcing(_Strict):
+    kind: Literal["self-forcing"]
+    student: str = Field(
+        description="model to start from: a name, a package folder, or 'package' for the demo"
+    )
+    teacher: str = Field(description="model that judges; must take whole clips at once")
+    prompts: str = Field(description="text file with a prompt a line, or 'demo'")
+    shift: float = 5.0
+    guidance: float = Field(default=3.0, ge=0, description="of the teacher: c + w (c - u)")
+    critic_updates: int = Field(default=5, ge=1, description="critic updates for one of the student")
+    batch: int = Field(default=1, ge=1, description="rollouts a step and process, one after another")
+    rollout: StudentRollout = StudentRollout()
+    train: StudentTrain
+
+
+Recipe = Annotated[DemoVae | DemoFlow | SelfForcing, Field(discriminator="kind")]
+_ADAPTER: TypeAdapter[DemoVae | DemoFlow | SelfForcing] = TypeAdapter(Recipe)
 
 
 def folders() -> list[Path]:
@@ -142,7 +188,7 @@ def find(name: str) -> Path:
     raise UsageError(f"no recipe named {name!r}", hint=f"Did you mean: {', '.join(near)}?")
 
 
-def load(name: str, settings: Sequence[str] = ()) -> DemoVae | DemoFlow:
+def load(name: str, settings: Sequence[str] = ()) -> DemoVae | DemoFlow | SelfForcing:
     """Read and validate a recipe; `settings` are key.path=value overrides, values in JSON or plain text.
 
     Raises: UsageError for a missing file, broken TOML, an unknown key (nearest named) or a bad value.
@@ -180,7 +226,9 @@ def _apply(values: dict[str, Any], setting: str) -> None:
 def _explain(path: Path, values: Mapping[str, Any], error: ValidationError) -> str:
     lines = []
     for problem in error.errors():
-        where = [str(part) for part in problem["loc"] if part not in ("demo-vae", "demo-flow")]
+        where = [
+            str(part) for part in problem["loc"] if part not in ("demo-vae", "demo-flow", "self-forcing")
+        ]
         text = f"{'.'.join(where) or 'recipe'}: {problem['msg']}"
         if problem["type"] == "extra_forbidden":
             known = _known_keys(str(values.get("kind")), where[:-1])
@@ -191,7 +239,7 @@ def _explain(path: Path, values: Mapping[str, Any], error: ValidationError) -> s
 
 
 def _known_keys(kind: str, where: Sequence[str]) -> list[str]:
-    recipes: dict[str, Any] = {"demo-vae": DemoVae, "demo-flow": DemoFlow}
+    recipes: dict[str, Any] = {"demo-vae": DemoVae, "demo-flow": DemoFlow, "self-forcing": SelfForcing}
     model = recipes.get(kind)
     for part in where:
         field = model.model_fields.get(part) if model is not None else None
