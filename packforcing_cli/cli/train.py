@@ -162,6 +162,7 @@ def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -
         "demo-flow": "the demo's transformer and compressor",
         "finetune": f"{getattr(recipe, 'model', '')} on clips",
         "finetune-lora": f"adapters of {getattr(recipe, 'model', '')} on clips",
+        "self-forcing": "a few-step student and its compressor",
     }
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
     threads = recipe.train.threads or torch.get_num_threads()
@@ -366,6 +367,10 @@ def _train(
 
         assert clips is not None
         return finetune.train(recipe, folder, clips, on_log=lines, should_stop=lambda: stop.code != 0)
+    if recipe.kind == "self-forcing":
+        from packforcing_cli.training import self_forcing
+
+        return self_forcing.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
     from packforcing_cli.training import demo_flow
 
     return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)

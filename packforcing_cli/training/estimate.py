@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from packforcing_cli.text import build_encoder
 from packforcing_cli.training.items import Context, Item, Shape
 from packforcing_cli.training.packed import packed_forward
 from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, ItemData
-from packforcing_cli.training.recipes import AnyRecipe, DemoFlow, DemoVae
+from packforcing_cli.training.recipes import AnyRecipe, DemoFlow, DemoVae, SelfForcing
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
 
@@ -147,6 +148,8 @@ def estimate(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | Non
         return _of_vae(recipe, device, free, name)
     if isinstance(recipe, DemoFlow):
         return _of_flow(recipe, device, free, name)
+    if isinstance(recipe, SelfForcing):
+        return _of_self_forcing(recipe, device, free, name)
     return _of_finetune(recipe, device, free, name, scene_blocks)
 
 
@@ -226,6 +229,52 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
         context,
         preset,
         _mismatches(context, preset),
+    )
+
+
+def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name: str) -> Estimate:
+    """Three networks of one shape; the graph of a rollout is that of a strict item with as many blocks and mids."""
+    place = "demo" if recipe.student == "package" else recipe.student
+    folder = packages.find_package(place)
+    manifest = packages.read_manifest(folder)
+    config = TransformerConfig.from_dict(
+        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
+    )
+    with torch.device("meta"):
+        network, compressor = WanTransformer(config), Compressor(compressor_config(manifest, config, folder))
+    network_count, compressor_count = _count(network), _count(compressor)
+    count, trained = 3 * network_count + compressor_count, 2 * network_count + compressor_count
+    plan, grid = recipe.rollout, grid_of(manifest, config)
+    length = plan.max_prefix + plan.blocks
+    mids = {sinks: min(plan.top_k, max(0, length - sinks - 2)) for sinks in plan.sink_blocks}
+    spans = tuple(sorted({Fraction(span) for span in plan.mid_spans}))
+    shape = Shape("strict", plan.blocks, plan.sink_blocks, max(mids.values()), spans, 0.0)
+    activations = activation_bytes(
+        config,
+        grid,
+        widest_item(shape, grid, plan.blocks),
+        draws=1,
+        text_length=manifest.text_length,
+        keeps_scores=device.type == "cpu",
+        checkpointing=recipe.train.checkpointing,
+    )
+    # Beside gradients and moments: the averaged student; and the cache, whose contexts a graph keeps copied.
+    tokens = (max(plan.sink_blocks) + 2) * grid.block_tokens + plan.top_k * grid.compressed_tokens
+    copies = (plan.blocks + 2) * tokens * grid.bytes_per_token
+    training = 12 * trained + 4 * (network_count + compressor_count)
+    memory = Memory(4 * count, training, activations, _other(device) + copies)
+    context = Context(grid.frames_per_block, mids, spans)
+    return Estimate(
+        recipe.kind,
+        count,
+        trained,
+        recipe.train.steps,
+        memory,
+        free,
+        name,
+        context,
+        manifest.cache,
+        _mismatches(context, manifest.cache),
     )
 
 

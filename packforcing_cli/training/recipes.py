@@ -116,12 +116,59 @@ class DemoFlow(_Strict):
     )
 
 
-AnyRecipe = DemoVae | DemoFlow | Finetune | FinetuneLora
+class StudentRollout(_Strict):
+    """What a rollout in training is: `blocks` graded ones after up to `max_prefix` others; drawn anew each time."""
+
+    timesteps: tuple[int, ...] = Field(default=(1000, 750, 500, 250), description="steps of the student")
+    blocks: int = Field(default=5, ge=2)
+    max_prefix: int = Field(default=0, ge=0, le=1000)
+    sink_blocks: tuple[int, ...] = Field(default=(1, 2), min_length=1)
+    mid_spans: tuple[str, ...] = Field(default=("1",), min_length=1, description="slots a mid takes")
+    top_k: int = Field(default=16, ge=1)
+
+
+class StudentTrain(_Strict):
+    """How long and how fast; the rates of Self-Forcing and the paper, the compressor's own is larger."""
+
+    steps: int = Field(gt=0, description="iterations: critic updates")
+    seed: int = 0
+    learning_rate: float = Field(default=2e-6, gt=0)
+    critic_learning_rate: float = Field(default=1e-6, gt=0)
+    compressor_learning_rate: float = Field(default=5e-5, gt=0)
+    compressor_alone: int = Field(
+        default=200, ge=0, description="student updates in which the mids' gradient stops at the compressor"
+    )
+    weight_decay: float = Field(default=0.01, ge=0)
+    clip: float = Field(default=10.0, gt=0)
+    average: float = Field(default=0.99, ge=0, lt=1)
+    average_start: int = Field(default=200, ge=0)
+    checkpointing: bool = False
+    checkpoint_minutes: float = Field(default=5.0, gt=0)
+    threads: int | None = Field(default=None, gt=0)
+
+
+class SelfForcing(_Strict):
+    kind: Literal["self-forcing"]
+    student: str = Field(
+        description="model to start from: a name, a package folder, or 'package' for the demo"
+    )
+    teacher: str = Field(description="model that judges; must take whole clips at once")
+    prompts: str = Field(description="text file with a prompt a line, or 'demo'")
+    shift: float = 5.0
+    guidance: float = Field(default=3.0, ge=0, description="of the teacher: c + w (c - u)")
+    critic_updates: int = Field(default=5, ge=1, description="critic updates for one of the student")
+    batch: int = Field(default=1, ge=1, description="rollouts a step and process, one after another")
+    rollout: StudentRollout = StudentRollout()
+    train: StudentTrain
+
+
+AnyRecipe = DemoVae | DemoFlow | Finetune | FinetuneLora | SelfForcing
 KINDS: dict[str, type[BaseModel]] = {
     "demo-vae": DemoVae,
     "demo-flow": DemoFlow,
     "finetune": Finetune,
     "finetune-lora": FinetuneLora,
+    "self-forcing": SelfForcing,
 }
 Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]
 _ADAPTER: TypeAdapter[AnyRecipe] = TypeAdapter(Recipe)

@@ -1,0 +1,437 @@
+"""Train a few-step student on its own rollouts by distribution matching (the paper's second stage).
+
+Three networks of one shape: the student learns, the frozen teacher says what real clips look like, the critic learns
+what the student's clips look like. All start from the same weights and share no storage. An iteration:
+
+    every      a rollout without graph -> the critic's flow-matching step
+    one in N   a rollout with graph (one exit step for all blocks and processes) -> the student's DMD step, with its
+               compressor
+
+No data: prompts are all it takes, and rollouts go through the real cache. With a prefix, blocks without graph come
+first, so that training meets as many mids, choices and slot shifts as inference does; the first graded block then only
+serves as context for teacher and critic, which take the clip's first latent frame for a still picture.
+
+Every draw is a function of (seed, iteration, process), so a resumed run goes on as the unbroken one would.
+Source: PackForcing (arXiv 2603.25730) 4.1; Self-Forcing (model/dmd.py, pipeline/self_forcing_training.py); METHOD 7.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from packforcing_cli import rollout as inference
+from packforcing_cli import rope
+from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, encode
+from packforcing_cli.errors import UsageError
+from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.registry import Schedule as ScheduleRecord
+from packforcing_cli.registry import VideoModel, load_model, write_package
+from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, renoise_sigmas
+from packforcing_cli.training import dmd, loop, world
+from packforcing_cli.training.recipes import SelfForcing
+from packforcing_cli.training.student_rollout import Student, rollout
+from packforcing_cli.transformer import AloneContext, WanTransformer
+
+M = TypeVar("M", bound=nn.Module)
+BLOCKS_MASKED = 1  # blocks at the start of a clip with a prefix that get no gradient
+
+
+@dataclass
+class Roles:
+    """The networks of a run.
+
+    Raises: ValueError if two of them share storage: what one learns would leak into the other.
+    """
+
+    student: Student
+    teacher: WanTransformer
+    critic: WanTransformer
+
+    def __post_init__(self) -> None:
+        places: dict[int, str] = {}
+        for name, network in (
+            ("student", self.student.transformer),
+            ("teacher", self.teacher),
+            ("critic", self.critic),
+        ):
+            for parameter in network.parameters():
+                owner = places.setdefault(parameter.untyped_storage().data_ptr(), name)
+                if owner != name:
+                    raise ValueError(f"{owner} and {name} share storage")
+
+    @classmethod
+    def of(cls, model: VideoModel, teacher: VideoModel | None = None) -> Roles:
+        """Student and critic from a model, the teacher from another or from the same; copies all.
+
+        Raises: UsageError if the model has no trained compressor to learn, or the two differ in shape.
+        """
+        if model.compressor is None:
+            raise UsageError(
+                f"{model.name} has no compressor weights to train",
+                hint="Use a package with a compressor, or train one: compressor-distill.",
+            )
+        source = teacher or model
+        if source.transformer.config != model.transformer.config:
+            raise UsageError(
+                f"teacher {source.name} and student {model.name} differ in shape",
+                hint="Both need the same transformer config.",
+            )
+        student = Student(
+            _copy(model.transformer, learns=True), _copy(model.compressor, learns=True), model.codec
+        )
+        return cls(student, _copy(source.transformer, learns=False), _copy(source.transformer, learns=True))
+
+    def learning(self) -> dict[str, nn.Module]:
+        """The modules of a checkpoint."""
+        return {
+            "transformer": self.student.transformer,
+            "compressor": self.student.compressor,
+            "critic": self.critic,
+        }
+
+
+def _copy(module: M, *, learns: bool) -> M:
+    copied = copy.deepcopy(module)
+    copied.float().requires_grad_(learns)
+    return copied
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What one rollout is drawn from; the same in all processes but for noise and prompts."""
+
+    exit_step: int
+    prefix: int
+    layout: Layout
+
+
+class Trainer:
+    """One run: roles, optimisers, prompts."""
+
+    def __init__(
+        self,
+        recipe: SelfForcing,
+        roles: Roles,
+        grid: Grid,
+        embeds: Tensor,
+        unconditional: Tensor,
+        *,
+        trained_frames: int,
+        workers: loop.Workers,
+    ) -> None:
+        """
+        Args:
+            embeds:        [P,T,C] of the prompts.
+            unconditional: [1,T,C] of the empty prompt, for the teacher's guidance.
+        """
+        self.recipe, self.roles, self.grid, self.workers = recipe, roles, grid, workers
+        self._embeds, self._unconditional = embeds, unconditional
+        self._trained_frames = trained_frames
+        self.sigmas = renoise_sigmas(recipe.rollout.timesteps, recipe.shift)
+        settings = recipe.train
+        self.student_optimizer = torch.optim.AdamW(
+            [
+                {"params": [*roles.student.transformer.parameters()], "lr": settings.learning_rate},
+                {"params": [*roles.student.compressor.parameters()], "lr": settings.compressor_learning_rate},
+            ],
+            betas=(0.0, 0.999),
+            weight_decay=settings.weight_decay,
+        )
+        self.critic_optimizer = torch.optim.AdamW(
+            roles.critic.parameters(),
+            lr=settings.critic_learning_rate,
+            betas=(0.0, 0.999),
+            weight_decay=settings.weight_decay,
+        )
+
+    def iteration(self, number: int) -> dict[str, float]:
+        """One iteration: the critic's step, and where it is due the student's. Returns: figures for the log."""
+        settings = self.recipe.train
+        shared = loop.step_generator(settings.seed, number)
+        own = loop.step_generator(settings.seed, number, self.workers.rank + 1)
+        figures = {"critic": self._critic_step(shared, own)}
+        if number % self.recipe.critic_updates == 0:
+            figures |= self._student_step(shared, own, number)
+        return figures
+
+    def _critic_step(self, shared: torch.Generator, own: torch.Generator) -> float:
+        losses = []
+        self.critic_optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.recipe.batch):
+            chosen = self._prompt(own)
+            with torch.no_grad():
+                clip = self._clip(self._draws(shared), chosen, own, graph=False).detach()
+            sigma, noise = dmd.draw_sigma(own, shift=self.recipe.shift), self._noise(own, clip.shape)
+            loss = dmd.critic_loss(clip, noise, sigma, self._predictor(self.roles.critic, chosen))
+            (loss / self.recipe.batch).backward()
+            losses.append(float(loss.detach()))
+        self._step(self.critic_optimizer, self.roles.critic.parameters())
+        return sum(losses) / len(losses)
+
+    def _student_step(self, shared: torch.Generator, own: torch.Generator, number: int) -> dict[str, float]:
+        figures: list[dict[str, float]] = []
+        updates = number // self.recipe.critic_updates
+        through = "all" if updates >= self.recipe.train.compressor_alone else "compressor"
+        self.student_optimizer.zero_grad(set_to_none=True)
+        for _ in range(self.recipe.batch):
+            chosen, draws = self._prompt(own), self._draws(shared)
+            clip = self._clip(draws, chosen, own, graph=True, through=through)
+            loss, parts = dmd.student_loss(
+                clip,
+                self._noise(own, clip.shape),
+                dmd.draw_sigma(own, shift=self.recipe.shift),
+                teacher=self._predictor(self.roles.teacher, chosen),
+                teacher_unconditional=self._predictor(self.roles.teacher, None),
+                critic=self._predictor(self.roles.critic, chosen),
+                guidance=self.recipe.guidance,
+                mask=self._mask(clip, draws),
+            )
+            (loss / self.recipe.batch).backward()
+            figures.append({"student": float(loss.detach()), "exit": draws.exit_step, **parts})
+        parameters = [p for group in self.student_optimizer.param_groups for p in group["params"]]
+        self._step(self.student_optimizer, parameters)
+        return {name: sum(f[name] for f in figures) / len(figures) for name in figures[0]}
+
+    def _step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
+        known = [*parameters]
+        self.workers.average_gradients(known)
+        loop.clip_gradients([p for p in known if p.grad is not None], self.recipe.train.clip)
+        optimizer.step()
+
+    def _draws(self, shared: torch.Generator) -> Draws:
+        plan = self.recipe.rollout
+
+        def pick(choices: int) -> int:
+            return int(torch.randint(choices, (), generator=shared))
+
+        exit_step, prefix = pick(len(self.sigmas)), pick(plan.max_prefix + 1)
+        sinks = plan.sink_blocks[pick(len(plan.sink_blocks))]
+        span = Fraction(plan.mid_spans[pick(len(plan.mid_spans))])
+        layout = Layout(
+            grid=self.grid,
+            sink_blocks=sinks,
+            recent_blocks=1,
+            top_k=plan.top_k,
+            bank=None,
+            mid_span=span,
+            trained_frames=self._trained_frames,
+        )
+        return Draws(exit_step, prefix, layout)
+
+    def _prompt(self, own: torch.Generator) -> Tensor:
+        index = int(torch.randint(len(self._embeds), (), generator=own))
+        return self._embeds[index : index + 1]
+
+    def _noise(self, own: torch.Generator, shape: torch.Size | tuple[int, ...]) -> Tensor:
+        return torch.randn(tuple(shape), generator=own).to(self.workers.device)
+
+    def _clip(
+        self, draws: Draws, embeds: Tensor, own: torch.Generator, *, graph: bool, through: str = "none"
+    ) -> Tensor:
+        grid, network = self.grid, self.roles.student.transformer
+        channels = network.config.in_channels
+        shape = (1, channels, grid.frames_per_block, grid.latent_rows, grid.latent_cols)
+        blocks = draws.prefix + self.recipe.rollout.blocks
+        noise = [[self._noise(own, shape) for _ in self.sigmas] for _ in range(blocks)]
+        return rollout(
+            self.roles.student,
+            network.embed_text(embeds),
+            draws.layout,
+            noise=noise,
+            sigmas=self.sigmas,
+            exit_step=draws.exit_step,
+            graded=self.recipe.rollout.blocks,
+            gradient=through if graph else "none",
+            checkpointing=graph and self.recipe.train.checkpointing,
+        ).latents
+
+    def _predictor(self, network: WanTransformer, embeds: Tensor | None) -> dmd.Predictor:
+        """A network over a whole clip at once, each latent frame seeing all others."""
+        text = network.embed_text(self._unconditional if embeds is None else embeds)
+        grid = self.grid
+
+        def predict(x_t: Tensor, sigma: float) -> Tensor:
+            frames = x_t.shape[2]
+            positions = rope.grid_positions(0.0, frames, grid.rows, grid.cols, device=x_t.device)
+            timesteps = torch.full(
+                (x_t.shape[0], frames), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x_t.device
+            )
+            velocity: Tensor = network(x_t, timesteps, text, AloneContext(positions))
+            return velocity
+
+        return predict
+
+    def _mask(self, clip: Tensor, draws: Draws) -> Tensor | None:
+        if not draws.prefix:
+            return None
+        frames = torch.arange(clip.shape[2], device=clip.device)
+        return (frames >= BLOCKS_MASKED * self.grid.frames_per_block).double().view(1, 1, -1, 1, 1)
+
+
+def train(
+    recipe: SelfForcing,
+    out: Path,
+    *,
+    on_log: Callable[[dict[str, Any]], None] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Run or resume the recipe in `out`; the result is the model package `out/package/`.
+
+    Args:
+        on_log:      told every line of the log.
+        should_stop: asked after every iteration; True ends with a checkpoint.
+    Returns: the figures; without "result" when it was stopped.
+    Raises: UsageError for models that do not fit each other; WeightsError if a loss is not finite.
+    """
+    settings = recipe.train
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    workers = loop.Workers.start()
+    model = load_model(_place(recipe.student), device=workers.device, dtype="fp32")
+    teacher = None if recipe.teacher == recipe.student else _other(recipe.teacher, workers)
+    roles = Roles.of(model, teacher)
+    prompts = read_prompts(recipe.prompts)
+    embeds, unconditional = encode_prompts(model, prompts)
+    trainer = Trainer(
+        recipe,
+        roles,
+        inference.grid_for(model, model.manifest.size),
+        embeds,
+        unconditional,
+        trained_frames=model.manifest.trained_frames,
+        workers=workers,
+    )
+    modules = roles.learning()
+    state = loop.TrainingState(
+        modules,
+        loop.MovingAverage(_averaged(modules), settings.average),
+        [trainer.student_optimizer, trainer.critic_optimizer],
+    )
+    facts = {
+        "kind": recipe.kind,
+        "recipe": recipe.model_dump_json(exclude={"train": {"steps", "checkpoint_minutes", "threads"}}),
+        "workers": workers.count,
+        "student": model.hashes["transformer"],
+        "teacher": (teacher or model).hashes["transformer"],
+        "prompts": str(len(prompts)),
+    }
+    checkpoints, saved = out / "checkpoints", time.monotonic()
+    loop.load_checkpoint(checkpoints, state, facts)
+    figures: dict[str, Any] = {}
+    with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
+        parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
+        log.write(event="start", step=state.step, parameters=parameters, workers=workers.count)
+        while state.step < settings.steps:
+            parts = trainer.iteration(state.step)
+            for value in parts.values():
+                loop.require_finite(value, state.step, checkpoints)
+            state.step += 1
+            _average(state, settings.average_start)
+            if state.step % loop.LOG_EVERY == 0 or "student" in parts:
+                log.write(step=state.step, **{name: round(value, 5) for name, value in parts.items()})
+            stop = should_stop is not None and workers.any_wants(should_stop())
+            if workers.rank == 0 and (stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
+                loop.save_checkpoint(checkpoints, state, facts)
+                saved = time.monotonic()
+            if stop:
+                break
+        figures["steps"] = state.step
+        if state.step >= settings.steps and workers.rank == 0:
+            loop.save_checkpoint(checkpoints, state, facts)
+            figures |= write_result(recipe, state, roles, model, out)
+            log.write(event="done", **figures)
+    workers.stop()
+    return figures
+
+
+def _averaged(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    return {name: modules[name] for name in ("transformer", "compressor")}
+
+
+def _average(state: loop.TrainingState, start: int) -> None:
+    """Follow the student until `start`, average from there."""
+    averaged = _averaged(state.modules)
+    if state.step > start:
+        state.average.update(averaged, state.step)
+        return
+    for name, module in averaged.items():
+        for key, value in module.state_dict().items():
+            state.average.values[f"{name}/{key}"].copy_(value)
+
+
+def _place(name: str) -> str:
+    return "demo" if name == "package" else name
+
+
+def _other(name: str, workers: loop.Workers) -> VideoModel:
+    return load_model(_place(name), device=workers.device, dtype="fp32")
+
+
+def read_prompts(source: str) -> list[str]:
+    """Prompts of a text file, one a line, `#` begins a comment; "demo" = the captions of the demo world.
+
+    Raises: UsageError if there is no such file, it is no text, or it has none.
+    """
+    if source == "demo":
+        return list(world.training_captions())
+    try:
+        lines = Path(source).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"prompts {source} cannot be read: {error}", hint="Give a text file, a prompt a line."
+        ) from error
+    found = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not found:
+        raise UsageError(f"{source} has no prompts", hint="Write one a line.")
+    return found
+
+
+def encode_prompts(model: VideoModel, prompts: list[str]) -> tuple[Tensor, Tensor]:
+    """[P,T,C] of the prompts, equal ones once, and [1,T,C] of the empty one, in float32 on the model's device."""
+    texts = [*dict.fromkeys(prompts), UNCONDITIONAL]
+    found = encode(texts, model.text, model.load_text_encoder, cache=EmbeddingCache.of_user())
+    embeds = [found[text].embeds.to(model.device, torch.float32) for text in texts]
+    return torch.cat(embeds[:-1]), embeds[-1]
+
+
+def write_result(
+    recipe: SelfForcing, state: loop.TrainingState, roles: Roles, model: VideoModel, out: Path
+) -> dict[str, Any]:
+    """Write `out/package/`: the averaged student with its few-step schedule, all else as in the model it began as."""
+    modules = _averaged(state.modules)
+    for name, module in modules.items():
+        module.load_state_dict(state.average.state_of(name))
+    steps = recipe.rollout.timesteps
+    manifest = model.manifest.model_copy(
+        update={
+            "schedule": ScheduleRecord(
+                kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps
+            ),
+            "provenance": {
+                "recipe": recipe.kind,
+                "iterations": state.step,
+                "student": model.manifest.provenance,
+                "settings": recipe.model_dump(mode="json"),
+                "data": "none: the student's own rollouts; prompts only",
+            },
+        }
+    )
+    write_package(
+        out / "package",
+        manifest,
+        transformer=roles.student.transformer,
+        compressor=roles.student.compressor,
+        base=model.folder,
+        dtype=torch.float16 if model.name == "demo" else torch.bfloat16,
+        overwrite=True,
+    )
+    return {"result": str(out / "package")}
