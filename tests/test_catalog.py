@@ -30,7 +30,7 @@ def test_the_families_have_wans_shapes() -> None:
 
 
 def test_parameters_are_counted_from_the_shape() -> None:
-    """1.419 B: docs/method.md 1.1. Other figures are public counts of Wan2.1-14B, UMT5-XXL's encoder and the Wan VAE."""
+    """1.419 B: docs/method.md 1.1. Others are public counts of Wan2.1-14B, UMT5-XXL's encoder and the Wan VAE."""
     assert catalog.get("wan2.1-1.3b").transformer_params == 1_418_996_800
     assert catalog.get("wan2.1-14b").transformer_params == 14_288_491_584
     assert catalog.get("wan2.1-1.3b").params == 1_418_996_800 + 5_680_910_336 + 126_892_531
