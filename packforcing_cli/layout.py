@@ -18,7 +18,7 @@ gap.
 A mid block takes `mid_span` slots: frames_per_block (the paper's reading), fewer, or "fit", which spreads the slots
 that are left in the range the model was trained on (docs/method.md 5.5).
 
-Without RoPE adjustment (`rope_adjustment=False`, docs/method.md 5.1) every block keeps the slots of its own time: block b
+Without RoPE adjustment (`rope_adjustment=False`, docs/method.md 5.1) a block keeps the slots of its own time: block b
 sits at frames_per_block * b and takes frames_per_block slots, whatever was dropped between it and the current block.
 Distances then grow with the video, and where a mid sits depends on which block it is: `slots` is told a layer's ids.
 
