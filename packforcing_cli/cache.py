@@ -25,7 +25,7 @@ outside.
 Which blocks are where, at which slots and in how many bytes is said by `layout.py`, and nowhere else. Knows
 neither the model nor the compressor: it is handed keys and values.
 
-Source: PackForcing (arXiv 2603.25730) 3.1-3.5; METHOD 2, 4, 5.
+Source: PackForcing (arXiv 2603.25730) 3.1-3.5; docs/method.md 2, 4, 5.
 Letters: L layers, B batch, S tokens, N heads, D head dim, n tokens of a block, N_c compressed tokens of a
 block, M blocks in the bank, K active mids.
 """
@@ -271,7 +271,7 @@ class KVCache:
         "sinks":   the sinks, right before the block, and themselves. A function of sinks and block alone, so
                    it is there as long as the backup can wait, also between two passes over a later block.
         "history": all that block i attends, at its slots, and themselves; from its first pass to `commit(i)`.
-        Source: DESIGN 3.5; METHOD 2.4, 10.2.
+        Source: docs/method.md 2.4, 10.
         """
         if not self.needs_backup(i) or i > self.blocks:
             raise ValueError(f"block {i} takes no backup yet, or never: the next block is {self.blocks}")

@@ -145,7 +145,7 @@ class ModelFacts:
 
     @property
     def transformer_params(self) -> int:
-        """Parameters of the diffusion transformer, counted from its shape (METHOD 1.1)."""
+        """Parameters of the diffusion transformer, counted from its shape (docs/method.md 1.1)."""
         d, patch_values = self.dim, self.latent_channels * self.patch[0] * self.patch[1] * self.patch[2]
 
         def linear(inputs: int, outputs: int) -> int:

@@ -5,11 +5,11 @@
     LR: pixels / 4 in space, / 2 in time -> VAE encoder -> 2 latents -> the model's patch embedding /
 
 The tokens live in patch-embedding space; a full forward of the transformer at timestep 0 turns them into keys and
-values (METHOD 2.4, option A). N_c = 2 * (h//8) * (w//8), order time row, row, column. Because the HR branch ends in a
+values (docs/method.md 2.4, A). N_c = 2 * (h//8) * (w//8), order time row, row, column. Because the HR branch ends in a
 zero-initialised projection, an untrained compressor is exactly the training-free LR path.
 
 Knows neither the VAE (it is given LR latents) nor the cache. Source: PackForcing (arXiv 2603.25730) 3.3; kernel,
-padding and initialisation are not in the paper, see METHOD 3.1 and 3.6.
+padding and initialisation are not in the paper, see docs/method.md 3.1 and 3.6.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class HRBranch(nn.Module):
     """Strided convolutions over the block's latents, [B,C,F,h,w] -> [B,d,2,h//8,w//8], F = 3 or 4.
 
     Kernels (1,4,4), stride 2, padding 1 give the exact floors 60 -> 30 -> 15 -> 7 and put output row r at latent row
-    8r + 3.5, the centre of the cell it stands for (METHOD 3.1, executed table).
+    8r + 3.5, the centre of the cell it stands for (docs/method.md 3.1, executed table).
     """
 
     def __init__(self, config: CompressorConfig) -> None:
@@ -126,7 +126,7 @@ def pooled_kv(kv: Tensor, frames: int, rows: int, cols: int) -> Tensor:
     Args:
         kv: [L,B,S,N,D] of a full-resolution block, S = frames*rows*cols.
     Returns: [L,B,2*(rows//4)*(cols//4),N,D]; rows and columns that do not fill a cell are dropped.
-    Source: METHOD 8.1, baseline 5 (keys must be averaged before RoPE).
+    Source: docs/method.md 8.1, baseline 5 (keys must be averaged before RoPE).
     """
     L, B, _, N, D = kv.shape
     grid = kv.unflatten(2, (frames, rows, cols))[:, :, :, : rows // 4 * 4, : cols // 4 * 4]

@@ -99,7 +99,7 @@ class MemoryOptions(Options):
                         package's own; or other weights: an installed package's name, a package or a part's folder.
     compressed_context: what a compressed block saw when its keys were made: the sinks, or the block's history.
     rope_adjustment:    what attends takes contiguous temporal slots; False = every block keeps those of its own time,
-                        so distances grow with the video (an ablation: METHOD 9.6).
+                        so distances grow with the video (an ablation: docs/method.md 9.6).
     """
 
     policy: str = "packforcing"

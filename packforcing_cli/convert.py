@@ -7,7 +7,8 @@ Understood are Self-Forcing, Causal-Forcing and LongLive checkpoints (`generator
 without the fragments that wrappers, FSDP, activation checkpointing and torch.compile leave in names), the
 original Wan 2.1 names and those of diffusers. Everything is checked before the output folder is touched.
 Sources: Wan 2.1 (wan/modules/model.py), diffusers (scripts/convert_wan_to_diffusers.py), Self-Forcing
-(utils/wan_wrapper.py), LongLive 1.0 (utils/lora_utils.py, a PEFT adapter over all linears of the layers); METHOD 1.5.
+(utils/wan_wrapper.py), LongLive 1.0 (utils/lora_utils.py, a PEFT adapter over all linears of the layers);
+docs/method.md 1.5.
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ from packforcing_cli.transformer import TransformerConfig, WanTransformer
 Kind = Literal["student", "full"]
 
 HEAD_DIM = 128  # of every Wan 2.1 model; names and shapes of a checkpoint do not tell it
-FULL_STEPS, FULL_GUIDANCE = 50, 5.0  # Wan 2.1's own sampler, where METHOD 1.4's few steps do not apply
+FULL_STEPS, FULL_GUIDANCE = (
+    50,
+    5.0,
+)  # Wan 2.1's own sampler, where docs/method.md 1.4's few steps do not apply
 PICKLED = (".pt", ".pth", ".ckpt", ".bin")
 
 _HINT = "Is it the checkpoint of a Wan 2.1 text-to-video transformer?"

@@ -13,12 +13,13 @@ Block 9 with frames_per_block 4, sink_blocks 2, recent_blocks 1, top_k 3, bank 5
 
 Slots are temporal RoPE positions in latent frames. Every active block takes the next contiguous slots, counted back
 from the current block; everything is then shifted so that the oldest active frame (the first sink frame) is slot 0.
-RoPE only sees differences, so the shift changes nothing (METHOD 5.3). A dropped or inactive block leaves no gap.
+RoPE only sees differences, so the shift changes nothing (docs/method.md 5.3). A dropped or inactive block leaves no
+gap.
 A mid block takes `mid_span` slots: frames_per_block (the paper's reading), fewer, or "fit", which spreads the slots
-that are left in the range the model was trained on (METHOD 5.5).
+that are left in the range the model was trained on (docs/method.md 5.5).
 
-Without RoPE adjustment (`rope_adjustment=False`, METHOD 9.6) every block keeps the slots of its own time: block b sits
-at frames_per_block * b and takes frames_per_block slots, whatever was dropped between it and the current block.
+Without RoPE adjustment (`rope_adjustment=False`, docs/method.md 5.1) a block keeps the slots of its own time: block b
+sits at frames_per_block * b and takes frames_per_block slots, whatever was dropped between it and the current block.
 Distances then grow with the video, and where a mid sits depends on which block it is: `slots` is told a layer's ids.
 
 Life of a block: current -> sink (the first sink_blocks of a video), otherwise current -> recent -> bank -> gone.
@@ -30,7 +31,7 @@ block stays in the bank when it is full and is recalled by every later block, wi
 Policies are presets of the same numbers: `packforcing` as given; `sink` top_k 0; `window` no sink, no mid, the same
 full-resolution memory all in recent; `full` every block a sink, so everything stays at full resolution.
 
-Source: PackForcing (arXiv 2603.25730) 3.1-3.5; METHOD 2, 5. Block numbers start at 0 here.
+Source: PackForcing (arXiv 2603.25730) 3.1-3.5; docs/method.md 2, 5. Block numbers start at 0 here.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ TEMPORAL_STRIDE = (
 )
 PATCH = 2  # latent rows and columns a token covers: patch (1,2,2)
 CELL = 4  # patch rows and columns a compressed token covers: 8 latent rows = 64 pixels
-COMPRESSED_TIME_ROWS = 2  # rows of compressed tokens in time, for blocks of 3 and of 4 frames (METHOD 3.5)
+COMPRESSED_TIME_ROWS = (
+    2  # rows of compressed tokens in time, for blocks of 3 and of 4 frames (docs/method.md 3.5)
+)
 SUMMARY_DTYPE_BYTES = 4  # key and query sums are float32
 POLICIES = ("packforcing", "sink", "window", "full")
 
@@ -270,7 +273,7 @@ class Grid(Lengths):
             start: slot of the block's first frame.
             span:  slots the block takes.
         Returns: N_c positions in token order: time row, row, column.
-        Source: METHOD 5.4.
+        Source: docs/method.md 5.4.
         """
         time_rows, rows, cols = self.compressed_shape
         cell = 1 if self.identity else CELL
@@ -343,7 +346,7 @@ class TokenCount:
 
     @property
     def active(self) -> int:
-        """The attention length |C| of METHOD 2.1."""
+        """The attention length |C| of docs/method.md 2.1."""
         return self.stored + self.current
 
 

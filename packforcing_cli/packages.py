@@ -7,7 +7,7 @@
     the Hub's own cache     parts it refers to: repository, commit, subfolder and the files' hashes
 
 Installed packages are folders in the user's cache (platformdirs). One that was pulled from the Hub is a manifest and
-nothing else. Reads no tensors and asks no network. Source: DESIGN 7.
+nothing else. Reads no tensors and asks no network.
 """
 
 from __future__ import annotations

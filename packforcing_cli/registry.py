@@ -10,7 +10,6 @@ A package is a folder in diffusers layout with a manifest; `demo` is the one ins
 Where a package and its parts are, and whether they are whole, is `packages`' business. No tensor is read before all
 files are verified. Only safetensors are read. Knows nothing of prompts, rollouts or caches; the numbers in
 `CacheDefaults` and `Schedule` are for others to read.
-Source: DESIGN 7.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ happens to such a block; an attempt that is not kept leaves nothing behind.
 A block that is there already, from a run folder or a video, goes through all of it but the denoising, so what is
 remembered of it and every frame comes out as it did the first time. Resuming and extending are nothing else.
 
-Source: PackForcing (arXiv 2603.25730); METHOD 2.3, 2.5.
+Source: PackForcing (arXiv 2603.25730); docs/method.md 2.3, 2.5.
 """
 
 from __future__ import annotations
@@ -847,7 +847,7 @@ def generate(
 
     Args:
         output:       a file name, see `video.VideoWriter`, or a stream, see `video.PipeWriter`.
-        seconds:      wanted length; the video has whole blocks (DESIGN 5).
+        seconds:      wanted length; the video has whole blocks.
         seed:         None = random.
         first_latent: as `stream_generate`.
         stills:       [H,W,3] pictures that are the first blocks, see `still_blocks`.
@@ -1143,7 +1143,7 @@ def is_other_memory(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
 
 
 def numerics(model: VideoModel) -> dict[str, Any]:
-    """What equal bits depend on besides (DESIGN 3.6): the machine."""
+    """What equal bits depend on besides: the machine."""
     is_cuda = model.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",

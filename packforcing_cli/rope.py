@@ -61,7 +61,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         x:        [B, S, N, D] un-rotated queries or keys (after QK-norm).
         cos, sin: [S, D/2] (or anything that broadcasts to [B, S, N, D/2] once a head axis is added), from `angles`.
     Returns: [B, S, N, D], same dtype. Computed in float32, or in float64 if x is float64; rounded once.
-    Source: Wan 2.1 `rope_apply`; METHOD: values are never rotated.
+    Source: Wan 2.1 `rope_apply`; docs/method.md 1.2: values are never rotated.
     """
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)

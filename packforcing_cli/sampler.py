@@ -6,7 +6,7 @@ Knows nothing of the cache: it is given a function that predicts a velocity. Two
     euler    ordinary flow matching: integrate dx/dsigma = v from sigma 1 to 0, optionally with guidance.
 
 x_sigma = (1 - sigma) x0 + sigma eps, the network predicts v = eps - x0, its timestep is 1000 sigma.
-Source: Self-Forcing (utils/scheduler.py, pipeline/causal_inference.py), METHOD 1.4.
+Source: Self-Forcing (utils/scheduler.py, pipeline/causal_inference.py), docs/method.md 1.4.
 """
 
 from __future__ import annotations

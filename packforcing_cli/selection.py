@@ -12,7 +12,7 @@ The score of the paper is a sum of dot products over all pairs of query and key 
 vector per block, layer and head says as much as all its tokens: sum_ij <q_i, k_j> = <sum_i q_i, sum_j k_j>.
 Queries and keys are un-rotated, so the score compares content, not place.
 
-Source: PackForcing (arXiv 2603.25730) 3.5; METHOD 4.1-4.3.
+Source: PackForcing (arXiv 2603.25730) 3.5; docs/method.md 4.1-4.3.
 Letters: L layers, B batch, M candidate blocks, K active blocks, N heads, D head dim.
 """
 

@@ -4,7 +4,7 @@
 
 The diffusion transformer attends to all max_length positions without a mask, so those zeros are part of what
 a model was trained on. Knows nothing of that transformer, of packages or of downloads.
-Source: Wan 2.1 (wan/modules/t5.py, tokenizers.py), diffusers' WanPipeline; METHOD 1.1 and 1.5.
+Source: Wan 2.1 (wan/modules/t5.py, tokenizers.py), diffusers' WanPipeline; docs/method.md 1.1 and 1.5.
 
 Letters: B prompts, T = max_length tokens, C channels of the encoder.
 """

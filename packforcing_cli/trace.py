@@ -22,7 +22,7 @@ Health of a block, measured on its frames in levels of 255 (a strided sample of 
 Where the prompt changes, or a [cut] is, a jump is wanted and not flagged, nor in the block behind. Knows neither the
 model nor the cache nor a display: it is handed plain values.
 
-Source of the statistics: PackForcing's attention study, METHOD 9.7; the definitions are given at each function.
+Source of the statistics: PackForcing's attention study, docs/method.md 9.7; the definitions are given at each function.
 """
 
 from __future__ import annotations
@@ -380,7 +380,7 @@ def churn(records: Sequence[Record]) -> list[float | None]:
 
     For each record the mean over layers of the Jaccard distance 1 - |A n B| / |A u B| between what the layer recalled
     for it and for the block before. None where one of the two recalled nothing, or the block before is not there.
-    Source: METHOD 9.7; the paper reports 0.75.
+    Source: docs/method.md 9.7; the paper reports 0.75.
     """
     found: list[float | None] = []
     before: Record | None = None
@@ -409,7 +409,7 @@ def position_diversity(record: Record, *, bins: int = 10) -> float | None:
 
     The entropy of `relative_positions` over equal bins (as many as blocks if they are fewer), divided by the largest
     entropy so many recalls can have. None with fewer than two blocks in the bank.
-    Source: METHOD 9.7 reports above 0.85 without giving a formula; this one is ours.
+    Source: docs/method.md 9.7 reports above 0.85 without giving a formula; this one is ours.
     """
     bank = 0 if record.partitions is None else len(record.partitions.bank)
     positions = relative_positions(record)
@@ -426,7 +426,7 @@ def importance(records: Sequence[Record], *, bins: int = 10) -> list[float | Non
     """Mean normalised score over the relative position in the bank, from the oldest to the newest tenth.
 
     Scores of a layer are brought to 0..1 (its least and largest at that block), then averaged over layers and blocks.
-    Source: METHOD 9.7; the paper's mean is 0.499 and nearly flat.
+    Source: docs/method.md 9.7; the paper's mean is 0.499 and nearly flat.
     """
     sums, counts = [0.0] * bins, [0] * bins
     for record in records:

@@ -8,7 +8,7 @@ keys and values every layer attends. Weights only; nothing is remembered between
                                                   +-- un-rotated keys and values of a clean block (`commit`)
 
 Parameter names are diffusers' (`WanTransformer3DModel`), so a diffusers checkpoint loads unchanged.
-Source: Wan 2.1 (wan/modules/model.py), Self-Forcing (one timestep per latent frame), METHOD 1.1.
+Source: Wan 2.1 (wan/modules/model.py), Self-Forcing (one timestep per latent frame), docs/method.md 1.1.
 
 Letters: B batch, F latent frames, S tokens, N heads, D head dim, d = N*D model width, L layers, C channels,
 h w latent height and width, T text tokens, G groups of tokens that share a timestep.
@@ -209,7 +209,7 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(dim, dim)
         self.to_v = nn.Linear(dim, dim)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
-        self.norm_q = nn.RMSNorm(dim, eps=config.eps)  # over all heads, before the split (METHOD 1.1)
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)  # over all heads, before the split (docs/method.md 1.1)
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
 
     def queries(self, x: Tensor) -> Tensor:
@@ -489,7 +489,7 @@ class WanTransformer(nn.Module):
     def commit_tokens(self, tokens: Tensor, text: TextKV, context: Context) -> BlockKV:
         """Keys and values of tokens [B,S,d] in patch-embedding space at timestep 0, all layers.
 
-        The last layer is only projected: nobody reads its output (METHOD 7.6, own notes).
+        The last layer is only projected: nobody reads its output (docs/method.md 7.6, own notes).
         """
         modulation = self.modulation(
             torch.zeros(tokens.shape[0], 1, dtype=torch.float64, device=tokens.device)

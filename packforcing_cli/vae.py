@@ -14,7 +14,7 @@ transformer wants them.
 Letters: B batch, C channels, T frames, F latent frames, H W pixels, h w latent.
 This file knows nothing of blocks, prompts or caches.
 Sources: madebyollin/taehv (layers and parameter names of the tiny autoencoder), autoencoder_kl_wan.py of
-diffusers (the inner encoder and decoder), METHOD 1.3, 3.2 and 10.9.
+diffusers (the inner encoder and decoder), docs/method.md 1.3, 3.2 and 10.9.
 """
 
 from __future__ import annotations
@@ -512,7 +512,7 @@ def lr_pixels(pixels: Tensor, previous: Tensor | None) -> tuple[Tensor, Tensor]:
         previous: second result for the block before, [B, 3, 1, H/4, W/4]; None for the first block.
     Returns: [B, 3, 9, H/4, W/4] and its last frame [B, 3, 1, H/4, W/4], same dtype.
     Raises: ValueError when there are no frames to average or `previous` has another shape.
-    Source: PackForcing (arXiv 2603.25730) 3.3 for the pooling; METHOD 10.9 for the warm start.
+    Source: PackForcing (arXiv 2603.25730) 3.3 for the pooling; docs/method.md 10.9 for the warm start.
     """
     batch, _, num_frames = pixels.shape[:3]
     if num_frames < (2 if previous is None else 1):

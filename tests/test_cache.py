@@ -142,7 +142,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class Simulation:
-    """Block numbers in lists, as in METHOD 2.5."""
+    """Block numbers in lists, as in docs/method.md 2.5."""
 
     def __init__(self, setting: Any) -> None:
         self.sink_blocks, self.recent_blocks, self.top_k, self.bank_blocks, self.span = setting

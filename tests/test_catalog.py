@@ -12,7 +12,7 @@ from packforcing_cli.errors import LayoutError, UsageError
 
 
 def test_the_families_have_wans_shapes() -> None:
-    """METHOD 1.1; the 14B shape is that of wan_t2v_14B.py."""
+    """docs/method.md 1.1; the 14B shape is that of wan_t2v_14B.py."""
     small, large = catalog.get("wan2.1-1.3b"), catalog.get("wan2.1-14b")
     assert (small.layers, small.heads, small.head_dim, small.dim, small.ffn_dim) == (30, 12, 128, 1536, 8960)
     assert (large.layers, large.heads, large.head_dim, large.dim, large.ffn_dim) == (40, 40, 128, 5120, 13824)
@@ -30,7 +30,7 @@ def test_the_families_have_wans_shapes() -> None:
 
 
 def test_parameters_are_counted_from_the_shape() -> None:
-    """1.419 B: METHOD 1.1. The other figures are public counts of Wan2.1-14B, UMT5-XXL's encoder and the Wan VAE."""
+    """1.419 B: docs/method.md 1.1. Others are public counts of Wan2.1-14B, UMT5-XXL's encoder and the Wan VAE."""
     assert catalog.get("wan2.1-1.3b").transformer_params == 1_418_996_800
     assert catalog.get("wan2.1-14b").transformer_params == 14_288_491_584
     assert catalog.get("wan2.1-1.3b").params == 1_418_996_800 + 5_680_910_336 + 126_892_531

@@ -53,7 +53,7 @@ def test_832x480_makes_182_tokens_of_the_papers_widths() -> None:
         (512, 2, 15, 26),
         (2048, 2, 7, 13),
         (1536, 2, 7, 13),
-    ]  # METHOD 3.1
+    ]  # docs/method.md 3.1
     assert sum(p.numel() for p in compressor.parameters()) == pytest.approx(21.0e6, rel=0.01)
 
 

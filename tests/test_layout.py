@@ -23,7 +23,7 @@ PAPER = Layout(
 
 
 def test_the_papers_token_and_byte_counts_come_out() -> None:
-    """METHOD 2.2, 120 s at 832x480 and 16 fps."""
+    """docs/method.md 2.2, 120 s at 832x480 and 16 fps."""
     blocks = WAN.blocks_for(120, 16)
     tokens = PAPER.tokens(blocks - 1)
     assert blocks == 120
@@ -38,7 +38,7 @@ def test_the_papers_token_and_byte_counts_come_out() -> None:
 
 
 def test_blocks_of_three_frames_have_the_published_counts() -> None:
-    """METHOD 2.2, last row: 21,632 attended in blocks of 3."""
+    """docs/method.md 2.2, last row: 21,632 attended in blocks of 3."""
     grid = replace(WAN, frames_per_block=3)
     layout = Layout(grid, mid_span="fit", trained_frames=21)
     tokens = layout.tokens(100)
@@ -65,7 +65,7 @@ def test_blocks_of_three_frames_have_the_published_counts() -> None:
 def test_the_largest_distance_is_that_of_the_published_table(
     frames: int, sink: int, recent: int, span: int, distances: tuple[int, ...]
 ) -> None:
-    """METHOD 5.5, for 1, 4, 8 and 16 active mid blocks."""
+    """docs/method.md 5.5, for 1, 4, 8 and 16 active mid blocks."""
     for top_k, distance in zip((1, 4, 8, 16), distances, strict=True):
         grid = replace(WAN, frames_per_block=frames)
         layout = Layout(grid, sink, recent, top_k, mid_span=Fraction(span), trained_frames=21)
@@ -193,7 +193,7 @@ def test_slots_are_contiguous_walking_back_from_the_current_block(span: Any) -> 
 
 
 def test_without_rope_adjustment_every_block_keeps_the_slots_of_its_own_time() -> None:
-    """METHOD 5.1 without the repair: block b at 4 b, whatever was dropped; distances grow."""
+    """docs/method.md 5.1 without the repair: block b at 4 b, whatever was dropped; distances grow."""
     layout = Layout(DEMO, 2, 1, 3, bank=6, mid_span=Fraction(4), trained_frames=20, rope_adjustment=False)
     slots = layout.slots(20, (13, 15, 18))
     assert slots.sink_starts == (0, 4)
@@ -244,7 +244,7 @@ def test_slots_stop_changing_once_the_context_is_full() -> None:
 
 
 def test_compressed_tokens_sit_at_cell_centres() -> None:
-    """METHOD 5.4, with exact fractions."""
+    """docs/method.md 5.4, with exact fractions."""
     positions = WAN.compressed_positions(8, 4)
     half = Fraction(1, 2)
     assert len(positions) == 182

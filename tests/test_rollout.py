@@ -101,7 +101,7 @@ def test_an_untrained_compressor_equals_the_low_resolution_branch_alone_bit_for_
 def test_the_compressor_reads_the_clean_block_and_its_streamed_pixels_after_the_frame_before(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """LR as in METHOD 10.9: the last pooled frame of the block before and 8 pooled ones; the last two latents."""
+    """docs/method.md 10.9: the last pooled frame of the block before and 8 pooled ones; the last two latents."""
     model, seen = video_model(torch.float32), []
     commit_tokens = model.transformer.commit_tokens
 

@@ -92,7 +92,7 @@ def test_complex_and_real_formula_agree(dtype: torch.dtype) -> None:
 
 
 def test_three_ways_to_move_slots_attend_alike() -> None:
-    """METHOD 5.3: turn the stored turned keys on; turn raw keys when read; shift all slots and the query too."""
+    """docs/method.md 5.3: turn stored turned keys on; turn raw keys when read; shift all slots and the query too."""
     k, q = random(1, 6, 2, HEAD_DIM, seed=1), random(1, 3, 2, HEAD_DIM, seed=2)
     old, move, query = torch.arange(6.0), 28.0, torch.tensor([40.0, 41.0, 42.0])
     at_query = turned(q, in_time(query))

@@ -42,7 +42,7 @@ def noise(step: int, seed: int = 5, block: int = 2) -> Tensor:
 
 
 def test_few_step_timesteps_are_the_published_ones() -> None:
-    """Self-Forcing: entry 1000 - s of the table sigma_i = 5 s_i / (1 + 4 s_i), s_i = 1 - i/1000 (METHOD 1.4)."""
+    """Self-Forcing: entry 1000 - s of the table sigma_i = 5 s_i / (1 + 4 s_i), s_i = 1 - i/1000."""
     table = [5 * (1 - i / 1000) / (1 + 4 * (1 - i / 1000)) for i in range(1000)]
     steps = [1000, 750, 500, 250]
     found = [1000 * sigma for sigma in renoise_sigmas(steps, 5.0)]

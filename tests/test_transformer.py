@@ -106,7 +106,9 @@ def test_names_and_shapes_of_the_real_sizes_equal_diffusers(name: str) -> None:
 def test_the_default_sizes_are_those_of_the_1_3b_model() -> None:
     with torch.device("meta"):
         model = WanTransformer(TransformerConfig())
-    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1.419e9, rel=1e-3)  # METHOD 1.1
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(
+        1.419e9, rel=1e-3
+    )  # docs/method.md 1.1
 
 
 # -- block by block -------------------------------------------------------------------------------------------

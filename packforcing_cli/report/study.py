@@ -35,7 +35,7 @@ BINS = 10
 PAPER_IMPORTANCE = 0.499
 PAPER_CHURN = 0.75
 PAPER_DIVERSITY = 0.85
-"""What the paper's attention study reports over 30 s; the diversity is above this. Source: METHOD 9.7."""
+"""What the paper's attention study reports over 30 s; the diversity is above this. Source: docs/method.md 9.7."""
 
 PICTURE_WIDTH = 320
 NOT_STORED = 255

@@ -11,7 +11,7 @@ long items a visitor is back in a trained block that was away in the one before 
 looks like is then in the compressed tokens alone.
 
 The loss is the plain flow-matching error of the velocity, with more weight on the few cells where a visitor stands; it
-reaches the compressor through the keys and values of the mids. Figures behind the choices: the project's DEMO study.
+reaches the compressor through the keys and values of the mids.
 Needs torch and transformers only.
 """
 

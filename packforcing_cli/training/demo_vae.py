@@ -5,7 +5,7 @@ Half of what it must do is unusual: the compressor's LR branch re-encodes frames
 the configuration, so that the transformer works on normalised latents.
 
 Losses: L1 + 2 MSE on unclamped pixels, the same kind of error of frame differences, a small penalty on z^2, noise on z
-before decoding (values: DEMO study). Without the differences the two frames that are folded together are learned as
+before decoding. Without the differences the two frames that are folded together are learned as
 one, and everything moves at half the frame rate for a long time.
 """
 

@@ -5,7 +5,7 @@
 What an item's blocks see, and at which slots, is what they will see at inference (packed.py); the loss reaches the
 compressor through the keys and values of the mids, and nothing is detached. Weights, optimiser state and residual
 stream are float32; products may be bfloat16. Neither VAE nor text encoder is loaded, the VAE only for sample videos.
-Source: METHOD 7.4, 7.5, 7.7; teacher forcing as in Self-Forcing.
+Source: docs/method.md 7.4, 7.5, 7.7; teacher forcing as in Self-Forcing.
 """
 
 from __future__ import annotations
@@ -206,7 +206,7 @@ def trained_modules(models: Models, recipe: Finetune) -> dict[str, nn.Module]:
 
 
 def optimizer_of(models: Models, recipe: Finetune) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay, and the compressor has its own learning rate (METHOD 7.6 f)."""
+    """AdamW; only matrices decay, and the compressor has its own learning rate (docs/method.md 7.6 f)."""
     settings = recipe.train
     groups: list[dict[str, Any]] = []
     for name, module in trained_modules(models, recipe).items():

@@ -6,7 +6,7 @@
                   in the item is the true one: 0 and 1, 21 and 22 here, and 20 where it follows the sinks at once
 
 Also says what of the context (sinks, mids, slots) such items meet, to be compared with what inference will use.
-Integers and random draws only; knows no data, no model. Source: METHOD 7.4, 7.5, 7.7.
+Integers and random draws only; knows no data, no model. Source: docs/method.md 7.4, 7.5, 7.7.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ and its own tokens; no masks. Pieces that share a view are one attention call ov
 
 One mask over absolutely rotated keys would be wrong as soon as a mid takes fewer slots than it has frames, or is
 dropped. Every piece reads its own block's caption, so a clip may have a timeline of
-them. Knows no data, loss or optimiser. Source: METHOD 2.4, 5 and 7.6; teacher forcing as in Self-Forcing.
+them. Knows no data, loss or optimiser. Source: docs/method.md 2.4, 5 and 7.6; teacher forcing as in Self-Forcing.
 """
 
 from __future__ import annotations

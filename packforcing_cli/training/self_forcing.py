@@ -12,7 +12,7 @@ first, so that training meets as many mids, choices and slot shifts as inference
 serves as context for teacher and critic, which take the clip's first latent frame for a still picture.
 
 Every draw is a function of (seed, iteration, process), so a resumed run goes on as the unbroken one would.
-Source: PackForcing (arXiv 2603.25730) 4.1; Self-Forcing (model/dmd.py, pipeline/self_forcing_training.py); METHOD 7.
+Source: PackForcing (arXiv 2603.25730) 4.1; Self-Forcing (model/dmd.py, pipeline/self_forcing_training.py).
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ not grow with what was seen:
 The gradient reaches the compressor (and the transformer, if wanted) through the active mids: their compressed tokens
 are made and run through all layers again, with a graph; everything else in the context stands still. What a pass reads
 is copied out of the cache first, because a checkpointed pass reads it again in the backward pass, when the cache has
-moved on. Source: METHOD 7.2, 7.5; Self-Forcing (pipeline/self_forcing_training.py).
+moved on. Source: docs/method.md 7.2, 7.5; Self-Forcing (pipeline/self_forcing_training.py).
 """
 
 from __future__ import annotations
