@@ -284,7 +284,7 @@ class Layer(nn.Module):
         modulation: Modulation,
         text: tuple[Tensor, Tensor],
         attend: Callable[..., Tensor],
-        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
+        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """x [B,S,d] -> [B,S,d]; `attend(q, k, v)` is this layer's self-attention, `attend_text` that to the text."""
         index, acc = modulation.index, _accumulate_dtype(x.dtype)
@@ -294,7 +294,7 @@ class Layer(nn.Module):
         normed = F.layer_norm(
             x.to(acc), x.shape[-1:], self.norm2.weight.to(acc), self.norm2.bias.to(acc), self.eps
         ).to(x.dtype)
-        x = x + self.attn2.project(attend_text(self.attn2.queries(normed), *text))
+        x = x + self.attn2.project((attend_text or attention)(self.attn2.queries(normed), *text))
         out = self.ffn(self._modulated_norm(x, ffn_shift, ffn_scale, index))
         return _gated_sum(x.to(acc), out, ffn_gate, index).to(x.dtype)
 
@@ -430,7 +430,7 @@ class WanTransformer(nn.Module):
         modulation: Modulation,
         text: TextKV,
         attend: Attend,
-        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] = attention,
+        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """All layers over x [B,S,d]; `attend(layer, q, k, v)` receives un-rotated queries and keys."""
         for i, layer in enumerate(self._layers()):

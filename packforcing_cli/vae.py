@@ -778,6 +778,11 @@ class WanCodec:
         return self
 
 
+def _by_frame(pointwise: Any, x: Tensor) -> Tensor:
+    """A 1x1x1 convolution, frame by frame: on some CPUs its last bits depend on how many frames it is given."""
+    return torch.cat([pointwise(frame) for frame in x.split(1, dim=2)], dim=2)
+
+
 class WanStreamingEncoder:
     """`StreamingEncoder` of a `WanCodec`. State: the encoder's feature cache."""
 
@@ -800,7 +805,8 @@ class WanStreamingEncoder:
             [self._module.encoder(g, feat_cache=features, feat_idx=[0]) for g in groups], dim=2
         )
         self._features = features
-        mean = self._module.quant_conv(moments)[:, : self._facts.latent_channels]
+        moments = _by_frame(self._module.quant_conv, moments)
+        mean = moments[:, : self._facts.latent_channels]
         return _normalised(mean, self._facts)
 
     def flush(self) -> Tensor | None:
@@ -826,7 +832,7 @@ class WanStreamingDecoder:
         _check_latents(latents, self._facts)
         raw = _raw(latents, self._facts).to(next(self._module.parameters()))
         features, frames = list(self._features), []
-        for z in self._module.post_quant_conv(raw).split(1, dim=2):
+        for z in _by_frame(self._module.post_quant_conv, raw).split(1, dim=2):
             first = not _started(features)
             frames.append(self._module.decoder(z, feat_cache=features, feat_idx=[0], first_chunk=first))
         self._features = features

@@ -158,7 +158,8 @@ def test_the_gradient_through_the_mids_goes_where_it_is_wanted(
     loss_of(model, gradient="none").backward()
     direct = model.transformer.get_parameter("blocks.0.attn1.to_k.weight").grad
     assert direct is not None
-    assert torch.equal(found, direct) is not only_mids
+    # The mids are made again for a graph, by another attention kernel: equal to its rounding.
+    assert torch.allclose(found, direct, rtol=1e-9, atol=1e-9) is not only_mids
 
 
 @pytest.mark.parametrize("gradient", ["all", "compressor"])

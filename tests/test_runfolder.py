@@ -28,8 +28,7 @@ from hypothesis import strategies as st
 from tiny import embeds, video_model
 from torch import Tensor
 
-from packforcing_cli import __version__, durable, rollout, runfolder
-from packforcing_cli.cli import extend as extending
+from packforcing_cli import __version__, continuation, durable, rollout, runfolder
 from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli.progress import Display
 from packforcing_cli.config import GenerateRequest, MemoryOptions
@@ -552,7 +551,8 @@ def branch_of(
     """The timeline of a branch after block 3 (0:02.8125), six blocks long, of a run that had `scenes` and `pins`."""
     had = Timeline(parse_at([text.split(" ", 1) for text in scenes]), parse_pins(pins))
     request = GenerateRequest(prompt="made up", seed=3, seconds=9.0, timeline=had)
-    return extending._timeline(record(request=request.to_values()), 3, 93 / 16, prompt, list(at), None)
+    asked = Timeline(parse_at([text.split(" ", 1) for text in at]))
+    return continuation.timeline_of(record(request=request.to_values()), 3, 93 / 16, prompt, asked)
 
 
 def test_what_is_made_already_cannot_be_told_otherwise() -> None:
@@ -708,7 +708,7 @@ def test_another_memory_goes_on_when_forced(model: VideoModel, tmp_path: Path) -
             request=now.model_copy(update={"metadata": False}), path=tmp_path / "b.mp4", place="x", facts=None
         )
         job.facts = SimpleNamespace(name="x")
-        branch = extending._branch(old, 8, job, model, tmp_path / "branch", other_memory=7)
+        branch = continuation.branch(old, 8, job, model, tmp_path / "branch", other_memory=7)
         make(model, tmp_path / "b.mp4", branch, memory=smaller, blocks=9)
         branch.close()
 
