@@ -434,11 +434,10 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """All layers over x [B,S,d]; `attend(layer, q, k, v)` receives un-rotated queries and keys."""
         for i, layer in enumerate(self._layers()):
-            inputs = (x, modulation, text.layers[i], partial(attend, i), attend_text)
+            run: Callable[..., Tensor] = layer
             if self._recomputes and torch.is_grad_enabled():
-                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = layer(*inputs)
+                run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+            x = run(x, modulation, text.layers[i], partial(attend, i), attend_text)
         return x
 
     def _layers(self) -> Iterator[Layer]:
