@@ -477,8 +477,10 @@ class WanTransformer(nn.Module):
         prompts = max(1, text.layers[0][0].shape[0] // latents.shape[0])
         attend = self._attend_in(context, latents.shape[0])
         modulation = self.modulation(timesteps.repeat(prompts, 1))
-        tokens = self.patch(latents).to(latents.dtype)  # under autocast the residual stream keeps its width
-        x = self.run_layers(tokens.repeat(prompts, 1, 1), modulation, text, attend)
+        # Under autocast the residual stream keeps its width; no name here keeps the tokens while the layers run.
+        x = self.run_layers(
+            self.patch(latents).to(latents.dtype).repeat(prompts, 1, 1), modulation, text, attend
+        )
         return self.unpatch(self.head(x, modulation), frames, h // ph, w // pw)
 
     def commit(self, latents: Tensor, text: TextKV, context: Context) -> BlockKV:
