@@ -143,6 +143,11 @@ def prepare(
     facts = packages.with_compressor(facts, request.memory.compressor)
     _check_abilities(request, facts)
     new, path = path is None, path or output_path(request)
+    if request.source is not None and path.exists() and path.samefile(request.source.path):
+        raise UsageError(
+            f"{path} is the video that the new one goes on with",
+            hint="Give another file with -o: both are needed.",
+        )
     is_named = request.model.lower() in {known.name for known in catalog.all_models()}
     place = facts.name if is_named or facts.is_random else request.model
     planner.plan(
@@ -346,7 +351,9 @@ def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[
     made = rollout.provenance_of(model, job.request, job.plan.layout)
     if job.request.source is not None:
         extends = extends or extend_command(job)
-        made = made.model_copy(update={"request": {**made.request, "prompt": job.plan.script.prompts[-1]}})
+        late = Fraction(job.request.source.shown(job.plan.layout.grid).late, job.plan.fps)
+        told = {"prompt": job.plan.script.prompts[-1], "timeline": job.request.timeline.moved(late).to_json()}
+        made = made.model_copy(update={"request": {**made.request, **told}})  # times are those of the file
     return made.model_copy(update={"extends": extends}).tags()
 
 

@@ -348,8 +348,16 @@ class _Parts:
             default_span=default_span,
         )
         prompt = getattr(request, "prompt", "")
-        start = 0 if request.source is None else request.source.blocks
-        script = request.timeline.script(prompt, grid, fps=facts.fps, num_blocks=self.blocks, start=start)
+        source = request.source
+        self.late = Fraction(0 if source is None else source.shown(grid).late, facts.fps)
+        script = request.timeline.script(
+            prompt,
+            grid,
+            fps=facts.fps,
+            num_blocks=self.blocks,
+            start=0 if source is None else source.blocks,
+            late=self.late,
+        )
         stills = range(len(getattr(request, "pin_images", ())))
         self.script = replace(script, pins=script.pins | {*stills})
         self.layout = replace(layout, cuts=self.script.cuts, pins=self.script.pins)

@@ -891,8 +891,8 @@ def generate(
             snapshot, other = run.snapshot_blocks(), run.record.other_memory
             start = snapshot if other < snapshot <= min(written, num_blocks - 1) else 0
             lacking = frames is not None and frames.lacks(shown.frames_for(start))
-            if lacking or start < shown.history:
-                start = 0
+            if lacking or start < shown.history or (guard == "stop" and start == run.blocks):
+                start = 0  # also so that there is a block before one that the guard stops at
             known = (
                 PastBlock(entry.latents, None if entry.index < other else entry.selected)
                 for entry in run.entries(start, run.blocks)  # not those to come

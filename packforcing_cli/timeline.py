@@ -173,15 +173,29 @@ class Timeline:
     scenes: tuple[Scene, ...] = ()
     pins: tuple[Span, ...] = ()
 
-    def script(self, prompt: str, lengths: Lengths, *, fps: int, num_blocks: int, start: int = 0) -> Script:
+    def script(
+        self,
+        prompt: str,
+        lengths: Lengths,
+        *,
+        fps: int,
+        num_blocks: int,
+        start: int = 0,
+        late: Fraction = Fraction(0),
+    ) -> Script:
         """Place everything on blocks.
 
         Args:
             prompt: of the first scene.
             start:  blocks before this one are given already: scenes begin in it or later.
+            late:   seconds of the file before the first frame of the memory; messages name times of the file.
         Raises: UsageError naming all that is past the end or overlaps.
         """
         problems: list[Problem] = []
+
+        def told(seconds: Fraction) -> str:
+            return clock(seconds + late)
+
         starts, blends, prompts, pins = [0], [0], [prompt], set[int]()
         cuts: list[int] = []
         length = Fraction(lengths.frames_for(num_blocks), fps)
@@ -195,17 +209,17 @@ class Timeline:
                 problems.append(
                     Problem(
                         scene.place,
-                        f"{clock(scene.seconds)} is past the end: the video is {clock(length)} long"
-                        f" and its last block begins at {clock(Fraction(last, fps))}",
+                        f"{told(scene.seconds)} is past the end: the video is {told(length)} long"
+                        f" and its last block begins at {told(Fraction(last, fps))}",
                     )
                 )
                 continue
             if block < free:
-                begins = clock(Fraction(lengths.frames_for(free), fps))
+                begins = told(Fraction(lengths.frames_for(free), fps))
                 problems.append(
                     Problem(
                         scene.place,
-                        f"{clock(scene.seconds)} overlaps with what is there before: prompts change with whole"
+                        f"{told(scene.seconds)} overlaps with what is there before: prompts change with whole"
                         f" blocks, here at {begins} at the earliest",
                     )
                 )

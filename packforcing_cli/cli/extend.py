@@ -98,8 +98,16 @@ def extend(
         "snapshot_every": snapshot_every,
         "guard": guard,
     }
+    to_pipe = str(output) == "-"
     try:
+        if to_pipe and as_json:
+            raise UsageError("video and JSON cannot both go to standard output", hint="Leave --json away.")
         if foreign.is_foreign(source, shown):
+            if to_pipe and run is not None:
+                raise UsageError(
+                    "--run needs a run folder, and a video to standard output has none",
+                    hint="Leave one away.",
+                )
             for name, given in (("--from", start), ("--force", force)):
                 if given:
                     raise UsageError(
@@ -108,13 +116,18 @@ def extend(
                     )
             code = foreign.extend_file(
                 Path(source), options, seconds, prompt, at, pin, changes, frames, output, run,
-                keep_run=not no_run, overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
+                keep_run=not (no_run or to_pipe), overwrite=overwrite, as_json=as_json, shown=shown, verbose=verbose,
             )  # fmt: skip
             if code:
                 raise typer.Exit(code)
             return
         found = resuming.find_run(source)
         options.refuse(source)
+        if to_pipe:
+            raise UsageError(
+                f"a video that goes on from a run is kept in one, and so in a file; {source} has a run",
+                hint="Give a file with -o.",
+            )
         if no_run:
             raise UsageError(
                 f"--no-run is for videos made elsewhere: {source} goes on in a run folder of its own",

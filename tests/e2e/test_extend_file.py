@@ -199,3 +199,36 @@ def test_bad_input_is_one_message_and_nothing_is_written(
     before = sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir())
     assert_one_message(extend(*arguments, "--prompt", "red"), code, said, next_step)
     assert sorted((path.name, path.stat().st_size) for path in tmp_path.iterdir()) == before
+
+
+def test_the_source_is_never_replaced_by_what_goes_on_with_it(extend: Any, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", RAMP[:16], rate=16)
+    before = path.read_bytes()
+    refused = extend("a.mp4", "--prompt", "red", "-o", "a.mp4", "--overwrite")
+    assert_one_message(refused, 2, "is the video that the new one goes on with", "-o")
+    assert path.read_bytes() == before
+
+
+def test_a_pipe_gets_the_video_alone(extend: Any, run_command: Any, package: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.mp4", RAMP[:16], rate=16)
+    both = extend("a.mp4", "--prompt", "red", "-o", "-", "--json")
+    assert_one_message(both, 2, "cannot both go to standard output", "--json")
+    kept = extend("a.mp4", "--prompt", "red", "-o", "-", "--run", "kept")
+    assert_one_message(kept, 2, "needs a run folder", "Leave one away")
+    assert extend("a.mp4", "--prompt", "red", "-o", "b.mp4").code == 0
+    own = run_command("extend", "b.mp4", "--seconds", "1", "-o", "-")
+    assert_one_message(own, 2, "is kept in one", "-o")
+
+
+def test_messages_and_show_name_times_of_the_file(extend: Any, run_command: Any, tmp_path: Path) -> None:
+    """48 frames at 16 a second: 3 of lead, so the memory's times are 0.1875 s behind the file's."""
+    write(tmp_path / "a.mp4", RAMP)
+    early = extend("a.mp4", "--prompt", "red", "--at", "0:01", "blue", "-o", "b.mp4")
+    assert early.code == 2
+    assert "0:01 overlaps" in early.err
+    assert "here at 0:03 at the earliest" in early.err
+    made = extend("a.mp4", "--prompt", "red", "--at", "0:04", "a red circle", "-o", "b.mp4")
+    assert made.code == 0, made.err
+    values = json.loads(run_command("show", "b.mp4", "--json").out)
+    (scene,) = values["request"]["timeline"]["at"]
+    assert "0:04" in scene.values()
