@@ -26,10 +26,9 @@ import subprocess
 import sys
 import threading
 import time
-import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from packforcing_cli import config, continuation, durable, ledger, machine, manifest, packages, runfolder
@@ -43,10 +42,11 @@ from packforcing_cli.timeline import Place, Problem
 
 TEMPLATE = "{index:04d}-{slug}-{seed}"
 FIELDS = ("index", "line", "slug", "seed", "id")
-HIDDEN = ".packforcing"
+HIDDEN = manifest.HIDDEN
 CONTAINERS = (".mp4", ".mkv", ".mov")
 POLL_SECONDS = 0.2
-_LOAD_OPTIONS = ("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae")
+_LOAD_OPTIONS = ("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae", "loras")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA's folder
 _MIN_STEM_BYTES = 8
 _MAX_FAST_DEATHS = 3  # workers in a row that end before they began a job
 
@@ -112,7 +112,7 @@ class Template:
             *folders, stem = full.split("/")
             longest = max(len(part.encode()) for part in (*folders, stem + ending))
             if longest <= video.MAX_SAFE_NAME_BYTES or room <= _MIN_STEM_BYTES:
-                return "/".join([*folders, stem + ending])
+                return PurePosixPath(*folders, stem + ending).as_posix()
             room = max(_MIN_STEM_BYTES, room - (longest - video.MAX_SAFE_NAME_BYTES))
 
     def _filled(self, index: int, line: int, slug: str, seed: int, id: str) -> str:  # noqa: A002
@@ -124,21 +124,8 @@ def cut(text: str, size_bytes: int) -> str:
     return text.encode()[:size_bytes].decode(errors="ignore").rstrip("-. ") or "video"
 
 
-def inside(name: str) -> str:
-    """What is wrong with a name that must stay in a folder; empty if it does."""
-    path = Path(name)
-    if path.is_absolute() or name.startswith(("/", "\\", "~")) or ":" in name.split("/")[0][:2]:
-        return "leads out of the folder of the batch"
-    if ".." in path.parts or "\\" in name:
-        return "leads out of the folder of the batch"
-    if path.parts and path.parts[0].lower() == HIDDEN:
-        return f"lies in {HIDDEN}, which is not for videos"
-    return ""
-
-
-def same_name(name: str) -> str:
-    """What two names have in common that are one file on some file system."""
-    return unicodedata.normalize("NFC", name).casefold()
+inside = manifest.inside
+same_name = ledger.same_name
 
 
 # -------------------------------------------------------------------------------------------------------- identities
@@ -195,7 +182,7 @@ def plan_jobs(
     Raises: UsageError with every line whose output is not possible or is another's.
     """
     template, inputs, counts = template or Template(), Inputs(), dict[str, int]()
-    drafts = [(line, _draft(line, inputs, seed, counts)) for line in lines]
+    drafts = [(line, _any_draft(line, inputs, seed, counts)) for line in lines]
     ids, keys = ({getattr(draft, name) for _, draft in drafts} for name in ("id", "key"))
     gone = {row.id: row for row in there if row.id not in ids and row.key in keys and row.is_open}
     names = {row.id: row.output for row in there if row.id not in gone}
@@ -249,7 +236,9 @@ def plan_jobs(
 
 
 def _given_name(output: str) -> str:
-    return output if Path(output).suffix else f"{output}.mp4"
+    """A name that a person gave, in one of the ways it may be written, with an ending."""
+    name = PurePosixPath(output).as_posix()
+    return name if PurePosixPath(name).suffix else f"{name}.mp4"
 
 
 def _ending(name: str) -> str:
@@ -271,6 +260,41 @@ def _leads_out(root: Path | None, name: str) -> str:
     except (OSError, RuntimeError) as error:
         return f"cannot be looked at: {error}"
     return "leads out of the folder of the batch through a symbolic link" if bad else ""
+
+
+def _any_draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Entry:
+    """The job of a line, without a name; also of one that cannot be planned at all."""
+    error = line.problem
+    if error is None:
+        try:
+            return _draft(line, inputs, seed, counts)
+        except PackforcingError as failure:
+            error = failure
+        except (OSError, RuntimeError, ValueError) as failure:
+            said = manifest.printable(" ".join(str(failure).split()), 300)
+            error = UsageError(f"cannot be planned: {said}", hint="Check the paths of the line.")
+    request = line.request
+    if not isinstance(request, GenerateRequest):
+        request = GenerateRequest(prompt=request.prompt or "x", seconds=request.seconds)
+    key = _hash(["unplanned", repr(sorted(line.values.items()))])
+    return Entry(
+        id=_hash([key, error.message]),
+        key=key,
+        position=line.index,
+        line=line.line,
+        shown=line.shown,
+        output="",
+        spec={
+            "kind": "generate",
+            "request": request.to_values(),
+            "model": "missing",
+            "problem": error.message,
+        },
+        load_key="",
+        layout_key="",
+        weight=0.0,
+        problem=error,
+    )
 
 
 def _draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Entry:
@@ -298,6 +322,11 @@ def _draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Ent
     looks: list[tuple[str, Callable[[], str]]] = []
     if "timeline" in line.values:
         files["timeline"] = Path(line.values["timeline"]).expanduser().absolute()
+    files |= {
+        f"lora {n} {part}": (place.parent if place.name in ADAPTERS else place) / part
+        for n, place in enumerate(config.parse_lora(text)[0] for text in request.loras)
+        for part in ADAPTERS
+    }
     for name, path in files.items():
         if path is not None:
             looks.append((name, lambda path=path: inputs.file(path)))  # type: ignore[misc]
@@ -458,6 +487,7 @@ def _entry(
         except PackforcingError as failure:
             contents[name], error = "missing", error or failure
     weights = [contents.get(name) for name in ("model", "compressor", "vae")]
+    weights += [content for name, content in contents.items() if name.startswith("lora ")]
     load = [values[name] for name in _LOAD_OPTIONS]
     return Entry(
         id=_hash([key, contents]),
@@ -494,6 +524,8 @@ def _absolute(request: GenerateRequest) -> GenerateRequest:
         if (path := getattr(request, name)) is not None
     }
     changes["pin_images"] = tuple(path.expanduser().absolute() for path in request.pin_images)
+    adapters = [config.parse_lora(text) for text in request.loras]
+    changes["loras"] = tuple(f"{path.expanduser().absolute()}:{weight!r}" for path, weight in adapters)
     for name in ("model", "vae"):
         value = getattr(request, name)
         if value is not None and Path(value).expanduser().is_dir():
@@ -644,6 +676,10 @@ def of_shard(entries: Sequence[Entry], shard: tuple[int, int] | None) -> list[En
 # ------------------------------------------------------------------------------------ the ledger as a worker's board
 
 
+_AT_WORK: set[tuple[Path, str]] = set()
+"""Ledgers and jobs in them that this process claimed and that did not come to an end."""
+
+
 class LedgerBoard:
     """Jobs straight from the ledger, for workers of this machine.
 
@@ -655,15 +691,27 @@ class LedgerBoard:
         self._holder = ledger.this_process()
         self._only = tuple(only or ())
 
+    def release_stale(self) -> None:
+        """Give back what this process claimed before and nobody in it is at work on any more."""
+        base = self._folder.ledger
+        for row in base.rows("started"):
+            if row.holder == self._holder and (base.path, row.id) not in _AT_WORK:
+                base.release(row.id, self._holder, why="left behind")
+
     def claim(self, load_key: str, layout_key: str) -> Task | None:
         row = self._folder.ledger.claim(
             self._holder, load_key=load_key, layout_key=layout_key, ids=self._only
         )
-        return None if row is None else self._folder.task(row)
+        if row is None:
+            return None
+        _AT_WORK.add((self._folder.ledger.path, row.id))
+        return self._folder.task(row, is_orphan=self._folder.ledger.is_orphan(row.id))
 
     def upcoming(self, load_key: str, layout_key: str, limit: int) -> list[Task]:
         skip = self._slot if limit == 1 else 0  # workers that look ahead look at different jobs
-        rows = self._folder.ledger.upcoming(load_key=load_key, layout_key=layout_key, limit=limit, skip=skip)
+        rows = self._folder.ledger.upcoming(
+            load_key=load_key, layout_key=layout_key, limit=limit, skip=skip, ids=self._only
+        )
         return [self._folder.task(row) for row in rows]
 
     def idle(self) -> float | None:
@@ -671,12 +719,12 @@ class LedgerBoard:
         base = self._folder.ledger
         if base.meta("paused") is not None:
             return None
-        later = base.next_start()
+        later = base.next_start(self._only)
         if later is not None:
             return max(POLL_SECONDS, min(1.0, later - time.time()))
         here = [
             holder
-            for holder in base.holders()
+            for holder in base.holders(self._only)
             if holder != self._holder and ledger.host_of(holder) == ledger.host_of(self._holder)
         ]
         return 2 * POLL_SECONDS if here else None
@@ -685,7 +733,8 @@ class LedgerBoard:
         return self._folder.ledger.progress(task.id, self._holder, blocks, total)
 
     def done(self, task: Task, result: Mapping[str, Any]) -> None:
-        self._folder.ledger.done(task.id, self._holder, result)
+        with self._ends(task):
+            self._folder.ledger.done(task.id, self._holder, result)
 
     def fail(
         self,
@@ -695,10 +744,19 @@ class LedgerBoard:
         retry_in: float | None = None,
         fit: Mapping[str, Any] | None = None,
     ) -> None:
-        self._folder.ledger.fail(task.id, self._holder, error, retry_in=retry_in, fit=fit)
+        with self._ends(task):
+            self._folder.ledger.fail(task.id, self._holder, error, retry_in=retry_in, fit=fit)
 
     def release(self, task: Task, *, cancelled: bool = False, why: str = "") -> None:
-        self._folder.ledger.release(task.id, self._holder, cancelled=cancelled, why=why)
+        with self._ends(task):
+            self._folder.ledger.release(task.id, self._holder, cancelled=cancelled, why=why)
+
+    @contextlib.contextmanager
+    def _ends(self, task: Task) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            _AT_WORK.discard((self._folder.ledger.path, task.id))
 
     def pause(self, why: str) -> None:
         self._folder.ledger.set_meta("paused", why)
@@ -759,12 +817,14 @@ class Engine(abc.ABC):
         )
 
     def has_work(self) -> bool:
-        """Whether jobs are left that somebody of this machine does or will do."""
+        """Whether jobs are left that somebody of this machine does or will do, and this engine waits for."""
+        if self.why:
+            return False
         base = self.folder.ledger
         counts = base.counts()
         host = ledger.host_of(ledger.this_process())
         held_here = any(ledger.host_of(holder) == host for holder in base.holders())
-        return held_here or (counts["queued"] > 0 and base.meta("paused") is None and not self.why)
+        return held_here or (counts["queued"] > 0 and base.meta("paused") is None)
 
     def too_many(self, state: State) -> bool:
         """Whether --max-failures is reached."""
@@ -907,9 +967,12 @@ def _close(process: subprocess.Popen[bytes]) -> None:
         process.stdin.close()
 
 
-def threads_of(folder: Folder, workers: int, wanted: int | None) -> int:
+def threads_of(folder: Folder, workers: int, wanted: int | None, *, usual: int | None = None) -> int:
     """Threads a worker has, the same for all that ever work on a folder: results may depend on them.
 
+    Args:
+        wanted: what a person asked for; None = nothing.
+        usual:  for a folder that was not begun; None = OMP_NUM_THREADS, or a share of this machine's cores.
     Raises: UsageError if others are wanted than before.
     """
     there = folder.ledger.meta("threads")
@@ -921,7 +984,7 @@ def threads_of(folder: Folder, workers: int, wanted: int | None) -> int:
             )
         return int(there)
     given = os.environ.get("OMP_NUM_THREADS", "")
-    count = wanted or (int(given) if given.isdecimal() and int(given) else 0)
+    count = wanted or usual or (int(given) if given.isdecimal() and int(given) else 0)
     count = count or max(1, (os.cpu_count() or 1) // workers)
     folder.ledger.set_meta("threads", str(count))
     return count
@@ -1023,12 +1086,13 @@ def generate_many(
     opened = Folder.open(place)
     with opened.ledger as base:
         number_of = {entry.id: entry.position - 1 for entry in entries}
+        board = LedgerBoard(opened, only=list(number_of))
+        board.release_stale()
         base.retry(list(number_of))  # what failed or was cancelled before
         opened.add(entries, source="generate_many", add=True)
         opened.check_done()
         base.set_meta("paused", None)
         told = set[str]()
-        board = LedgerBoard(opened, only=list(number_of))
         options = Options(timeout=timeout, retries=retries, auto_fit=auto_fit)
 
         def ended() -> Iterator[Made]:

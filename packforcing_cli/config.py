@@ -35,7 +35,7 @@ from pydantic import (
 )
 
 from packforcing_cli import catalog
-from packforcing_cli.errors import ConfigError
+from packforcing_cli.errors import ConfigError, UsageError
 from packforcing_cli.layout import POLICIES, Grid, Layout, Lengths, Shown, Span
 from packforcing_cli.timeline import Timeline
 
@@ -427,6 +427,24 @@ class GenerateRequest(PlanRequest):
         if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
             raise ConfigError("memory: must be a table of options")
         return cls(**{**values, "memory": MemoryOptions(**memory)})
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """PATH or PATH:WEIGHT as it is written on the command line. Raises: UsageError for a weight that is no number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or not path or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(weight)
+    except ValueError:
+        if "/" in weight or "\\" in weight:  # C:\folder
+            return Path(text), 1.0
+        raise UsageError(
+            f"--lora {text}: {weight!r} is no weight", hint="Write it as PATH or PATH:0.8."
+        ) from None
+    if not math.isfinite(strength):
+        raise UsageError(f"--lora {text}: {weight!r} is no weight", hint="Write it as PATH or PATH:0.8.")
+    return Path(path), strength
 
 
 def random_seed() -> int:

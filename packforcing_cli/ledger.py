@@ -22,11 +22,12 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from packforcing_cli import durable
@@ -38,6 +39,7 @@ BUSY_SECONDS = 60.0
 STATUSES = ("queued", "started", "done", "failed", "cancelled")
 MAX_DEATHS = 5
 """So many processes in a row may die over a job without a new block before it is given up."""
+_ORPHAN = "orphan "  # and a job's id: a note in meta
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "ceph", "lustre", "gpfs", "glusterfs", "beegfs")
 
 _TABLES = """
@@ -87,7 +89,8 @@ class Entry:
     position: in the manifest, from 1.
     output:   the file, relative to the folder.
     spec:     all that is needed to do it.
-    load_key, layout_key: jobs with equal ones share a loaded model, and the sizes of its memory.
+    load_key, layout_key: jobs with equal ones share a loaded model, and the sizes of its memory. No load_key: it could
+              not be planned, and goes when a manifest does not have it any more.
     weight:   how much work it is, in any unit.
     problem:  why it cannot be done; it is queued as failed then.
     """
@@ -215,6 +218,11 @@ def host_of(holder: str) -> str:
     return holder.split()[0]
 
 
+def same_name(name: str) -> str:
+    """What two names have in common that are one file on some file system."""
+    return unicodedata.normalize("NFC", PurePosixPath(name).as_posix()).casefold()
+
+
 def ledgers(folder: Path) -> list[Path]:
     """The ledgers of a folder: one, or one for each shard that was begun."""
     return sorted(path for path in folder.glob("ledger*.sqlite3") if path.is_file())
@@ -302,6 +310,8 @@ class Ledger:
         what it was, unless that is done: then it is a new job and the old one stays.
         Args:
             only_look: change nothing.
+        Raises: UsageError if a new job's output is that of another job, which another process may have put there;
+            nothing is queued then.
         """
         added = Added()
         with self._write() as base:
@@ -310,18 +320,39 @@ class Ledger:
             for row in rows.values():
                 by_key.setdefault(row["key"], []).append(row)
             keys = {entry.key for entry in entries}
-            added.elsewhere = sum(row["key"] not in keys for row in rows.values())
+            ids = {entry.id for entry in entries}
+            unplanned = [row for row in rows.values() if not row["load_key"] and _row(row).is_open]
+            obsolete = {row["id"] for row in unplanned if row["key"] not in keys}
+            added.elsewhere = sum(
+                row["key"] not in keys and row["id"] not in obsolete for row in rows.values()
+            )
+            replaced = {
+                row["id"]: entry.id
+                for entry in entries
+                if entry.id not in rows
+                for row in by_key.get(entry.key, ())
+                if _row(row).is_open and row["id"] not in ids
+            } | dict.fromkeys(obsolete, "")
+            taken = {same_name(row["output"]) for name, row in rows.items() if name not in replaced}
+            for job, other in replaced.items():
+                if only_look:
+                    break
+                base.execute("DELETE FROM jobs WHERE id = ?", (job,))
+                self._event(base, job, "replaced", 0, "", other)
             for entry in entries:
                 if entry.id in rows:
                     added.known.append(entry.id)
                     continue
-                open_ones = [row for row in by_key.get(entry.key, ()) if _row(row).is_open]
+                name = same_name(entry.output)
+                if name in taken:
+                    raise UsageError(
+                        f"output {entry.output!r} is that of another job in {self.path.parent}",
+                        hint="Run it again: another batch may have been begun there at this moment.",
+                    )
+                taken.add(name)
                 (added.changed if entry.key in by_key else added.new).append(entry.id)
                 if only_look:
                     continue
-                for row in open_ones:
-                    base.execute("DELETE FROM jobs WHERE id = ?", (row["id"],))
-                    self._event(base, row["id"], "replaced", 0, "", entry.id)
                 base.execute(
                     "INSERT INTO jobs (id, key, position, line, shown, output, spec, load_key, layout_key, weight)"
                     " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
@@ -357,7 +388,7 @@ class Ledger:
         """
         with self._write() as base:
             self._take_over(base)
-            row = self._next(base, load_key, layout_key, 1, 0, tuple(ids))
+            row = self._next(base, load_key, layout_key, 1, 0, ids)
             if not row:
                 return None
             base.execute(
@@ -370,11 +401,17 @@ class Ledger:
         return _row(taken)
 
     def upcoming(
-        self, *, load_key: str = "", layout_key: str = "", limit: int = 1, skip: int = 0
+        self,
+        *,
+        load_key: str = "",
+        layout_key: str = "",
+        limit: int = 1,
+        skip: int = 0,
+        ids: Iterable[str] = (),
     ) -> list[Row]:
         """Jobs that `claim` would give next, in that order; nothing is claimed."""
         with self._errors(), self._lock:
-            return [_row(row) for row in self._next(self._base, load_key, layout_key, limit, skip, ())]
+            return [_row(row) for row in self._next(self._base, load_key, layout_key, limit, skip, ids)]
 
     def progress(self, job: str, holder: str, blocks: int, total: int) -> str:
         """Note how many blocks a job has. Returns: "" to go on, else why not: cancelled, or lost to somebody else."""
@@ -387,6 +424,7 @@ class Ledger:
                 " WHERE id = ?",
                 (blocks, blocks, total, job),
             )
+            self._orphan(base, job, None)
             return "cancelled" if row["wants_cancel"] else ""
 
     def done(self, job: str, holder: str, result: Mapping[str, Any]) -> bool:
@@ -400,6 +438,7 @@ class Ledger:
                 " blocks = ?, total = ? WHERE id = ?",
                 (json.dumps(result), time.time(), result["blocks"], result["blocks"], job),
             )
+            self._orphan(base, job, None)
             self._event(base, job, "done", row["attempt"], holder, "")
         return True
 
@@ -412,7 +451,7 @@ class Ledger:
         retry_in: float | None = None,
         fit: Mapping[str, Any] | None = None,
     ) -> bool:
-        """Note a failure.
+        """Note a failure; a job that is to be cancelled is not tried again.
 
         Args:
             retry_in: seconds after which it is tried again; None = it stays failed.
@@ -426,6 +465,9 @@ class Ledger:
             if retry_in is None:
                 self._fail(base, job, row["attempt"], holder, error)
                 return True
+            if row["wants_cancel"]:
+                self._give_back(base, row, "cancelled", str(error))
+                return True
             base.execute(
                 "UPDATE jobs SET status = 'queued', holder = '', not_before = ?, error = ?, fit = ?,"
                 " retries = retries + 1 WHERE id = ?",
@@ -435,14 +477,12 @@ class Ledger:
         return True
 
     def release(self, job: str, holder: str, *, cancelled: bool = False, why: str = "") -> bool:
-        """Give a job back: queued, or cancelled. Returns: False if the holder had lost it."""
+        """Give a job back: queued, or cancelled if that was asked for. Returns: False if the holder had lost it."""
         with self._write() as base:
             row = self._held(base, job, holder)
             if row is None:
                 return False
-            status = "cancelled" if cancelled else "queued"
-            base.execute("UPDATE jobs SET status = ?, holder = '' WHERE id = ?", (status, job))
-            self._event(base, job, status if cancelled else "released", row["attempt"], holder, why)
+            self._give_back(base, row, "cancelled" if cancelled or row["wants_cancel"] else "queued", why)
         return True
 
     def lost(self, job: str, holder: str) -> bool:
@@ -485,6 +525,8 @@ class Ledger:
                 if lost and row["status"] == "started":
                     wanted = host_of(row["holder"]) != socket.gethostname()
                 if wanted:
+                    if row["status"] == "started":
+                        self._orphan(base, row["id"], row["holder"])
                     base.execute(
                         "UPDATE jobs SET status = 'queued', holder = '', not_before = 0, deaths = 0,"
                         " retries = 0"
@@ -496,17 +538,24 @@ class Ledger:
         return count
 
     def again(self, job: str, why: str) -> None:
-        """Queue a job that is done once more: what it made is gone."""
+        """Queue a job that is done once more: what it made is gone. One that is not done any more stays as it is."""
         with self._write() as base:
-            base.execute(
-                "UPDATE jobs SET status = 'queued', not_before = 0, retries = 0 WHERE id = ?", (job,)
+            changed = base.execute(
+                "UPDATE jobs SET status = 'queued', not_before = 0, retries = 0 WHERE id = ? AND status = 'done'",
+                (job,),
             )
-            self._event(base, job, "requeued", 0, "", why)
+            if changed.rowcount:
+                self._event(base, job, "requeued", 0, "", why)
 
     def spoiled(self, job: str, error: PackforcingError) -> None:
-        """Note that what a done job made is not what it was."""
+        """Note that what a done job made is not what it was. One that is not done any more stays as it is."""
         with self._write() as base:
-            self._fail(base, job, 0, "", error)
+            if base.execute("SELECT 1 FROM jobs WHERE id = ? AND status = 'done'", (job,)).fetchone():
+                self._fail(base, job, 0, "", error)
+
+    def is_orphan(self, job: str) -> bool:
+        """Whether a person said that the other machine which held a job is gone, and nothing was made of it since."""
+        return self.meta(f"{_ORPHAN}{job}") is not None
 
     def take_over(self) -> int:
         """Queue the jobs of processes that died. Returns: how many."""
@@ -535,13 +584,16 @@ class Ledger:
         found = {row[0]: row[1] for row in self._all("SELECT status, COUNT(*) FROM jobs GROUP BY status")}
         return {status: found.get(status, 0) for status in STATUSES}
 
-    def holders(self) -> set[str]:
-        """Who holds jobs."""
-        return {row[0] for row in self._all("SELECT DISTINCT holder FROM jobs WHERE status = 'started'")}
+    def holders(self, ids: Iterable[str] = ()) -> set[str]:
+        """Who holds jobs; if `ids` are given, one of these."""
+        only, values = _only(ids)
+        sql = f"SELECT DISTINCT holder FROM jobs WHERE status = 'started'{only}"
+        return {row[0] for row in self._all(sql, *values)}
 
-    def next_start(self) -> float | None:
-        """When the next queued job may begin, in seconds since 1970; None if none is queued."""
-        found = self._one("SELECT MIN(not_before) FROM jobs WHERE status = 'queued'")
+    def next_start(self, ids: Iterable[str] = ()) -> float | None:
+        """When the next queued job, or the next of `ids`, may begin, in seconds since 1970; None if none is queued."""
+        only, values = _only(ids)
+        found = self._one(f"SELECT MIN(not_before) FROM jobs WHERE status = 'queued'{only}", *values)
         return None if found is None or found[0] is None else float(found[0])
 
     def work(self) -> tuple[float, float]:
@@ -580,19 +632,19 @@ class Ledger:
         layout_key: str,
         limit: int,
         skip: int,
-        ids: tuple[str, ...],
+        ids: Iterable[str],
     ) -> list[sqlite3.Row]:
         """Jobs that may begin; a worker without a model takes one that no other works with first."""
         if base.execute("SELECT 1 FROM meta WHERE name = 'paused'").fetchone() is not None:
             return []
-        only = f" AND id IN ({', '.join('?' * len(ids))})" if ids else ""
+        only, values = _only(ids)
         return base.execute(
             f"SELECT * FROM jobs WHERE status = 'queued' AND not_before <= ?{only}"
             " ORDER BY load_key = ? DESC, load_key = ? AND layout_key = ? DESC,"
             " load_key IN (SELECT load_key FROM jobs WHERE status = 'started'),"
             " MIN(position) OVER (PARTITION BY load_key),"
             " MIN(position) OVER (PARTITION BY load_key, layout_key), position LIMIT ? OFFSET ?",
-            (time.time(), *ids, load_key, load_key, layout_key, limit, skip),
+            (time.time(), *values, load_key, load_key, layout_key, limit, skip),
         ).fetchall()
 
     def _take_over(self, base: sqlite3.Connection) -> int:
@@ -627,6 +679,17 @@ class Ledger:
             "SELECT * FROM jobs WHERE id = ? AND status = 'started' AND holder = ?", (job, holder)
         ).fetchone()
         return found
+
+    def _give_back(self, base: sqlite3.Connection, row: sqlite3.Row, status: str, why: str) -> None:
+        base.execute("UPDATE jobs SET status = ?, holder = '' WHERE id = ?", (status, row["id"]))
+        event = "released" if status == "queued" else status
+        self._event(base, row["id"], event, row["attempt"], row["holder"], why)
+
+    def _orphan(self, base: sqlite3.Connection, job: str, holder: str | None) -> None:
+        """Remember that the holder of a job is known to be gone, or with None that it does not matter any more."""
+        base.execute("DELETE FROM meta WHERE name = ?", (_ORPHAN + job,))
+        if holder is not None:
+            base.execute("INSERT INTO meta VALUES (?, ?)", (_ORPHAN + job, holder))
 
     def _chosen(self, base: sqlite3.Connection, jobs: Sequence[str] | None) -> list[sqlite3.Row]:
         rows = base.execute("SELECT * FROM jobs ORDER BY position").fetchall()
@@ -675,6 +738,14 @@ class Ledger:
             yield
         except sqlite3.Error as error:
             raise _failure(error, self.path) from error
+
+
+def _only(ids: Iterable[str]) -> tuple[str, tuple[str, ...]]:
+    """A condition of SQL, and its values, that holds for these jobs; for all if there are none."""
+    chosen = list(ids)
+    if not chosen:
+        return "", ()
+    return " AND id IN (SELECT value FROM json_each(?))", (json.dumps(chosen),)
 
 
 def _build(path: Path, meta: Mapping[str, str]) -> None:

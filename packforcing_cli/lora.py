@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from packforcing_cli.config import parse_lora
 from packforcing_cli.errors import UsageError, WeightsError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,22 +47,7 @@ class Lora:
     sha256: str
 
 
-def parse(text: str) -> tuple[Path, float]:
-    """PATH or PATH:WEIGHT as it is written on the command line. Raises: UsageError for a weight that is no number."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or not path or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        strength = float(weight)
-    except ValueError:
-        if "/" in weight or "\\" in weight:  # C:\folder
-            return Path(text), 1.0
-        raise UsageError(
-            f"--lora {text}: {weight!r} is no weight", hint="Write it as PATH or PATH:0.8."
-        ) from None
-    if not math.isfinite(strength):
-        raise UsageError(f"--lora {text}: {weight!r} is no weight", hint="Write it as PATH or PATH:0.8.")
-    return Path(path), strength
+parse = parse_lora
 
 
 def read(path: Path, strength: float = 1.0) -> Lora:

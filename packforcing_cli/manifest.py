@@ -39,6 +39,7 @@ from packforcing_cli.config import (
     MemoryOptions,
     Options,
     PlanRequest,
+    parse_lora,
 )
 from packforcing_cli.errors import PackforcingError, UsageError
 from packforcing_cli.layout import POLICIES
@@ -54,9 +55,11 @@ _SCHEMA_URL = "https://json-schema.org/draft/2020-12/schema"
 
 _OF_THE_BATCH = ("output", "title")
 _STORY = ("at", "pin")
-_PICTURES = ("image", "pin_image", "frames", "timeline", "parity")
+_PICTURES = ("image", "pin_image", "lora", "frames", "timeline", "parity")
 GENERATE_KEYS = ("prompt", *SETTINGS, *_PICTURES, *_STORY, *_OF_THE_BATCH)
-_LISTS = ("at", "pin", "pin_image")
+_LISTS = ("at", "pin", "pin_image", "lora")
+HIDDEN = ".packforcing"
+"""The folder, beside the videos, of run folders and logs."""
 _CHOICES: Mapping[str, Sequence[str]] = {
     "policy": POLICIES,
     "select": SELECTIONS,
@@ -155,7 +158,7 @@ EXTEND_KEYS = (
     *_STORY,
     *_OF_THE_BATCH,
 )
-_NAME_OF_FIELD = {"start": "from", "pin_images": "pin_image"}
+_NAME_OF_FIELD = {"start": "from", "pin_images": "pin_image", "loras": "lora"}
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Line:
     output:  the file's name as written; None = from the template.
     title:   what lists show and the file is called after, if it is not the prompt.
     columns: where each key stands in the line, from 1.
+    problem: why it cannot be planned, found after it was read.
     """
 
     index: int
@@ -178,6 +182,7 @@ class Line:
     output: str | None = None
     title: str | None = None
     columns: Mapping[str, int] = field(default_factory=dict)
+    problem: PackforcingError | None = None
 
     @property
     def shown(self) -> str:
@@ -198,6 +203,20 @@ def printable(text: str, length: int | None = None) -> str:
         for character in " ".join(text.split(" "))
     )
     return safe if length is None or len(safe) <= length else safe[: length - 1] + "…"
+
+
+def inside(name: str) -> str:
+    """What is wrong with a name that must stay in a folder; empty if it does."""
+    path = Path(name)
+    if path.is_absolute() or name.startswith(("/", "\\", "~")) or ":" in name.split("/")[0][:2]:
+        return "leads out of the folder of the batch"
+    if ".." in path.parts or "\\" in name:
+        return "leads out of the folder of the batch"
+    if path.parts and path.parts[0].lower() == HIDDEN:
+        return f"lies in {HIDDEN}, which is not for videos"
+    if not name.isprintable():
+        return "has a character that cannot be printed"
+    return ""
 
 
 def kind_of(source: str, data: bytes, *, wanted: str = "auto") -> str:
@@ -456,6 +475,9 @@ def _line(
     }
     plain = dict(values)
     output, title = (_text(plain, name, problem, name_of) for name in _OF_THE_BATCH)
+    said = "" if output is None else inside(output)
+    if said:
+        problem(name_of.get("output", "output"), f"output {output!r} {said}")
     scenes = _story(plain, problem, name_of)
     if is_extension and "seconds" not in plain:
         problem("source", "seconds is missing: the length of the new part")
@@ -537,6 +559,8 @@ def _request(
     if "pin_image" in fields:
         pictures = fields.pop("pin_image")
         fields["pin_images"] = tuple(pictures) if isinstance(pictures, list) else (pictures,)
+    if "lora" in fields:
+        fields["loras"] = _loras(fields.pop("lora"), problem, name_of)
     memory_values = {name: fields.pop(name) for name in tuple(fields) if name in MemoryOptions.model_fields}
     memory = _built(MemoryOptions, memory_values, {}, problem, name_of)
     request = _built(GenerateRequest, fields, {"prompt": "x"}, problem, name_of)
@@ -545,6 +569,24 @@ def _request(
     if parity == "paper":
         memory = memory.paper_parity()
     return request.model_copy(update={"memory": memory}) if memory.model_fields_set else request
+
+
+def _loras(value: Any, problem: Any, name_of: Mapping[str, str]) -> tuple[str, ...]:
+    """Adapters as PATH or PATH:WEIGHT; one that is not is a problem."""
+    found = []
+    for text in value if isinstance(value, list) else [value]:
+        if not isinstance(text, str) or not text.strip() or "\0" in text:
+            problem(name_of.get("lora", "lora"), f"lora: {text!r} must be text like RUN/lora or RUN/lora:0.8")
+            continue
+        try:
+            parse_lora(text)
+        except UsageError as error:
+            problem(name_of.get("lora", "lora"), _said(error))
+        except (OSError, ValueError) as error:
+            problem(name_of.get("lora", "lora"), f"lora: cannot be looked at: {error}")
+        else:
+            found.append(text)
+    return tuple(found)
 
 
 def _built(
@@ -610,14 +652,19 @@ def with_timeline_file(line: Line) -> Line:
 
 def _lone_surrogate(value: Any) -> str:
     """The first text in a JSON value that cannot be written as UTF-8; empty if there is none."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            return value.encode("utf-8", "backslashreplace").decode()[:40]
-        return ""
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return next((text for text in map(_lone_surrogate, parts) if text), "")
+    left = [value]
+    while left:
+        part = left.pop()
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                return part.encode("utf-8", "backslashreplace").decode()[:40]
+        elif isinstance(part, dict):
+            left += [*part, *part.values()]
+        elif isinstance(part, list):
+            left += part
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------------- the schema
@@ -677,6 +724,11 @@ _OWN_SCHEMAS: Mapping[str, dict[str, Any]] = {
         "type": ["array", "string"],
         "items": {"type": "string"},
         "description": "pictures held for a block each, which the video begins with and always remembers",
+    },
+    "lora": {
+        "type": ["array", "string"],
+        "items": {"type": "string"},
+        "description": "adapters as PATH or PATH:WEIGHT, added to the model's weights",
     },
     "timeline": {"type": "string", "description": "a file with prompts over time: text, TOML or SRT"},
     "parity": {"const": "paper", "description": "select by affinity in the first pass, full span"},

@@ -364,7 +364,7 @@ class Ray(Engine):
                 row = base.claim(self._holder, load_key=member.load_key, layout_key=member.layout_key)
                 if row is None:
                     return
-                task = self.folder.task(row, is_orphan=row.id in self._orphans)
+                task = self.folder.task(row, is_orphan=row.id in self._orphans or base.is_orphan(row.id))
                 member.jobs[row.id] = None
                 member.load_key, member.layout_key = row.load_key, row.layout_key
                 member.actor.give.remote(asdict(task))

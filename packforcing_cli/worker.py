@@ -13,6 +13,7 @@ A job is journalled in a run folder of its own, so that one which ended early fo
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -112,9 +113,22 @@ class Worker:
         self._loaded: _Loaded | None = None
         self._warm: dict[tuple[str, int], tuple[Job, Story, float]] = {}
         self._finishing: Future[None] | None = None
+        self._held: dict[str, Task] = {}
+        self._works: list[_Work] = []
 
     def run(self) -> Iterator[str]:
-        """Do jobs; yields the id of each that came to an end. Raises: DiskFullError, and what a board raises."""
+        """Do jobs; yields the id of each that came to an end.
+
+        However it ends, it holds no job afterwards. Raises: DiskFullError, and what a board raises.
+        """
+        try:
+            yield from self._run()
+        finally:
+            for task in tuple(self._held.values()):
+                with contextlib.suppress(PackforcingError):
+                    self._release(task, why="stop")
+
+    def _run(self) -> Iterator[str]:
         with ThreadPoolExecutor(1, "text") as text, ThreadPoolExecutor(2, "make") as make:
             layout, ahead = "", None
             last: _Work | None = None
@@ -134,6 +148,7 @@ class Worker:
                             return
                         time.sleep(min(pause, 1.0))
                         continue
+                    self._held[task.id] = task
                     if self._loaded is None or task.load_key != self._loaded.key:
                         yield from self._finished(last)
                         last = None
@@ -143,6 +158,7 @@ class Worker:
                         continue
                     work.seconds["text_wait"] = waiting
                     layout = task.layout_key
+                    self._works = [*self._works[-1:], work]
                     making = make.submit(self._make, work)
                     ahead = text.submit(self._encode_ahead, layout)
                     self._watch(work, making)
@@ -150,6 +166,8 @@ class Worker:
                     self._finishing, last = making, work
                 yield from self._finished(last)
             finally:
+                for work in self._works:
+                    work.why = work.why or "stop"
                 for future in (ahead, self._finishing):
                     if future is not None:
                         future.cancel()
@@ -180,6 +198,8 @@ class Worker:
     def _prepared(self, task: Task) -> _Work:
         started = time.perf_counter()
         seconds: dict[str, float] = {}
+        if "problem" in task.spec:
+            raise UsageError(task.spec["problem"], hint="Put it right, and run the batch again.")
         request = _request(task, self._options)
         if self._loaded is None or self._loaded.key != task.load_key:
             self._unload()
@@ -253,7 +273,7 @@ class Worker:
         except Exception as error:
             self._failed(task, error, work.job)
         else:
-            self._board.done(task, result)
+            self._done(task, result)
         finally:
             work.computed.set()
 
@@ -309,21 +329,42 @@ class Worker:
             if limit is not None and spent > limit:
                 work.why = work.why or "timeout"
                 if self._options.may_exit and spent > 2 * limit + HANG_SECONDS:
-                    self._board.fail(work.task, _too_long(limit))
+                    self._fail(work.task, _too_long(limit))
                     os._exit(HUNG_EXIT)
 
     def _ended(self, task: Task, why: str) -> None:
         if why == "timeout":
             assert self._options.timeout is not None
-            self._board.fail(task, _too_long(self._options.timeout))
+            self._fail(task, _too_long(self._options.timeout))
         elif why != "lost":
-            self._board.release(task, cancelled=why == "cancelled", why=why)
+            self._release(task, cancelled=why == "cancelled", why=why)
+        else:
+            self._held.pop(task.id, None)
+
+    def _done(self, task: Task, result: Mapping[str, Any]) -> None:
+        self._board.done(task, result)
+        self._held.pop(task.id, None)
+
+    def _fail(
+        self,
+        task: Task,
+        error: BaseException,
+        *,
+        retry_in: float | None = None,
+        fit: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._board.fail(task, error, retry_in=retry_in, fit=fit)
+        self._held.pop(task.id, None)
+
+    def _release(self, task: Task, *, cancelled: bool = False, why: str = "") -> None:
+        self._board.release(task, cancelled=cancelled, why=why)
+        self._held.pop(task.id, None)
 
     def _failed(self, task: Task, error: Exception, job: Job | None = None) -> None:
         """Say what went wrong, and whether the job is worth another try."""
         if isinstance(error, DiskFullError) or is_full_disk(error):
             self._board.pause("disk full")
-            self._board.release(task, why="the disk is full")
+            self._release(task, why="the disk is full")
             raise error if isinstance(error, DiskFullError) else DiskFullError("the disk is full") from error
         if not isinstance(error, PackforcingError):
             _log.error("job %s\n%s", task.id[:12], "".join(traceback.format_exception(error)))
@@ -334,11 +375,11 @@ class Worker:
             fit = _smaller(task, job) if may_change and job is not None else {}
             told = error if job is None else jobs.memory_ran_out(job, "")
             self._unload_later()
-            self._board.fail(task, told, retry_in=pause if left > 0 else None, fit={**task.fit, **fit})
+            self._fail(task, told, retry_in=pause if left > 0 else None, fit={**task.fit, **fit})
             return
         spoiled = "CUDA error" in str(error)
         passing = spoiled or isinstance(error, LockedError) or _errno(error) in _PASSING
-        self._board.fail(task, error, retry_in=pause if passing and left > 0 else None)
+        self._fail(task, error, retry_in=pause if passing and left > 0 else None)
         if spoiled and self._options.may_exit:
             os._exit(HUNG_EXIT)
 
@@ -353,7 +394,7 @@ class Worker:
         _check_place(output, task)
         if task.result and output.exists():
             if file_sha256(output) == task.result["sha256"]:
-                self._board.done(task, task.result)
+                self._done(task, task.result)
                 return True
             aside = _free_name(output)
             output.rename(aside)
@@ -371,7 +412,7 @@ class Worker:
                 return False
             result = _result(task, run)
         _drop_run(task)
-        self._board.done(task, {**result, "warnings": [], "figures": {"replayed": result["blocks"]}})
+        self._done(task, {**result, "warnings": [], "figures": {"replayed": result["blocks"]}})
         return True
 
 

@@ -14,6 +14,7 @@ from packforcing_cli import batch, ledger, manifest
 from packforcing_cli.batch import Folder, Template
 from packforcing_cli.errors import UsageError
 from packforcing_cli.ledger import Entry
+from packforcing_cli.tasks import Options
 
 
 def planned(jobs: list[Any], **options: Any) -> list[Entry]:
@@ -110,6 +111,93 @@ def test_an_output_through_a_symbolic_link_is_refused(tmp_path: Path) -> None:
 def test_two_jobs_for_one_file_are_refused() -> None:
     with pytest.raises(UsageError, match=r"output 'A\.mp4' is that of line 1, too"):
         planned([{"prompt": "a", "output": "a.mp4"}, {"prompt": "b", "output": "A.mp4"}])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), [("a.mp4", "./a.mp4"), ("q/b.mp4", "q//b.mp4"), ("q/b.mp4", "q/./B"), ("a", ".//a.mp4")]
+)
+def test_one_file_written_in_two_ways_is_one_file(one: str, other: str) -> None:
+    with pytest.raises(UsageError, match="is that of line 1, too"):
+        planned([{"prompt": "a", "output": one}, {"prompt": "b", "output": other}])
+    assert names([{"prompt": "a", "output": ".//q//a.mp4"}]) == ["q/a.mp4"]
+
+
+def test_a_template_with_needless_slashes_makes_the_same_names(tmp_path: Path) -> None:
+    jobs = [{"prompt": "a", "output": "q/a.mp4"}, {"prompt": "a", "seed": 2}]
+    assert names(jobs, template=Template("q//./{slug}")) == ["q/a.mp4", "q/a-2.mp4"]
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        {"image": "~nobody-of-that-name/x.png"},
+        {"image": "x" * 5000},
+        {"model": "x" * 5000},
+        {"frames": "~nobody-of-that-name/x"},
+        {"lora": "~nobody-of-that-name/x:0.5"},
+        {"timeline": "~nobody-of-that-name/x"},
+    ],
+)
+def test_a_line_that_cannot_be_planned_fails_alone(job: dict[str, Any], tmp_path: Path) -> None:
+    bad, good = planned([{"prompt": "a", **job}, "b"], root=tmp_path)
+    assert bad.problem is not None and bad.problem.message
+    assert (bad.output, good.problem) == ("0001-a-0.mp4" if not bad.load_key else bad.output, None)
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add([bad, good], source="x")
+        assert [row.status for row in base.rows()] == ["failed", "queued"]
+        mended, good = planned([{"prompt": "a"}, "b"], there=base.rows())
+        folder.add([mended, good], source="x", add=bool(bad.load_key))
+
+
+def test_adapters_are_part_of_the_model_and_of_the_identity(tmp_path: Path) -> None:
+    for part, text in zip(batch.ADAPTERS, ("{}", "weights")):
+        (tmp_path / part).write_text(text, encoding="utf-8")
+    job = {"prompt": "a", "seed": 1}
+    plain, added, weaker = planned(
+        [job, {**job, "lora": str(tmp_path)}, {**job, "lora": [f"{tmp_path}:0.5"]}]
+    )
+    assert added.problem is None and weaker.problem is None
+    assert added.spec["request"]["loras"] == [f"{tmp_path}:1.0"]
+    assert len({plain.id, added.id, weaker.id}) == len({plain.load_key, added.load_key, weaker.load_key}) == 3
+    (tmp_path / batch.ADAPTERS[1]).write_text("others", encoding="utf-8")
+    (other,) = planned([{**job, "lora": str(tmp_path)}])
+    assert other.key == added.key and other.id != added.id and other.load_key != added.load_key
+    (missing,) = planned([{**job, "lora": str(tmp_path / "none")}])
+    assert missing.problem is not None and "there is no file" in missing.problem.message
+
+
+def test_an_engine_that_begins_no_more_does_not_wait_for_another_batch(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(["a", "b"]), source="x")
+        assert base.claim(ledger.this_process()) is not None  # the other batch's worker
+        engine = batch.Local(folder, Options())
+        assert engine.has_work()
+        engine.stop("interrupted")
+        assert [state.workers for state in engine.run()] == [0]
+
+
+def test_only_what_nobody_is_at_work_on_is_left_behind(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(["a", "b"]), source="x")
+        held = batch.LedgerBoard(folder).claim("", "")
+        left = base.claim(ledger.this_process())
+        assert held is not None and left is not None
+        batch.LedgerBoard(folder).release_stale()
+        assert [row.status for row in base.rows()] == ["started", "queued"]
+        batch.LedgerBoard(folder).release(held)
+        assert base.counts()["queued"] == 2
+
+
+def test_an_actor_has_as_many_threads_as_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    for number, usual in enumerate((1, 4)):
+        folder = Folder.open(tmp_path / str(number))
+        with folder.ledger:
+            assert batch.threads_of(folder, 1, None, usual=usual) == usual
+            assert batch.threads_of(folder, 1, None, usual=9) == usual
 
 
 def test_the_same_job_twice_is_made_once_and_said() -> None:

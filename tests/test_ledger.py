@@ -185,6 +185,69 @@ def test_a_retry_waits_for_its_time_and_keeps_what_is_to_change(base: Ledger) ->
     assert later is not None and 3500 < later - time.time() < 3700
 
 
+def test_a_job_whose_machine_a_person_says_is_gone_is_an_orphan_until_it_gets_on(base: Ledger) -> None:
+    base.add([entry(1), entry(2)])
+    for _ in range(2):
+        assert base.claim("elsewhere 1 2 3") is not None
+    assert base.retry(lost=True) == 2
+    assert base.is_orphan("id-1") and base.is_orphan("id-2")
+    assert base.claim(ME) is not None and base.is_orphan("id-1")
+    base.progress("id-1", ME, 1, 4)
+    assert not base.is_orphan("id-1")
+    assert base.claim(ME) is not None
+    base.done("id-2", ME, RESULT)
+    assert not base.is_orphan("id-2")
+
+
+def test_what_is_to_be_cancelled_is_cancelled_however_it_comes_back(base: Ledger) -> None:
+    base.add([entry(1), entry(2)])
+    for _ in range(2):
+        assert base.claim(ME) is not None
+    assert base.cancel() == (0, 2)
+    base.fail("id-1", ME, OSError("busy"), retry_in=0.0)
+    base.release("id-2", ME, why="stop")
+    assert [row.status for row in base.rows()] == ["cancelled"] * 2
+    assert base.claim(ME) is None
+
+
+def test_only_what_is_done_is_queued_once_more_or_spoiled(base: Ledger) -> None:
+    base.add([entry(1)])
+    assert base.claim(ME) is not None
+    base.again("id-1", "its file is gone")
+    base.spoiled("id-1", UsageError("it is another file"))
+    (row,) = base.rows()
+    assert (row.status, row.holder) == ("started", ME)
+    assert base.claim(ME) is None
+    base.done("id-1", ME, RESULT)
+    base.again("id-1", "its file is gone")
+    assert base.rows()[0].status == "queued"
+
+
+@pytest.mark.parametrize("output", ["1.mp4", "./1.MP4", ".//1.mp4"])
+def test_an_output_that_another_batch_took_meanwhile_is_refused(base: Ledger, output: str) -> None:
+    base.add([entry(1)])
+    with pytest.raises(UsageError, match="is that of another job"):
+        base.add([entry(2), entry(3, output=output)])
+    assert [row.id for row in base.rows()] == ["id-1"]
+
+
+def test_what_could_not_be_planned_goes_when_nobody_asks_for_it(base: Ledger) -> None:
+    base.add([entry(1, load_key="", problem=UsageError("cannot be planned")), entry(2)])
+    added = base.add([entry(2), entry(3, output="1.mp4")])
+    assert added.elsewhere == 0
+    assert [row.id for row in base.rows()] == ["id-2", "id-3"]
+
+
+def test_questions_about_some_jobs_leave_the_others_out(base: Ledger) -> None:
+    base.add([entry(1), entry(2)])
+    assert base.next_start(["id-1"]) is not None
+    assert base.claim(ME, ids=["id-1"]) is not None
+    assert base.next_start(["id-1"]) is None and base.next_start() is not None
+    assert base.holders(["id-2"]) == set() and base.holders(["id-1"]) == base.holders() == {ME}
+    assert base.upcoming(ids=["id-1"]) == []
+    assert [row.id for row in base.upcoming(ids=["id-2"])] == ["id-2"]
+
+
 def test_cancelling_ends_what_is_queued_and_asks_what_is_at_work(base: Ledger) -> None:
     base.add([entry(1), entry(2), entry(3)])
     assert base.claim(ME) is not None
@@ -229,7 +292,7 @@ def test_changed_inputs_replace_what_is_not_done(base: Ledger) -> None:
     assert base.counts()["failed"] == 1
     assert base.claim(ME) is not None
     base.done("id-1", ME, RESULT)
-    changed = [entry(1, id="new-1", key="key-1"), entry(2, id="new-2", key="key-2")]
+    changed = [entry(1, id="new-1", key="key-1", output="1-2.mp4"), entry(2, id="new-2", key="key-2")]
     added = base.add(changed)
     assert (added.changed, added.elsewhere) == (["new-1", "new-2"], 0)
     assert {row.id: row.status for row in base.rows()} == {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import re
 from fractions import Fraction
@@ -15,7 +17,7 @@ from hypothesis import strategies as st
 from packforcing_cli import manifest
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import UsageError
-from packforcing_cli.manifest import ExtendRequest, Line
+from packforcing_cli.manifest import EXTEND_KEYS, GENERATE_KEYS, ExtendRequest, Line
 
 GOOD = '{"prompt": "a red circle", "seconds": 5, "seed": 7}'
 
@@ -31,6 +33,48 @@ def problems(text: str | bytes, kind: str = "jsonl") -> list[str]:
         parse(text, kind)
     lines = caught.value.message.splitlines()
     return lines if len(lines) == 1 else [line.strip() for line in lines[1:]]
+
+
+NOT_OF_A_LINE = {
+    *("run", "no_run", "again", "dry_run", "as_json", "progress", "quiet", "verbose", "force"),
+}
+"""Options of generate and extend that a batch has for all lines, or that do not say what is made."""
+OTHER_NAMES = {"start": "from", "no_metadata": "metadata", "no_rope_adjustment": "rope_adjustment"}
+
+
+@pytest.mark.parametrize(("name", "keys"), [("generate", GENERATE_KEYS), ("extend", EXTEND_KEYS)])
+def test_a_line_may_have_what_the_command_has(name: str, keys: tuple[str, ...]) -> None:
+    command = getattr(importlib.import_module(f"packforcing_cli.cli.{name}"), name)
+    options = set(inspect.signature(command).parameters) - NOT_OF_A_LINE
+    assert {OTHER_NAMES.get(option, option) for option in options} - set(keys) == set()
+
+
+def test_adapters_are_texts_with_a_weight() -> None:
+    (one, more) = parse('{"prompt": "a", "lora": "x:0.5"}\n{"prompt": "b", "lora": ["x", "y:2"]}')
+    assert generated(one).loras == ("x:0.5",) and generated(more).loras == ("x", "y:2")
+    assert "'heavy' is no weight" in problems('{"prompt": "a", "lora": "x:heavy"}')[0]
+    assert "must be text" in problems('{"prompt": "a", "lora": [1]}')[0]
+
+
+def test_outputs_that_are_not_possible_are_told_with_all_other_problems() -> None:
+    found = problems(
+        '{"prompt": "a", "output": "../x.mp4"}\n'
+        '{"prompt": "a", "output": "x\\u001b[31m.mp4"}\n'
+        '{"prompt": "a", "output": "x\\u202e.mp4"}\n'
+        '{"promt": "a"}'
+    )
+    assert ["leads out" in found[0], "cannot be printed" in found[1], "cannot be printed" in found[2]] == [
+        True
+    ] * 3
+    assert "unknown key 'promt'" in found[3] and len(found) == 4
+    assert all(text.isprintable() for text in found)
+
+
+@pytest.mark.parametrize("key", ["at", "pin", "title", "lora"])
+def test_a_value_that_is_nested_deeply_is_one_problem(key: str) -> None:
+    deep = "[" * 900 + "]" * 900
+    (found,) = problems(f'{{"prompt": "a", "{key}": {deep}}}')
+    assert found.startswith("jobs, line 1, column 17: ")
 
 
 def generated(line: Line) -> GenerateRequest:

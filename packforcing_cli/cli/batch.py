@@ -292,7 +292,8 @@ def run(
             if retry_failed:
                 base.retry()
             base.set_meta("paused", None)
-            fixed = batch.threads_of(folder, count, threads if threads or cpus is None else max(1, int(cpus)))
+            usual = max(1, int(cpus or 1)) if is_ray else None  # an actor's share, not the driver's machine
+            fixed = batch.threads_of(folder, count, threads, usual=usual)
             how = Options(timeout=timeout, retries=retries, auto_fit=auto_fit)
             engine: Engine
             if is_ray:
@@ -305,7 +306,9 @@ def run(
                     cpus=cpus,
                     workers=workers,
                     threads=fixed,
-                    ship=sorted({str(line.request.model) for line in lines}) if ship else (),
+                    ship=sorted({str(line.request.model) for line in lines if line.problem is None})
+                    if ship
+                    else (),
                     max_failures=max_failures,
                 )
             else:
@@ -498,7 +501,7 @@ def _defaults(settings: list[str] | None, **flags: Any) -> dict[str, Any]:
                 + (f"; the nearest is {near}" if equals else ""),
                 hint="For example --set crf=23; packforcing batch schema lists the keys.",
             )
-        if name in ("at", "pin", "pin_image") and value.lstrip().startswith("["):
+        if name in ("at", "pin", "pin_image", "lora") and value.lstrip().startswith("["):
             with contextlib.suppress(ValueError):
                 extra[name] = json.loads(value)
                 continue
@@ -523,26 +526,38 @@ def _base_seed(value: object) -> int:
 def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
     """The lines with models decided: `auto` once for all that have it; a bundle is installed.
 
-    Raises: as `choose.resolve_model`.
+    A bundle that cannot be is the problem of its lines. Raises: for `auto`, as `choose.resolve_model`.
     """
     from dataclasses import replace
 
     from packforcing_cli.cli import choose
     from packforcing_cli.config import GenerateRequest
+    from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError
 
     chosen: dict[str, str] = {}
+    failed: dict[str, PackforcingError] = {}
     found = []
     for line in lines:
         request = line.request
         name = request.model or choose.AUTO
         if name == choose.AUTO or name.endswith(".tar"):
-            if name not in chosen:
+            if name not in chosen and name not in failed:
                 asked = (
                     request
                     if isinstance(request, GenerateRequest)
                     else GenerateRequest(prompt="x", model=name)
                 )
-                chosen[name] = choose.resolve_model(asked, folder.absolute())[0].model
+                try:
+                    chosen[name] = choose.resolve_model(asked, folder.absolute())[0].model
+                except PackforcingError as error:
+                    if name == choose.AUTO or isinstance(error, DiskFullError):
+                        raise
+                    failed[name] = error
+                except (OSError, RuntimeError, ValueError) as error:
+                    failed[name] = UsageError(f"the bundle {name} cannot be installed: {error}")
+            if name in failed:
+                found.append(replace(line, problem=failed[name]))
+                continue
             request = request.model_copy(update={"model": chosen[name]})
         found.append(replace(line, request=request))
     return found

@@ -19,7 +19,7 @@ from test_generate import PROMPT, num_frames, write_tiny
 
 from packforcing_cli import batch, durable, generate_many, jobs, ledger, manifest, rollout, worker
 from packforcing_cli.batch import Folder, LedgerBoard
-from packforcing_cli.errors import DiskFullError
+from packforcing_cli.errors import DiskFullError, LockedError
 from packforcing_cli.ledger import Ledger, Row
 from packforcing_cli.tasks import Options
 from packforcing_cli.video import VideoWriter, remux
@@ -223,10 +223,32 @@ def test_a_video_that_is_not_finite_fails_alone(package: Path, tmp_path: Path) -
     assert "NaN" in made[0].error and made[1].error == ""
 
 
+def time_out(folder: Folder) -> None:
+    """Let a job end at its timeout, after its first block, however fast or slow it is."""
+    works: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        watch, progress = Worker._watch, LedgerBoard.progress
+
+        def watching(self: Worker, work: Any, making: Any) -> None:
+            works.append(work)
+            watch(self, work, making)
+
+        def noting(self: LedgerBoard, task: Any, blocks: int, total: int) -> str:
+            deadline = time.monotonic() + 120
+            while not (works and works[-1].why):
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            return progress(self, task, blocks, total)
+
+        patch.setattr(Worker, "_watch", watching)
+        patch.setattr(LedgerBoard, "progress", noting)
+        run_worker(folder, timeout=1e-6)
+
+
 def test_a_job_that_takes_too_long_keeps_its_blocks(calm: Any, package: Path, tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "v", some_jobs(package, 1))
     with folder.ledger as base:
-        run_worker(folder, timeout=1e-6)
+        time_out(folder)
         (row,) = base.rows()
         assert (row.status, row.error["kind"]) == ("failed", "TimeoutError")
         base.retry()
@@ -257,6 +279,64 @@ def test_a_job_that_hangs_has_its_process_ended(
         run_worker(folder, timeout=0.01, may_exit=True)
         assert codes[0] == worker.HUNG_EXIT
         assert base.rows()[0].error["kind"] == "TimeoutError"
+
+
+def test_jobs_that_others_queued_are_not_waited_for(package: Path, tmp_path: Path) -> None:
+    with open_folder(tmp_path / "v", some_jobs(package, 1, seconds=2)).ledger as base:
+        (made,) = generate_many(some_jobs(package, 1, seconds=1), tmp_path / "v")
+        assert made.error == ""
+        assert [row.status for row in base.rows()] == ["queued", "done"]
+
+
+@pytest.mark.parametrize("where", ["load", "done"])
+def test_what_ends_a_worker_early_gives_its_jobs_back(
+    where: str, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = KeyboardInterrupt() if where == "load" else LockedError("the ledger is locked")
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        if where == "load":
+            patch.setattr(jobs, "encode", fail)
+        else:
+            patch.setattr(LedgerBoard, "done", fail)
+        with pytest.raises(type(error)):
+            list(generate_many(some_jobs(package, 2, seconds=1), tmp_path / "v"))
+    assert {row.status for row in rows_of(tmp_path / "v")} == {"queued"}
+    made = list(generate_many(some_jobs(package, 2, seconds=1), tmp_path / "v"))
+    assert [one.error for one in made] == ["", ""]
+
+
+def test_a_job_of_a_machine_that_is_gone_is_gone_on_with(package: Path, tmp_path: Path) -> None:
+    folder = open_folder(tmp_path / "v", some_jobs(package, 1))
+    with folder.ledger as base:
+        time_out(folder)
+        base.retry()
+        assert base.claim("elsewhere 1 2 3") is not None
+        (run,) = (tmp_path / "v/.packforcing/runs").iterdir()
+        (run / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere"}), encoding="utf-8")
+        assert base.retry(lost=True) == 1
+        run_worker(folder)
+        (row,) = base.rows()
+        assert row.status == "done", row.error
+        assert row.result["figures"]["replayed"] >= 1
+
+
+def test_a_bundle_that_is_damaged_is_the_problem_of_its_line(
+    package: Path, run_command: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"no bundle")
+    lines = [{"prompt": "a", "model": "bad.tar"}, *some_jobs(package, 1, seconds=1)]
+    (tmp_path / "j.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    done = run_command("batch", "j.jsonl", "--out", "v", "--json", "-q")
+    assert done.code == 3, done.err
+    values = json.loads(done.out)
+    assert (values["counts"]["done"], values["counts"]["failed"]) == (1, 1)
+    assert "bad.tar" in values["failures"][0]["error"]["message"]
+    (tmp_path / "j.jsonl").write_text(json.dumps(lines[1]), encoding="utf-8")
+    assert run_command("batch", "j.jsonl", "--out", "v", "-q").code == 0
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
@@ -404,7 +484,7 @@ def test_a_run_folder_that_is_not_wanted_is_gone_afterwards(package: Path, tmp_p
 def test_a_damaged_run_folder_is_begun_again(calm: Any, package: Path, tmp_path: Path) -> None:
     folder = open_folder(tmp_path / "v", some_jobs(package, 1))
     with folder.ledger as base:
-        run_worker(folder, timeout=1e-6)
+        time_out(folder)
         (run,) = (tmp_path / "v/.packforcing/runs").iterdir()
         (run / "run.json").write_text("{", encoding="utf-8")
         base.retry()
@@ -577,14 +657,16 @@ def test_the_schema_is_json(run_command: Any) -> None:
 
 def test_after_too_many_failures_no_job_is_begun(run_command: Any, tmp_path: Path, package: Path) -> None:
     wanted: list[Mapping[str, Any]] = [
-        {"prompt": str(n), "size": "65x65", "model": str(package)} for n in range(30)
+        {"prompt": "x", "size": "65x65", "model": str(package)},
+        *some_jobs(package, 30, seconds=6),
     ]
     (tmp_path / "j.jsonl").write_text("\n".join(map(json.dumps, wanted)), encoding="utf-8")
     done = run_command("batch", "j.jsonl", "--max-failures", "1", "--json", "-q")
     assert done.code == 3
     values = json.loads(done.out)
     assert values["stopped"] == "too many failures"
-    assert values["counts"]["failed"] >= 1
+    assert values["counts"]["failed"] == 1
+    assert values["counts"]["queued"] >= 1 and values["counts"]["started"] == 0
 
 
 @pytest.mark.parametrize("who", ["driver", "worker"])
