@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packforcing_cli import __version__, durable
+from packforcing_cli import __version__, durable, trace
 from packforcing_cli.errors import PackforcingError, UsageError
 from packforcing_cli.report.study import (
     PAPER_CHURN,
@@ -295,7 +295,8 @@ def tiles(study: Study) -> list[tuple[str, str, str]]:
     if oldest:
         back = oldest * float(study.times[-1]) / study.blocks
         found.append(("furthest look back", _clock(back), f"{oldest} blocks"))
-    mean = _mean(curves["churn"])
+    chose = np.array([record is not None and trace.chooses(record) for record in study.records])
+    mean = _mean(curves["churn"][chose])
     if mean is not None:
         found.append(("churn", f"{mean:.2f}", f"paper: {PAPER_CHURN}, another model"))
     if study.never is not None:
