@@ -52,6 +52,12 @@ class Inspected:
         """Which blocks are in the file."""
         return self.run.shown
 
+    @cached_property
+    def _missing(self) -> tuple[int, ...]:
+        """Blocks before the last one that the trace has no line of."""
+        there = {record.block for record in self.records}
+        return tuple(block for block in range(self.records[-1].block) if block not in there)
+
     def start(self, block: int) -> float:
         """When a block begins, in seconds; the end of the one before."""
         return self.shown.frame_of(block) / self.run.fps
@@ -61,16 +67,24 @@ class Inspected:
         for record in self.records:
             if record.block == block:
                 return record
+        if block in self._missing:
+            raise UsageError(
+                f"block {block} of {self.run.id} was made, but its line in the trace is missing",
+                hint="What its memory was is not known; another block can be asked for.",
+            )
         known = f"0 to {self.records[-1].block}"
         raise UsageError(f"the trace of {self.run.id} has no block {block}", hint=f"It has blocks {known}.")
 
     def block_at(self, seconds: float) -> int:
-        """The block that shows a moment. Raises: UsageError if the run has none there."""
+        """The block that shows a moment, traced or not. Raises: UsageError if the run has none there."""
         frame = math.floor(seconds * self.run.fps)
         shown = self.shown
         for record in self.records:
             if shown.frame_of(record.block) <= frame < shown.frame_of(record.block + 1):
                 return record.block
+        for block in self._missing:
+            if shown.frame_of(block) <= frame < shown.frame_of(block + 1):
+                return block
         end = self.start(self.records[-1].block + 1)
         raise UsageError(
             f"{self.run.id} has nothing at {seconds:g} s", hint=f"What is made so far ends at {end:.2f} s."
@@ -83,7 +97,8 @@ def load(folder: Path) -> Inspected:
     Raises: UsageError for a run without a block, or of a newer version; RunFolderError for one without a trace, or that
         is damaged.
     """
-    record, found = runfolder.read(folder), trace.read(folder)
+    record = runfolder.read(folder)
+    found = trace.read(folder, blocks=record.blocks)
     known = runfolder.look(folder)
     if not found.records:
         if known.blocks:
@@ -189,7 +204,11 @@ def recall(seen: Inspected) -> dict[str, Any]:
         for layer in record.selected
         for block in layer
     )
-    changes = [change for change in trace.churn(records) if change is not None]
+    changes = [
+        change
+        for record, change in zip(records, trace.churn(records), strict=True)
+        if change is not None and trace.chooses(record)
+    ]
     spread = [one for one in map(trace.position_diversity, records) if one is not None]
     share = trace.share_never_selected(records)
     return {
@@ -266,7 +285,7 @@ def explain(seen: Inspected, block: int, *, layer: int | None = None) -> dict[st
         "block": block,
         "start": _time(seen, block),
         "end": _time(seen, block + 1),
-        "prompt": seen.script.prompts[record.scene if record.scene is not None else seen.script.scene(block)],
+        "prompt": _prompt(seen, record),
         "scene": record.scene,
         "retry": record.retry,
         "sees": _seen_blocks(seen, record),
@@ -293,7 +312,7 @@ def explain(seen: Inspected, block: int, *, layer: int | None = None) -> dict[st
             for old in _runners_up(record, layers, chosen)
         ],
         "layers": [_layer(record, number) for number in layers],
-        "why": why(record, str(seen.run.must.get("select", ""))),
+        "why": why(record, _memory_options(seen.run)),
         "pins": list(record.pins),
         "bank_blocks": 0 if record.partitions is None else len(record.partitions.bank),
         "slots": None if record.slots is None else dict(vars(record.slots)),
@@ -303,13 +322,26 @@ def explain(seen: Inspected, block: int, *, layer: int | None = None) -> dict[st
     }
 
 
-def why(record: Record, select: str) -> str:
-    """How what a block recalled was chosen, in one sentence."""
-    parts = record.partitions
+def _prompt(seen: Inspected, record: Record) -> str:
+    prompts, scene = seen.script.prompts, record.scene
+    if scene is None or scene >= len(prompts):  # of an older version, or damaged
+        scene = seen.script.scene(record.block)
+    return prompts[scene]
+
+
+def _memory_options(run: runfolder.Record) -> dict[str, Any]:
+    asked = GenerateRequest.from_values(run.request).memory
+    return {"policy": asked.policy, "select": run.must.get("select"), "top_k": run.must.get("layout top_k")}
+
+
+def why(record: Record, memory: Mapping[str, Any]) -> str:
+    """How what a block recalled was chosen, in one sentence.
+
+    memory: what the run was made with: `policy`, `select` and `top_k`, where they are known.
+    """
+    parts, select = record.partitions, str(memory.get("select", ""))
     if not record.recalled:
-        return "Nothing was recalled: " + (
-            "nothing had left the recent blocks yet." if record.block else "it is the first block."
-        )
+        return f"Nothing was recalled: {_why_nothing(record, memory)}."
     if parts is not None and len(parts.bank) == parts.active:
         return "Everything in the bank was recalled: there was room for all of it."
     if record.scores is None:
@@ -331,6 +363,21 @@ def why(record: Record, select: str) -> str:
         layers = ", ".join(map(str, record.degenerate))
         said += f" In layers {layers} the scores said nothing, and the newest blocks were taken."
     return said
+
+
+def _why_nothing(record: Record, memory: Mapping[str, Any]) -> str:
+    policy, parts = str(memory.get("policy", "")), record.partitions
+    if policy in ("sink", "window", "full"):
+        return f"the policy {policy} keeps no compressed blocks"
+    if memory.get("select") == "none":
+        return "--select none recalls nothing"
+    if memory.get("top_k") == 0:
+        return "--top-k 0 recalls nothing"
+    if not record.block:
+        return "it is the first block"
+    if parts is not None and parts.bank:
+        return "no block of the bank was taken"
+    return "nothing had left the recent blocks yet"
 
 
 def _seen_blocks(seen: Inspected, record: Record) -> list[dict[str, Any]]:

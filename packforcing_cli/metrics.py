@@ -70,6 +70,7 @@ LOOPS_FROM = 0.7  # strength of a repetition that is called a loop
 STILL = 1.0  # levels (RMS): pictures that differ less do not differ
 JUMP_SCORE, JUMP_WINDOW, JUMP_MERGE = 8.0, 1.0, 0.25  # robust deviations; seconds on each side; seconds
 JUMP_FLOOR, JUMP_SHARE = 0.3, 0.25  # the least deviation: levels, and share of the usual change
+JUMP_PERIODS = (2, 3, 4, 5)  # frames: of a codec's rhythm
 JUMP_OVER = 2.0  # times the larger changes around it
 VISIBLE_DELTA_E = 2.3  # just noticeable (Mahy, van Eycken, Oosterlinck 1994)
 LUMA = np.array([0.2126, 0.7152, 0.0722], dtype=np.float32)  # ITU-R BT.709
@@ -252,7 +253,9 @@ def jumps(times: Floats, changes: Floats) -> tuple[Jump, ...]:
 
     Formula: c(t) = mean |RGB(t) - RGB(t-1)| over the small picture; a jump where (c - median) / s > 8 and c > 2 * P90,
         of the other frames in the second on each side, s = max(1.4826 * MAD, 0.25 * median, 0.3 levels); within 1/4 s
-        the largest counts. P90 keeps frames that are shown twice or more from making the others jumps.
+        the largest counts. P90 keeps frames that are shown twice or more from making the others jumps. Where every
+        second to fifth frame changes more than twice as much as usual (a codec's rhythm), a jump also has to stand out
+        in the same way from the others of its beat.
     Unit: number, and the times; the score is (c - median) / s. Range: 0 and more.
     Read it as: each is a visible break. A wanted cut is one, too.
     Source: outliers by the median absolute deviation (Leys et al. 2013); frame resets of PackForcing's ablations
@@ -265,17 +268,31 @@ def jumps(times: Floats, changes: Floats) -> tuple[Jump, ...]:
         others = np.concatenate([changes[low:n], changes[n + 1 : high]])
         if len(others) < 4:
             continue
-        usual = float(np.median(others))
-        spread = max(1.4826 * float(np.median(np.abs(others - usual))), JUMP_SHARE * usual, JUMP_FLOOR)
-        jump = Jump(float(time), float(size), (float(size) - usual) / spread)
-        if jump.score <= JUMP_SCORE or size <= JUMP_OVER * float(np.quantile(others, 0.9)):
+        score, stands_out = _stands_out(float(size), others)
+        if not stands_out:
             continue
+        beats = [
+            np.concatenate([changes[low:n][::-1][p - 1 :: p], changes[n + 1 : high][p - 1 :: p]])
+            for p in JUMP_PERIODS
+        ]
+        loud = [b for b in beats if len(b) >= 4 and np.median(b) > JUMP_OVER * np.median(others)]
+        if not all(_stands_out(float(size), beat)[1] for beat in loud):
+            continue
+        jump = Jump(float(time), float(size), score)
         if found and time - found[-1].seconds <= JUMP_MERGE:
             if jump.score > found[-1].score:
                 found[-1] = jump
         else:
             found.append(jump)
     return tuple(found)
+
+
+def _stands_out(size: float, others: Floats) -> tuple[float, bool]:
+    """The score of a change among others, and whether it is a jump; see `jumps`."""
+    usual = float(np.median(others))
+    spread = max(1.4826 * float(np.median(np.abs(others - usual))), JUMP_SHARE * usual, JUMP_FLOOR)
+    score = (size - usual) / spread
+    return score, score > JUMP_SCORE and size > JUMP_OVER * float(np.quantile(others, 0.9))
 
 
 def seam(before: Pixels, after: Pixels) -> Seam:

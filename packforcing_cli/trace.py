@@ -32,6 +32,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +45,10 @@ if TYPE_CHECKING:
 SCHEMA = 1
 FILE = "trace.jsonl"
 FLAGS = ("nan", "frozen", "black", "saturated", "jump")
+TOKENS = ("sink", "mid", "recent", "current")
+BYTES = ("stored", "current", "raw_keys", "backups", "bank", "live")
+LARGEST = 2**63
+"""No whole number of a trace is larger; a line with one is damaged."""
 
 SAMPLED_ROWS = 64
 FROZEN = 0.02
@@ -175,6 +180,8 @@ class Record:
                 hint="Use the version that made it, or a newer one.",
             )
         block = _whole(values["block"])
+        if block < 0:
+            raise ValueError(f"block {block} is below 0")
         if schema is None:
             active = dict(values.get("cache") or {}).get("active") or ()
             return cls(
@@ -183,7 +190,7 @@ class Record:
         parts, slots, health = values["partitions"], values["slots"], values["health"]
         scores = values["scores"]
         first, end = values["frames"]
-        return cls(
+        record = cls(
             block=block,
             schema=schema,
             retry=_whole(values["retry"]),
@@ -200,9 +207,9 @@ class Record:
                 sink=_floats(slots["sink"]),
                 mid=_floats(slots["mid"]),
                 recent=_floats(slots["recent"]),
-                current=float(slots["current"]),
-                span=float(slots["span"]),
-                max_distance=float(slots["max_distance"]),
+                current=_finite(slots["current"]),
+                span=_finite(slots["span"]),
+                max_distance=_finite(slots["max_distance"]),
                 trained=_whole(slots["trained"]),
             ),
             tokens={name: _whole(count) for name, count in values["tokens"].items()},
@@ -220,13 +227,48 @@ class Record:
                 *(_maybe(health.get(name)) for name in ("luma", "spread", "motion", "jump", "clipped")),
             ),
         )
+        _require_consistent(record)
+        return record
 
 
 _PARTS = (Partitions, Slots, Health)
 
 
+def _require_consistent(record: Record) -> None:
+    """Raises: ValueError if its parts do not fit each other, so that what reads a record can rely on them."""
+    parts, slots, block = record.partitions, record.slots, record.block
+    assert parts is not None
+    assert slots is not None
+    assert record.frames is not None
+    assert record.scene is not None
+    assert record.full_bytes is not None
+    past = {*parts.sink, *parts.bank, *parts.recent}
+    layers = len(record.selected)
+    scores = record.scores
+    wrong = {
+        "retry": record.retry < 0,
+        "frames": not 0 <= record.frames[0] < record.frames[1],
+        "scene": record.scene < 0,
+        "partitions": not all(0 <= old < block for old in past)
+        or parts.current != block
+        or not 0 <= parts.active <= len(parts.bank)
+        or len(set(parts.bank)) != len(parts.bank),
+        "slots": (len(slots.sink), len(slots.mid), len(slots.recent))
+        != (len(parts.sink), parts.active, len(parts.recent)),
+        "tokens": any(record.tokens.get(name, -1) < 0 for name in TOKENS) or not record.tokens.get("current"),
+        "bytes": any(record.bytes.get(name, -1) < 0 for name in BYTES) or not record.bytes.get("live"),
+        "full_bytes": record.full_bytes < 0,
+        "selected": not {old for layer in record.selected for old in layer} <= set(parts.bank),
+        "scores": scores is not None
+        and (len(scores) != layers or any(len(layer) != len(parts.bank) for layer in scores)),
+        "degenerate": not all(0 <= layer < layers for layer in record.degenerate),
+    }
+    if any(wrong.values()):
+        raise ValueError(f"{next(name for name, is_so in wrong.items() if is_so)} cannot be")
+
+
 def _whole(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, int) or isinstance(value, bool) or abs(value) > LARGEST:
         raise ValueError(f"{value!r} is not a whole number")
     return value
 
@@ -236,7 +278,7 @@ def _ids(values: Any) -> tuple[int, ...]:
 
 
 def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(value) for value in values)
+    return tuple(_finite(value) for value in values)
 
 
 def _table(rows: Any) -> tuple[tuple[int, ...], ...]:
@@ -244,11 +286,18 @@ def _table(rows: Any) -> tuple[tuple[int, ...], ...]:
 
 
 def _maybe(value: Any) -> float | None:
-    return None if value is None else float(value)
+    return None if value is None else _finite(value)
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite")
+    return number
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {str(name): float(value) for name, value in values.items()}
+    return {str(name): _finite(value) for name, value in values.items()}
 
 
 def rounded(value: float) -> float | None:
@@ -315,8 +364,11 @@ class Tail:
                 self._unreadable.append(self._line)
         return bool(lines)
 
-    def trace(self) -> Trace:
-        """What was read so far."""
+    def trace(self, *, blocks: int | None = None) -> Trace:
+        """What was read so far.
+
+        blocks: of the run; records of later ones are left out, and a note says so. None = as many as there are.
+        """
         records, notes = dict(self._records), list[str]()
         if self._rest:
             last = _parsed(self._rest)
@@ -328,46 +380,60 @@ class Tail:
             shown = ", ".join(str(line) for line in self._unreadable[:5])
             more = "" if len(self._unreadable) <= 5 else f" and {len(self._unreadable) - 5} more"
             notes.append(f"Of the trace, line {shown}{more} cannot be read and was left out.")
-        found = tuple(records[block] for block in sorted(records))
+        beyond = sorted(block for block in records if blocks is not None and block >= blocks)
+        if beyond:
+            notes.append(
+                f"{_blocks(beyond)} in the trace cannot be of this run, which has {blocks} blocks, and was left out."
+                if len(beyond) == 1
+                else f"{_blocks(beyond)} in the trace cannot be of this run, which has {blocks} blocks,"
+                " and were left out."
+            )
+        found = tuple(records[block] for block in sorted(records) if block not in set(beyond))
         old = [record.block for record in found if record.schema is None]
         if old:
             notes.append(
                 f"{_blocks(old)} came from an older version: only what was recalled and the timings are known."
             )
-        missing = sorted(set(range(found[-1].block + 1)) - set(records)) if found else []
-        if missing:
-            notes.append(f"The trace has no line of {_blocks(missing, capital=False)}.")
+        gaps = [(a + 1, b - 1) for a, b in pairwise([-1, *(r.block for r in found)]) if b > a + 1]
+        if gaps:
+            notes.append(f"The trace has no line of {_runs(gaps, capital=False)}.")
         return Trace(found, tuple(notes))
 
 
-def read(path: Path) -> Trace:
+def read(path: Path, *, blocks: int | None = None) -> Trace:
     """The trace of a run folder, or of a trace.jsonl; of a block with several lines the newest. Empty if there is none.
 
+    blocks: of the run, see `Tail.trace`.
     Raises: UsageError if it is of a newer version; RunFolderError if it cannot be read.
     """
     tail = Tail(path)
     tail.update()
-    return tail.trace()
+    return tail.trace(blocks=blocks)
 
 
 def _parsed(line: bytes) -> Record | None:
     try:
         values = json.loads(line)
         return Record.from_json(values) if isinstance(values, dict) else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         return None
 
 
 def _blocks(numbers: Sequence[int], *, capital: bool = True) -> str:
     """Numbers as words: "Blocks 0-8 and 12"."""
-    runs: list[list[int]] = []
+    runs: list[tuple[int, int]] = []
     for number in numbers:
         if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
+            runs[-1] = (runs[-1][0], number)
         else:
-            runs.append([number, number])
+            runs.append((number, number))
+    return _runs(runs, capital=capital)
+
+
+def _runs(runs: Sequence[tuple[int, int]], *, capital: bool = True) -> str:
+    """The same of (first, last) of each stretch; a long one costs no memory."""
     shown = [str(a) if a == b else f"{a}-{b}" for a, b in runs[:6]] + (["…"] if len(runs) > 6 else [])
-    word = "block" if len(numbers) == 1 else "blocks"
+    word = "block" if len(runs) == 1 and runs[0][0] == runs[0][1] else "blocks"
     listed = shown[0] if len(shown) == 1 else ", ".join(shown[:-1]) + " and " + shown[-1]
     return f"{word.capitalize() if capital else word} {listed}"
 
@@ -395,6 +461,11 @@ def churn(records: Sequence[Record]) -> list[float | None]:
         found.append(sum(1 - len(a & b) / len(a | b) for a, b in pairs) / len(pairs) if pairs else None)
         before = record
     return found
+
+
+def chooses(record: Record) -> bool:
+    """Whether the bank held more than was recalled; a block that recalls all of it has no choice to change."""
+    return record.partitions is None or record.partitions.active < len(record.partitions.bank)
 
 
 def relative_positions(record: Record) -> list[float]:

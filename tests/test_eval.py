@@ -309,6 +309,22 @@ def test_damaged_or_newer_metadata_leave_the_pixels(run_command: Run, tmp_path: 
     assert all("only its pixels are measured" in note for note in notes)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prompts", "0"], "--prompts needs --suite demo"),
+        (["--rows", ""], "--rows needs --suite demo"),
+        (["--suite", "demo", "--prompt", ""], "--prompt does not go with --suite"),
+        (["--explain", "a.mp4"], "VIDEO does not go with --explain"),
+        (["--explain", "--plot", "p.png"], "--plot does not go with --explain"),
+        (["--explain", "--seam", ""], "--seam does not go with --explain"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(run_command: Run, arguments: list[str], said: str) -> None:
+    done = run_command("eval", *arguments)
+    assert done.code == 2 and said in done.err
+
+
 # ------------------------------------------------------------------------------------------------------------ CLIP
 
 

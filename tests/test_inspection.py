@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import torch
 from test_runfolder import folder_of, latents, prompt
 from tiny import video_model
 from torch import Tensor
-from traces import layout_of, synthetic_run
+from traces import layout_of, synthetic_record, synthetic_run
 from typer.testing import CliRunner
 
 from packforcing_cli import inspection, planner, registry, rollout, runfolder, trace
@@ -425,6 +426,66 @@ def test_a_truncated_trace_is_read_as_far_as_it_goes_and_says_so(run: Path) -> N
         "The last line of the trace is cut off and was left out."
     ]
     assert "cut off" in run_cli(str(run)).stderr
+
+
+INCONSISTENT: dict[str, Any] = {
+    "scene": -1,
+    "retry": -1,
+    "frames": [5, 5],
+    "partitions": {"active": 1000},
+    "slots": {"sink": [0.0]},
+    "tokens": {"current": 0},
+    "bytes": {"live": 0},
+    "full_bytes": 10**400,
+    "selected": [[39]],
+    "scores": [[1.0]],
+    "degenerate": [99],
+    "encode_seconds": float("inf"),
+}
+
+
+@pytest.mark.parametrize("name", [*INCONSISTENT, "tokens without names", "bytes without names"])
+def test_a_line_that_contradicts_itself_is_left_out_and_said(run: Path, name: str) -> None:
+    path = run / trace.FILE
+    lines = path.read_text().splitlines()
+    line = json.loads(lines[30])
+    if name in INCONSISTENT:
+        new = INCONSISTENT[name]
+        line[name] = {**line[name], **new} if isinstance(new, dict) else new
+    else:
+        line[name.split()[0]] = {}
+    lines[30] = json.dumps(line)
+    path.write_text("\n".join(lines) + "\n")
+    notes = json.loads(ok(str(run), "--json"))["notes"]
+    assert notes == [
+        "Of the trace, line 31 cannot be read and was left out.",
+        "The trace has no line of block 30.",
+    ]
+    said = "block 30 .* was made, but its line in the trace is missing"
+    assert re.search(said, refuse(str(run), "--block", "30"))
+    assert re.search(said, refuse(str(run), "--at", "30.0"))
+
+
+def test_a_scene_beyond_the_prompts_and_a_block_beyond_the_run_break_nothing(run: Path) -> None:
+    path = run / trace.FILE
+    lines = path.read_text().splitlines()
+    lines[30] = json.dumps({**json.loads(lines[30]), "scene": 99})
+    path.write_text("\n".join([*lines, '{"block": 100000000, "seconds": {}}']) + "\n")
+    assert "red circle" in ok(str(run), "--block", "30")
+    found = json.loads(ok(str(run), "--json"))
+    assert found["blocks"] == 40
+    assert len(found["notes"]) == 1 and "Block 100000000 in the trace cannot be" in found["notes"][0]
+    assert len(ok(str(run), "--follow").splitlines()) == 40
+
+
+def test_why_nothing_is_recalled_names_what_decided_it() -> None:
+    first, later = synthetic_record(0, layout_of()), synthetic_record(2, layout_of(), selected=())
+    assert "the policy window keeps no" in inspection.why(later, {"policy": "window"})
+    assert "the policy sink keeps no" in inspection.why(first, {"policy": "sink"})
+    assert "--select none" in inspection.why(later, {"policy": "packforcing", "select": "none"})
+    assert "--top-k 0" in inspection.why(later, {"policy": "packforcing", "top_k": 0})
+    assert "first block" in inspection.why(first, {"policy": "packforcing", "top_k": 16})
+    assert "had left the recent" in inspection.why(later, {"policy": "packforcing", "top_k": 16})
 
 
 def test_a_trace_of_an_older_version_shows_what_it_has(tmp_path: Path) -> None:

@@ -249,6 +249,22 @@ def test_steady_changes_doubled_frames_and_stillness_are_no_jumps() -> None:
     assert metrics.jumps(times, np.where(np.arange(200) % 50 == 0, 1.0, 0.0)) == ()
 
 
+def test_the_rhythm_of_a_codec_makes_no_jumps_and_hides_no_reset(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loud beats of a decoded clip of the demo, four frames apart; then a reset on each frame of the bar."""
+    loud = [3.5, 4.6, 4.3, 5.3, 9.1, 5.7, 3.0, 2.7, 2.5]
+    changes = np.array([value for beat in loud for value in (beat, 0.8, 1.4, 0.8)])
+    times = np.arange(len(changes)) / 16
+    with monkeypatch.context() as without_beats:
+        without_beats.setattr(metrics, "JUMP_PERIODS", ())
+        assert times[16] in [jump.seconds for jump in metrics.jumps(times, changes)]
+    assert metrics.jumps(times, changes) == ()
+    for at in (16, 17, 18, 19):
+        changed = changes.copy()
+        changed[at] = 30.0
+        (jump,) = metrics.jumps(times, changed)
+        assert jump.seconds == times[at]
+
+
 def test_displacements_find_a_shift_of_everything_and_none_in_noise() -> None:
     rng = np.random.default_rng(1)
     texture = rng.integers(0, 256, (90, 90, 3), dtype=np.uint8)

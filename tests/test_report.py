@@ -400,6 +400,25 @@ def test_lines_of_an_old_version_are_shown_as_far_as_they_go(tmp_path: Path) -> 
 # ----------------------------------------------------------------------------------------------------- bad input
 
 
+def test_a_page_never_replaces_a_video_or_a_file_of_the_run(
+    run_command: Callable[..., CommandResult], tmp_path: Path
+) -> None:
+    output = tmp_path / "video.html"
+    run = synthetic_run(tmp_path / "run", 3, output=output)
+    output.write_bytes(b"a video")
+    before = {path: path.read_bytes() for path in (output, run / "run.json")}
+    for target, said in (
+        (run / "run.json", "ends in .html or .htm"),
+        (tmp_path / "a.mp4", "ends in .html or .htm"),
+        (run / "page.html", "inside the run's own folder"),
+        (output, "is the run's video"),
+    ):
+        done = run_command("inspect-cache", str(run), "--html", str(target), "--overwrite")
+        assert done.code == 2 and said in done.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert not (run / "page.html").exists()
+
+
 def test_nothing_is_overwritten_unasked(seen: study.Study, tmp_path: Path) -> None:
     target = tmp_path / "a.html"
     page.write(seen, target)

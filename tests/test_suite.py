@@ -108,6 +108,10 @@ def test_prompts_are_held_out_of_training_and_spread_over_all_of_them(model: Vid
     assert full.supports_claims
     assert not suite.plan(model, quick=True).supports_claims
     assert not suite.plan(model, prompts=31).supports_claims
+    assert not suite.plan(model, seeds=1).supports_claims
+    assert not suite.plan(model, rows=["packforcing", "window"]).supports_claims
+    assert not suite.plan(model, seconds=(60,)).supports_claims
+    assert suite.plan(model, seconds=(30, 60, 120)).supports_claims
 
 
 def test_a_length_that_is_the_beginning_of_a_longer_one_makes_no_video_of_its_own(model: VideoModel) -> None:
@@ -368,7 +372,10 @@ def test_a_video_that_breaks_down_is_a_result_and_is_named(
     journal = suite.Journal(tmp_path / "videos.jsonl", plan)
     journal.add(line)
     report = suite_report.build(plan, journal, layouts(model, plan), command="again")
-    assert report["lengths"]["60"]["window"]["videos"] == 0
+    window = report["lengths"]["60"]["window"]
+    assert window["videos"] == 0
+    assert [window["segments"][-1][name]["mean"] for name in ("all", "shape")] == [0, 0]  # missing is wrong
+    assert window["segments"][-1]["speed"]["mean"] is None
     assert "block 3 is not finite" in suite_report.markdown(report).split("## Videos that broke down")[1]
 
 
@@ -423,7 +430,7 @@ def test_the_report_has_shares_paired_differences_and_a_table_and_plots(
         return float(row == "packforcing" or prompt % 2 == 0 or segment < 11)
 
     report = suite_report.build(plan, made_up(plan, tmp_path, right), layouts(model, plan), command="again")
-    assert report["supports_claims"]
+    assert not report["supports_claims"]  # two rows of all
     assert report["videos"] == {"done": 128, "wanted": 128}
     window = report["lengths"]["120"]["window"]
     share = window["segments"][11]["shape"]
@@ -444,7 +451,8 @@ def test_the_report_has_shares_paired_differences_and_a_table_and_plots(
     written = suite_report.write(report, tmp_path)
     assert json.loads((tmp_path / "suite.json").read_text("utf-8")) == report
     text = (tmp_path / "suite.md").read_text("utf-8")
-    assert "supports no claim" not in text
+    assert "supports no claim" in text
+    assert "supports no claim" not in suite_report.markdown({**report, "supports_claims": True})
     row = next(line for line in text.split("## 120 s")[1].splitlines() if line.startswith("| window |"))
     assert row.split(" | ")[1] == "64"
     assert row.split(" | ")[3].startswith("0.50 (")

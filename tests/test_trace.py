@@ -112,3 +112,23 @@ def test_a_growing_trace_is_read_piece_by_piece_and_anew_when_it_was_cut(tmp_pat
     assert tail.trace().notes == () and not tail.update()
     path.write_bytes(whole[: whole.index(b"\n") + 1])
     assert tail.update() and len(tail.trace().records) == 1
+
+
+def test_gaps_before_a_far_block_are_named_without_counting_them(tmp_path: Path) -> None:
+    path = tmp_path / trace.FILE
+    lines = [{"block": 1, "seconds": {}}, {"block": 10**17, "seconds": {}}, {"block": -1, "seconds": {}}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = trace.read(path)
+    assert [record.block for record in found.records] == [1, 10**17]
+    assert found.notes[0] == "Of the trace, line 3 cannot be read and was left out."
+    assert found.notes[-1] == f"The trace has no line of blocks 0 and 2-{10**17 - 1}."
+    of_run = trace.read(path, blocks=4)
+    assert [record.block for record in of_run.records] == [1]
+    assert "cannot be of this run, which has 4 blocks" in " ".join(of_run.notes)
+    assert of_run.notes[-1] == "The trace has no line of block 0."
+
+
+def test_churn_is_told_of_blocks_that_had_a_choice() -> None:
+    layout = layout_of()
+    assert not trace.chooses(synthetic_record(5, layout))
+    assert trace.chooses(synthetic_record(39, layout))

@@ -147,7 +147,7 @@ def inspect_cache(
         console.result_json(plan.to_json())
         return
     for table in (
-        _summary(plan),
+        _summary(plan, dtype_assumed=request.dtype == "auto" and not machine.has_nvidia_driver()),
         _partitions(plan),
         _bytes(plan),
         _stages(plan),
@@ -169,11 +169,13 @@ def _new_table(title: str, *columns: str) -> Any:
     return table
 
 
-def _summary(plan: Plan) -> str:
+def _summary(plan: Plan, *, dtype_assumed: bool) -> str:
+    """dtype_assumed: nobody said it, and this machine would run another one."""
     from packforcing_cli.cli import console
 
+    assumed = " assumed; a CPU runs fp32: --dtype fp32" if dtype_assumed else ""
     return (
-        f"{plan.model.name}, {plan.size[0]}x{plan.size[1]}, {plan.fps} fps, {plan.dtype},"
+        f"{plan.model.name}, {plan.size[0]}x{plan.size[1]}, {plan.fps} fps, {plan.dtype}{assumed},"
         f" policy {plan.options.policy}\n"
         f"{console.duration(plan.seconds)} asked: {plan.blocks:,} blocks of {plan.frames_per_block} latent frames"
         f" = {plan.frames:,} frames = {plan.exact_seconds:.2f} s\n"

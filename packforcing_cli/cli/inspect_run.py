@@ -193,7 +193,11 @@ def _recalled(recall: Mapping[str, Any]) -> Any:
         "how old",
         f"{_age(age['least'])} to {_age(age['most'])}; half of it {_age(age['p25'])} to {_age(age['p75'])}",
     )
-    table.add_row("churn", _share(recall["churn"], "of a layer's recall changes from block to block"))
+    if recall["churn"] is not None:
+        table.add_row(
+            "churn",
+            f"{recall['churn']:.2f} (Jaccard distance of consecutive recalls: 0 nothing changes, 1 all)",
+        )
     if recall["position_diversity"] is not None:
         table.add_row(
             "diversity", f"{recall['position_diversity']:.2f} (1: drawn from the whole bank evenly)"
@@ -384,9 +388,9 @@ def _follow(folder: Path, *, as_json: bool) -> None:
                 folder
             ).is_live  # asked first: what was written before the end is still read
             tail.update()
-            found = tail.trace()
+            run = runfolder.read(folder)
+            found = tail.trace(blocks=run.blocks)
             if len(found.records) > shown:
-                run = runfolder.read(folder)
                 seen = inspection.Inspected(folder, "", run, inspection.script_of(run), found)
                 for record in found.records[shown:]:
                     _say(seen, record, before, as_json=as_json)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,6 +73,17 @@ def run(
     from packforcing_cli.cli import console
 
     if explain:
+        _refuse_beside_explain(
+            {
+                "VIDEO": videos or None,
+                "--prompt": prompt,
+                "--clip": clip,
+                "--seam": seam,
+                "--plot": plot,
+                "--overwrite": overwrite or None,
+                "--offline": offline or None,
+            }
+        )
         _explain(as_json=as_json)
         return
     _check(videos, prompt=prompt, clip=clip, seam=seam, plot=plot, overwrite=overwrite, offline=offline)
@@ -118,6 +129,17 @@ def run(
             console.result(f"{name}: {line}.")
     if plot is not None:
         console.result(str(plot))
+
+
+def _refuse_beside_explain(options: Mapping[str, object]) -> None:
+    from packforcing_cli.errors import UsageError
+
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(
+                f"{name} does not go with --explain, which measures nothing",
+                hint="Leave one of the two out; --json goes with both.",
+            )
 
 
 def _check(

@@ -135,7 +135,7 @@ Guard = Annotated[
         "--guard",
         metavar="NAME",
         help="What happens to a block that is frozen, black, saturated, jumps or is NaN: warn (default), retry (it is"
-        " made again with other noise, three times at most) or stop (the video ends before it).",
+        " made up to three times in all, with other noise) or stop (the video ends before it).",
     ),
 ]
 AutoFit = Annotated[

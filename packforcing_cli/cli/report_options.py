@@ -52,7 +52,7 @@ def draw(
     from packforcing_cli.report import page, plots, study
 
     if html is not None:
-        page.check(html, overwrite=overwrite)
+        page.check(html, overwrite=overwrite, run=folder)
     if plot is not None:
         plots.check(plot, overwrite=overwrite)
     found = study.collect(folder)

@@ -228,7 +228,7 @@ def require_none(options: Mapping[str, object], why: str) -> None:
     from packforcing_cli.errors import UsageError
 
     for name, value in options.items():
-        if value:
+        if value is not None and value is not False and value != []:  # 0 and "" were given, too
             shown = name if name.isupper() else "--" + name.replace("_", "-")
             raise UsageError(f"{shown} {why}", hint="See packforcing eval --help.")
 

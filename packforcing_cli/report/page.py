@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packforcing_cli import __version__, durable
+from packforcing_cli import __version__, durable, runfolder, trace
 from packforcing_cli.errors import PackforcingError, UsageError
 from packforcing_cli.report.study import (
     PAPER_CHURN,
@@ -45,6 +45,7 @@ SCHEMA = 1
 LIMIT_BYTES = 8_000_000
 MAP_BYTES = 2_400_000  # of both maps, before base64
 MAX_COLUMNS = 480
+ENDINGS = (".html", ".htm")
 PICTURE_BYTES = 4_000_000  # at most, as data URIs
 PICTURE_STEPS = ((320, 82), (240, 78), (192, 74), (160, 68), (128, 62), (96, 55), (64, 45))
 """Widths and WebP qualities, tried in this order until all pictures fit."""
@@ -55,7 +56,7 @@ def write(study: Study, path: Path, *, overwrite: bool = False) -> Path:
 
     Raises: UsageError if `path` exists and `overwrite` is False, or cannot be written; DiskFullError.
     """
-    check(path, overwrite=overwrite)
+    check(path, overwrite=overwrite, run=study.folder)
     text = render(study, command=f"packforcing inspect-cache {study.run.id} --html {path.name}")
     try:
         durable.write(path, text.encode())
@@ -64,9 +65,24 @@ def write(study: Study, path: Path, *, overwrite: bool = False) -> Path:
     return path
 
 
-def check(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place where the page cannot be written, before any work is done. Raises: UsageError."""
+def check(path: Path, *, overwrite: bool, run: Path | None = None) -> None:
+    """Refuse a place where the page cannot be written, before any work is done.
+
+    run: the folder of the run that is drawn; its files and its video are not written over.
+    Raises: UsageError; RunFolderError if the run cannot be read.
+    """
+    if path.suffix.lower() not in ENDINGS:
+        raise UsageError(
+            f"--html {path}: a page is written, whose name ends in .html or .htm",
+            hint=f"For example --html {path.stem or 'report'}.html.",
+        )
     try:
+        if run is not None and run.resolve() in path.resolve().parents:
+            raise UsageError(
+                f"--html {path} is inside the run's own folder", hint="Give a place outside of it."
+            )
+        if run is not None and path.resolve() == Path(runfolder.read(run).output).resolve():
+            raise UsageError(f"--html {path} is the run's video", hint="Give another name.")
         if path.is_dir():
             raise UsageError(f"{path} is a folder", hint="Give the name of a file, for example report.html.")
         if path.exists() and not overwrite:
@@ -295,7 +311,8 @@ def tiles(study: Study) -> list[tuple[str, str, str]]:
     if oldest:
         back = oldest * float(study.times[-1]) / study.blocks
         found.append(("furthest look back", _clock(back), f"{oldest} blocks"))
-    mean = _mean(curves["churn"])
+    chose = np.array([record is not None and trace.chooses(record) for record in study.records])
+    mean = _mean(curves["churn"][chose])
     if mean is not None:
         found.append(("churn", f"{mean:.2f}", f"paper: {PAPER_CHURN}, another model"))
     if study.never is not None:

@@ -155,8 +155,8 @@ def collect(folder: Path, *, pictures: int = 480) -> Study:
     """
     seen = runfolder.look(folder)
     run = runfolder.read(folder)
-    read = trace.read(folder)
-    known = [record for record in read.records if 0 <= record.block < run.blocks]
+    read = trace.read(folder, blocks=run.blocks)
+    known = read.records
     if not known:
         raise UsageError(
             f"run {run.id} has no trace yet: nothing is known of its memory",

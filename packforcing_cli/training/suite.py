@@ -251,8 +251,14 @@ class Suite:
 
     @property
     def supports_claims(self) -> bool:
-        """Whether there are enough prompts and seeds to conclude anything."""
-        return not self.quick and len(self.prompts) >= FULL_PROMPTS and self.seeds >= FULL_SEEDS
+        """Whether there are all rows the model can make, the full lengths, and enough prompts and seeds."""
+        return (
+            not self.quick
+            and len(self.prompts) >= FULL_PROMPTS
+            and self.seeds >= FULL_SEEDS
+            and {row.name for row in self.rows if row.runs} <= {*self.wanted}
+            and {*FULL_SECONDS} <= {*self.seconds}
+        )
 
     @property
     def running(self) -> tuple[Row, ...]:

@@ -25,6 +25,7 @@ from packforcing_cli.training import world
 from packforcing_cli.training.suite import (
     DELAYS,
     FULL_PROMPTS,
+    FULL_SECONDS,
     FULL_SEEDS,
     NAME,
     REFERENCE,
@@ -174,6 +175,8 @@ def _row(suite: Suite, journal: Journal, row: Row, blocks: int, layout: Layout) 
                 continue
             if "failed" in line:
                 failed.append(f"{prompt}, seed {video.seed}: {line['failed']}")
+                for name in (*WORDS, "count"):
+                    segments[name][:, number, seed] = 0.0
                 continue
             videos += 1
             found = line["segments"][:count]
@@ -344,7 +347,8 @@ def markdown(report: Mapping[str, Any]) -> str:
     ]
     if not report["supports_claims"]:
         lines += [
-            f"**This supports no claim**: a conclusion takes all rows, {FULL_PROMPTS} prompts and {FULL_SEEDS} seeds."
+            f"**This supports no claim**: a conclusion takes all rows, {FULL_PROMPTS} prompts, {FULL_SEEDS} seeds"
+            f" and {' and '.join(f'{seconds:g}' for seconds in FULL_SECONDS)} seconds."
             " It shows that the suite runs.",
             "",
         ]
@@ -373,7 +377,8 @@ def markdown(report: Mapping[str, Any]) -> str:
         for said in entry["failed"]
     ]
     if failures:
-        lines += ["## Videos that broke down", "", *failures, ""]
+        counted = "All their words count as wrong; of the other measures they have none."
+        lines += ["## Videos that broke down", "", counted, "", *failures, ""]
     return "\n".join(lines)
 
 

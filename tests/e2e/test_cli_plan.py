@@ -176,6 +176,16 @@ def test_the_tables_show_the_same_figures(run_command: Any) -> None:
     assert "warning: the context spans 80 slots" in result.err
 
 
+def test_the_plan_says_which_dtype_it_assumed(run_command: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from packforcing_cli import machine
+
+    monkeypatch.setattr(machine, "has_nvidia_driver", lambda: False)
+    assert "bf16 assumed; a CPU runs fp32: --dtype fp32" in run_command(*PAPER).out
+    assert "assumed" not in run_command(*PAPER, "--dtype", "bf16").out
+    monkeypatch.setattr(machine, "has_nvidia_driver", lambda: True)
+    assert "assumed" not in run_command(*PAPER).out
+
+
 def test_every_memory_option_reaches_the_plan(run_command: Any) -> None:
     options = {
         "--policy": "packforcing",
