@@ -106,7 +106,7 @@ def lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, flo
     """
 
     record, lengths, parts = old.record, old.record.lengths, old.record.shown
-    blocks, late = old.blocks, Fraction(old.record.shown.late, old.record.fps)
+    blocks, late = old.blocks, Fraction(old.record.shown.shift, old.record.fps)
     if start is not None:
         try:
             wanted = parse_time(start.strip())
@@ -155,7 +155,7 @@ def timeline_of(record: Record, blocks: int, total: float, prompt: str | None, a
     begins = Fraction(record.lengths.frames_for(blocks), record.fps)
     half_a_block = Fraction(record.lengths.block_frames(blocks), 2 * record.fps)
     ends = Fraction(round(total * record.fps), record.fps) if prompt is None and not asked.scenes else begins
-    late = Fraction(record.shown.late, record.fps)  # times are those of the file
+    late = Fraction(record.shown.shift, record.fps)  # times are those of the file
     early = [span.text for span in asked.pins if span.start - late < begins]
     if early:
         raise UsageError(
@@ -190,7 +190,7 @@ def made_by(before: Record, blocks: int, job: Job, *, is_other: bool) -> str | N
     ):
         return None
     lengths = before.lengths
-    kept = (lengths.frames_for(blocks) + before.shown.late) / before.fps
+    kept = (lengths.frames_for(blocks) + before.shown.shift) / before.fps
     new = (lengths.frames_for(job.plan.blocks) - lengths.frames_for(blocks)) / before.fps
     words = ["extend", before.id, "--from", f"{kept:g}", "--seconds", f"{new:g}"]
     words += ["--seed", str(request.seed), "--prompt", job.plan.script.prompts[-1]]

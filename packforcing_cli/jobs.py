@@ -351,7 +351,7 @@ def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[
     made = rollout.provenance_of(model, job.request, job.plan.layout)
     if job.request.source is not None:
         extends = extends or extend_command(job)
-        late = Fraction(job.request.source.shown(job.plan.layout.grid).late, job.plan.fps)
+        late = Fraction(job.request.source.shown(job.plan.layout.grid).shift, job.plan.fps)
         told = {"prompt": job.plan.script.prompts[-1], "timeline": job.request.timeline.moved(late).to_json()}
         made = made.model_copy(update={"request": {**made.request, **told}})  # times are those of the file
     return made.model_copy(update={"extends": extends}).tags()

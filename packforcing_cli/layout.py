@@ -153,6 +153,11 @@ class Shown:
         """Frames of the other video before the first frame of the memory; negative if there are copies."""
         return self.lead - self.padded
 
+    @property
+    def shift(self) -> int:
+        """What a frame's number in the memory is off from its number in the file."""
+        return -self.lengths.frames_for(self.history) if self.only_new else self.late
+
     def block_frames(self, block: int) -> int:
         """Frames that the file has of a block."""
         if block < self.first:

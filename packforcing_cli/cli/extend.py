@@ -157,7 +157,7 @@ def extend(
             job = runner.prepare(request, blocks=blocks, why=resuming.as_before(device))
             job.plan.require_fit()
             runner.say_model(job, shown)
-            kept = (job.plan.layout.frames_for(blocks) + old.record.shown.late) / job.plan.fps
+            kept = (job.plan.layout.frames_for(blocks) + old.record.shown.shift) / job.plan.fps
             shown.note(
                 f"{old.record.id}: {runner.count(job.plan.blocks - blocks, 'new block')} after"
                 f" {display.clock(kept)} (block {blocks} of {old.blocks})"

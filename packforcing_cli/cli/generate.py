@@ -365,7 +365,7 @@ def _precision(request: GenerateRequest) -> str:
     return request.dtype + ("" if request.quantize == "none" else f" with {request.quantize} linears")
 
 
-def _command(request: GenerateRequest) -> str:
+def repeat_command(request: GenerateRequest) -> str:
     """The command that makes the same video again: everything the person set, and what was decided for them."""
     values: dict[str, Any] = {"output": request.output, "image": request.image}
     values |= {name: getattr(request, name) for name in ("fit", "codec") if name in request.model_fields_set}
@@ -425,7 +425,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
             "device": job.device,
             "output": str(job.path),
             "downloads": [asdict(part) for part in job.downloads],
-            "command": _command(job.request),
+            "command": repeat_command(job.request),
         }
         console.result_json({**plan.to_json(), **extra})
         return
@@ -447,7 +447,7 @@ def _show_plan(job: Job, shown: Display, *, as_json: bool) -> None:
         ("output", str(job.path)),
         ("downloads", _downloads_text(job)),
         ("fits", fits),
-        ("command", _command(job.request)),
+        ("command", repeat_command(job.request)),
     ):
         console.result(f"{name:<12} {value}")
     for warning in plan.warnings:
@@ -693,7 +693,7 @@ def _again(job: Job) -> str:
 
     if job.request.source is not None:
         return f"{jobs.extend_command(job)} --overwrite"
-    return _command(job.request.model_copy(update={"overwrite": True}))
+    return repeat_command(job.request.model_copy(update={"overwrite": True}))
 
 
 def warn_about_words(prompt: Prompt, vocabulary: Iterable[str], shown: Display) -> None:
@@ -801,7 +801,9 @@ def report(
                 "ended": result.ended,
             },
             "warnings": list(plan.warnings),
-            "command": _command(job.request) if job.request.source is None else jobs.extend_command(job),
+            "command": repeat_command(job.request)
+            if job.request.source is None
+            else jobs.extend_command(job),
             "figures": {
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),

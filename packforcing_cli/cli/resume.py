@@ -107,7 +107,8 @@ def resume(
             raise typer.Exit(error.exit_code) from error
         raise
     if outcome.result is not None:
-        runner.report(job, outcome, outcome.result, shown, as_json=as_json)
+        command = runner.repeat_command(GenerateRequest.from_values(opened.record.request))
+        runner.report(job, outcome, outcome.result, shown, as_json=as_json, more={"command": command})
     if outcome.exit_code:
         raise typer.Exit(outcome.exit_code)
 

@@ -232,3 +232,21 @@ def test_messages_and_show_name_times_of_the_file(extend: Any, run_command: Any,
     values = json.loads(run_command("show", "b.mp4", "--json").out)
     (scene,) = values["request"]["timeline"]["at"]
     assert "0:04" in scene.values()
+
+
+def test_of_a_file_with_the_new_part_alone_times_are_the_files_own(
+    extend: Any, run_command: Any, tmp_path: Path
+) -> None:
+    write(tmp_path / "a.mp4", RAMP)
+    made = extend("a.mp4", "--prompt", "red", "--only-new", "--seconds", "3", "-o", "new.mp4")
+    assert made.code == 0, made.err
+    assert VideoReader(tmp_path / "new.mp4").num_frames == 32  # the fixture's --seconds 2 is the last one
+    early = run_command("extend", "new.mp4", "--seconds", "1", "--at", "0:01", "blue", "-o", "b.mp4")
+    assert_one_message(early, 2, "--at 0:01: the old part is made already", "0:02")
+    branch = run_command(
+        "extend", "new.mp4", "--seconds", "1", "--from", "1", "--at", "0:01", "blue", "-o", "b.mp4"
+    )
+    assert branch.code == 0, branch.err
+    assert VideoReader(tmp_path / "b.mp4").num_frames == 32
+    again = run_command("resume", "new.mp4", "--json")
+    assert again.code == 0

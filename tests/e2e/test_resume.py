@@ -529,3 +529,15 @@ def test_after_six_kills_it_is_as_if_there_had_been_none(
     """Processes of their own: pytest -m slow tests/e2e/test_resume.py. Many more: tests/fault_matrix.py generate."""
     killed_and_resumed(package, tmp_path, [first, 0.0, 0.02, 0.004, 0.05, 0.0])
     assert torch.equal(latents(tmp_path / "run"), latents(whole))
+
+
+def test_the_command_in_the_result_is_that_of_the_whole_video(
+    generate: Any, run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed video needs its start picture no more; making it again does."""
+    Image.new("RGB", (80, 80), "red").save(tmp_path / "p.png")
+    with monkeypatch.context() as patch:
+        send_in_block(patch, 1, signal.SIGINT)
+        assert generate("--image", "p.png", "-o", "a.mp4", "--run", "kept", "--seconds", "3").code == 130
+    values = json.loads(run_command("resume", "kept", "--json", "-q").out)
+    assert "--image" in values["command"]
