@@ -462,7 +462,7 @@ def test_a_full_disk_has_its_own_error(
     monkeypatch.setattr(durable, "write", full)
     write: Callable[..., object] = page.write if kind == "page" else plots.write
     with pytest.raises(DiskFullError):
-        write(seen, tmp_path / "new")
+        write(seen, tmp_path / ("new.html" if kind == "page" else "new"))
 
 
 def test_a_run_without_a_trace_is_refused(tmp_path: Path) -> None:
