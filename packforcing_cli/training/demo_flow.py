@@ -51,6 +51,8 @@ DEFAULT_SPAN = Fraction(1)
 SPANS = (DEFAULT_SPAN, DEFAULT_SPAN, DEFAULT_SPAN, Fraction(2), Fraction(4), Fraction(1, 4))
 """Slots a mid takes in training, drawn uniformly: the package's default half of the time."""
 LONG_SINKS = 2
+WHOLE_BLOCKS = 5
+"""Blocks of a clip that is denoised at once: 20 latent frames, five seconds, as Self-Forcing's."""
 TRAINED_FRAMES = int((LONG_SINKS + 2) * FRAMES_PER_BLOCK + MAX_MIDS * max(SPANS))
 """Slots of the widest context met in training: sinks, 16 mids at their full span, recent, current."""
 
@@ -296,45 +298,52 @@ def strict_item(models: Models, blocks: int, generator: torch.Generator) -> Pack
     )
 
 
-def long_item(
-    models: Models, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
-) -> tuple[PackedItem, tuple[int, ...]]:
-    """Two sinks, 4, 8, 12 or 16 far mids, then three true neighbours of a scene of `blocks` blocks.
+def long_item(models: Models, mids: int, generator: torch.Generator, *, far_share: float = 0.0) -> PackedItem:
+    """Two sinks, `mids` far blocks as compressed tokens only, then three true neighbours, of which two are trained.
+
+    Args:
+        far_share: how often the trained blocks see no recent block, and in half of these no sinks either: all that no
+                   caption tells is then in the compressed tokens alone.
+    """
+    sinks = LONG_SINKS
+    layout = _layout(models, sinks, _draw(SPANS, generator))
+    far, bare = torch.rand(2, generator=generator).tolist()
+    seen = tuple(range(sinks)) if far >= far_share or bare < 0.5 else ()
+    compressed = tuple(range(sinks, sinks + mids))
+    near = (sinks + mids, sinks + mids + 1, sinks + mids + 2)
+    views = [packed_view(layout, b, tuple(range(b)), (), ()) for b in range(sinks)]
+    views.append(packed_view(layout, near[0], tuple(range(sinks)), compressed, ()))
+    views.append(packed_view(layout, near[1], seen, compressed, () if far < far_share else (near[0],)))
+    later = (*compressed, near[0])[-MAX_MIDS:]
+    views.append(packed_view(layout, near[2], seen, later, () if far < far_share else (near[1],)))
+    full = (*range(sinks), *near)
+    return PackedItem(full, (*compressed, near[0]), tuple(views), tuple(range(sinks)))
+
+
+def long_scene(
+    mids: int, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
+) -> tuple[int, ...]:
+    """Which blocks of a scene of `blocks` the blocks of a `long_item` are, in order.
 
     Args:
         here:   for each block of the scene, whether its visitor is there.
         recall: how often, where the scene allows it, one of the last two neighbours is a block to which the visitor
                 returns, having been away in the one before and seen in one of the mids.
-    Returns: the item and, for each of its blocks, its number in the scene. Of the neighbours the first is only
-    context: its own predecessor is not in the item.
+    Of the neighbours the first is only context: its own predecessor is not in the item.
     """
     sinks = LONG_SINKS
-    layout = _layout(models, sinks, _draw(SPANS, generator))
-    first_last = sinks + 4 + 3
-    last = int(torch.randint(first_last, blocks, (), generator=generator))
-    returns = _returns(here, sinks)
+    first_last = sinks + mids + 2
+    last = first_last + int(torch.randint(blocks - first_last, (), generator=generator))
+    returns = [(back, seen) for back, seen in _returns(here, sinks) if back + 1 >= first_last]
     wanted, which, late = torch.rand(3, generator=generator).tolist()
     seen: tuple[int, ...] = ()
     if returns and wanted < recall:
         back, seen = returns[int(which * len(returns))]
         last = min(max(back + int(late < 0.5), first_last), blocks - 1)
     candidates = range(sinks, last - 2)
-    count = 4 * (1 + int(torch.randint(MAX_MIDS // 4, (), generator=generator)))
-    count = min(len(candidates) // 4 * 4, count)
     order = [candidates[n] for n in torch.randperm(len(candidates), generator=generator).tolist()]
     order.sort(key=lambda block: block not in seen[-1:])  # the visitor's last block before is among them
-    chosen = sorted(order[:count])
-    scene = (*range(sinks), *chosen, last - 2, last - 1, last)
-    first_near = sinks + count
-    mids = tuple(range(sinks, first_near))
-    near = (first_near, first_near + 1, first_near + 2)
-    views = [packed_view(layout, b, tuple(range(b)), (), ()) for b in range(sinks)]
-    views.append(packed_view(layout, near[0], tuple(range(sinks)), mids, ()))
-    views.append(packed_view(layout, near[1], tuple(range(sinks)), mids, (near[0],)))
-    later = (*mids, near[0])[-MAX_MIDS:]
-    views.append(packed_view(layout, near[2], tuple(range(sinks)), later, (near[1],)))
-    full = (*range(sinks), *near)
-    return PackedItem(full, (*mids, near[0]), tuple(views), tuple(range(sinks))), scene
+    return (*range(sinks), *sorted(order[:mids]), last - 2, last - 1, last)
 
 
 def _returns(here: Sequence[int], sinks: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -438,17 +447,38 @@ def first_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count
     """Squared velocity errors of `count` scenes' block 0 alone, [count]."""
     chosen = batch.choose(pool, count)
     x0 = pool.latents[chosen, 0].float().to(batch.device)
+    return _clip_errors(models, batch, x0, pool.caption[chosen, 0], recipe)
+
+
+def _clip_errors(models: Models, batch: Batch, x0: Tensor, captions: Tensor, recipe: DemoFlow) -> Tensor:
+    """Squared velocity errors [B] of clips x0 [B,C,F,h,w] that see nothing but themselves."""
+    count, frames = len(x0), x0.shape[2]
     sigma = batch.sigmas(count, recipe.shift)
     eps = batch.randn(x0.shape)
     wide = sigma.view(-1, 1, 1, 1, 1)
     dropped = torch.rand(count, generator=batch.generator) < recipe.data.caption_dropout
-    text, rows = embed(models, batch, pool.caption[chosen, 0], dropped)
+    text, rows = embed(models, batch, captions, dropped)
     own = TextKV(tuple((k[rows], v[rows]) for k, v in text.layers))
     g = models.grid
-    alone = AloneContext(rope.grid_positions(0.0, g.frames_per_block, g.rows, g.cols, device=batch.device))
-    timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, g.frames_per_block)
+    alone = AloneContext(rope.grid_positions(0.0, frames, g.rows, g.cols, device=batch.device))
+    timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, frames)
     v = models.transformer((1 - wide) * x0 + wide * eps, timesteps, own, alone)
     return (v - (eps - x0)).square().mean((1, 2, 3, 4))
+
+
+def whole_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count: int) -> Tensor:
+    """Squared velocity errors [count] of whole clips at once: every latent frame sees all others, all at one level.
+
+    So the same weights judge whole clips, as a teacher of `self-forcing` does. Scenes are such that one caption says
+    what is seen in all of their first `WHOLE_BLOCKS` blocks.
+    """
+    captions = pool.caption[:, :WHOLE_BLOCKS]
+    constant = (captions == captions[:, :1]).all(1).nonzero()[:, 0]
+    if not len(constant):
+        return torch.zeros(0, device=batch.device)
+    chosen = constant[torch.randint(len(constant), (count,), generator=batch.generator)]
+    blocks = pool.latents[chosen, :WHOLE_BLOCKS].float().to(batch.device)
+    return _clip_errors(models, batch, blocks.transpose(1, 2).flatten(2, 3), captions[chosen, 0], recipe)
 
 
 def packed_loss(
@@ -457,7 +487,7 @@ def packed_loss(
     pool: Pool,
     recipe: DemoFlow,
     item: PackedItem,
-    scene_blocks: tuple[int, ...],
+    scenes: Sequence[Sequence[int]],
     chosen: Tensor,
     *,
     targets: tuple[int, ...],
@@ -465,14 +495,16 @@ def packed_loss(
 ) -> tuple[Tensor, float | None]:
     """Squared velocity errors [B, draws, J] of an item's `targets`: B chosen scenes, some noise draws each.
 
+    `scenes` says for each of the B which of its blocks the blocks of the item are.
+
     Where a visitor stands errors count `visitor_weight` times, `return_weight` times when it returns, and once when it
     comes for the first time: its look is a guess then. A noisy block loses its caption with the recipe's probability,
     and its history never does: so is guidance at inference, where the two passes share one history.
 
     Returns: the errors, and their mean over the cells of visitors that return; None if there is none.
     """
-    here = list(scene_blocks)
-    latents, lr = (t[chosen][:, here].float().to(batch.device) for t in (pool.latents, pool.lr))
+    rows_of, here = chosen[:, None], torch.tensor(scenes)  # [B,1], [B,T]
+    latents, lr = (t[rows_of, here].float().to(batch.device) for t in (pool.latents, pool.lr))
     history, x0 = latents[:, list(item.full)], latents[:, list(targets)].repeat(1, draws, 1, 1, 1, 1)
     count, num_noisy = x0.shape[:2]
     sigma = batch.sigmas(count * num_noisy, recipe.shift).view(count, num_noisy)
@@ -485,9 +517,7 @@ def packed_loss(
         * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
     )
     clean = (1 - level) * history + level * batch.randn(history.shape)
-    captions = pool.caption[chosen][
-        :, [*(here[n] for n in (*item.full, *item.compressed, *(targets * draws)))]
-    ]
+    captions = pool.caption[rows_of, here][:, [*item.full, *item.compressed, *(targets * draws)]]
     dropped = torch.zeros(captions.shape, dtype=torch.bool)
     dropped[:, -num_noisy:] = (
         torch.rand(count, num_noisy, generator=batch.generator) < recipe.data.caption_dropout
@@ -505,7 +535,7 @@ def packed_loss(
         prompts=rows,
         targets=targets,
     )
-    seen = remembered(pool.here[chosen][:, here], item, targets)
+    seen = remembered(pool.here[rows_of, here], item, targets)
     cells = visitor_cells(pool, chosen, batch.device)[:, None]  # [B,1,h,w]
     error = (v - (eps - x0)).square().mean((2, 3)).unflatten(1, (draws, len(targets)))  # [B,draws,J,h,w]
     back = (seen.returns.to(batch.device)[..., None, None] * cells)[:, None].expand_as(error)
@@ -551,28 +581,30 @@ def step_loss(
             add(
                 "packed",
                 *packed_loss(
-                    models, batch, pools["short"], recipe, item, scene, chosen,
+                    models, batch, pools["short"], recipe, item, [scene] * data.packed_clips, chosen,
                     targets=scene[1:], draws=data.packed_draws,
                 ),
             )  # fmt: skip
-        for _ in range(data.long_clips):
-            if torch.rand((), generator=generator) >= data.long_probability:
-                continue
-            chosen = batch.choose(pools["long"], 1)
-            item, scene = long_item(
-                models,
-                data.long_blocks,
-                generator,
-                here=pools["long"].here[int(chosen)].tolist(),
-                recall=data.recall_share,
-            )
+        if data.long_clips and float(torch.rand((), generator=generator)) < data.long_probability:
+            mids = 4 * (1 + int(torch.randint(MAX_MIDS // 4, (), generator=generator)))
+            mids = min(mids, (data.long_blocks - LONG_SINKS - 3) // 4 * 4)
+            chosen = batch.choose(pools["long"], data.long_clips)
+            item = long_item(models, mids, generator, far_share=data.far_share)
+            scenes = [
+                long_scene(mids, data.long_blocks, generator, here=here, recall=data.recall_share)
+                for here in pools["long"].here[chosen].tolist()
+            ]
             add(
                 "long",
                 *packed_loss(
-                    models, batch, pools["long"], recipe, item, scene, chosen,
+                    models, batch, pools["long"], recipe, item, scenes, chosen,
                     targets=item.full[-2:], draws=data.long_draws,
                 ),
             )  # fmt: skip
+        if data.whole_probability and float(torch.rand((), generator=generator)) < data.whole_probability:
+            whole = whole_loss(models, batch, pools["short"], recipe, data.whole_clips)
+            if len(whole):
+                add("whole", whole)
     return torch.cat(errors).mean(), parts
 
 
@@ -804,10 +836,38 @@ def mean_error(
         scene = tuple(range(recipe.data.packed_blocks))
         chosen = batch.choose(pools["short"], max(1, count // 4))
         later, recall = packed_loss(
-            models, batch, pools["short"], recipe, item, scene, chosen, targets=scene[1:], draws=1
+            models,
+            batch,
+            pools["short"],
+            recipe,
+            item,
+            [scene] * len(chosen),
+            chosen,
+            targets=scene[1:],
+            draws=1,
+        )
+        far = (
+            mean_recall(models, batch, pools, recipe, max(1, count // 2))
+            if recipe.data.recall_share
+            else None
         )
     figures = {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
-    return figures if recall is None else {**figures, "recall": round(recall, 4)}
+    figures |= {} if recall is None else {"recall": round(recall, 4)}
+    return figures if far is None else {**figures, "far recall": round(far, 4)}
+
+
+def mean_recall(
+    models: Models, batch: Batch, pools: dict[str, Pool], recipe: DemoFlow, count: int
+) -> float | None:
+    """Mean error of a visitor that returns and only far, compressed blocks have seen; None if there is none."""
+    blocks, pool, mids = recipe.data.long_blocks, pools["long"], 4
+    chosen = batch.choose(pool, count)
+    scenes = [
+        long_scene(mids, blocks, batch.generator, here=here, recall=1.0)
+        for here in pool.here[chosen].tolist()
+    ]
+    item = long_item(models, mids, batch.generator)
+    return packed_loss(models, batch, pool, recipe, item, scenes, chosen, targets=item.full[-2:], draws=1)[1]
 
 
 class _FixedSigma(Batch):

@@ -86,6 +86,16 @@ class FlowData(_Strict):
     long_clips: int = Field(ge=0)
     long_draws: int = Field(default=2, ge=1, description="noise draws of the trained blocks of such an item")
     long_probability: float = Field(default=1.0, ge=0, le=1)
+    far_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="items with far mids whose trained blocks see no recent block, and half of them no sinks",
+    )
+    whole_probability: float = Field(
+        default=0.0, ge=0, le=1, description="steps with whole clips, in which every frame sees all others"
+    )
+    whole_clips: int = Field(default=1, ge=1)
     first_clips: int = Field(ge=0)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     context_noise: float = Field(default=0.15, ge=0, lt=1)
@@ -95,6 +105,8 @@ class FlowData(_Strict):
     def _items_fit_scenes(self) -> FlowData:
         if self.packed_blocks > self.short_blocks:
             raise ValueError(f"packed_blocks {self.packed_blocks} exceeds short_blocks {self.short_blocks}")
+        if self.whole_probability and self.short_blocks < 5:
+            raise ValueError("whole clips need short_blocks of at least 5")
         if self.long_clips and (self.long_scenes == 0 or self.long_blocks < 10):
             raise ValueError("long_clips need long_scenes of at least 10 long_blocks")
         return self
