@@ -19,7 +19,18 @@ from packforcing_cli.errors import UsageError
 from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Train
 from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
-__all__ = ["DemoFlow", "DemoVae", "Finetune", "FinetuneLora", "FlowData", "Train", "find", "load", "names"]
+__all__ = [
+    "DemoDistill",
+    "DemoFlow",
+    "DemoVae",
+    "Finetune",
+    "FinetuneLora",
+    "FlowData",
+    "Train",
+    "find",
+    "load",
+    "names",
+]
 
 
 class VaeData(_Strict):
@@ -128,6 +139,19 @@ class DemoFlow(_Strict):
     )
 
 
+class DemoDistill(DemoFlow):
+    """As `DemoFlow`; `init` is the teacher, and what the student begins as."""
+
+    kind: Literal["demo-distill"]  # type: ignore[assignment]
+    timesteps: tuple[int, ...] = Field(
+        default=(1000, 750, 500, 250), description="steps of the student, before the shift"
+    )
+    teacher_steps: int = Field(
+        default=2, ge=1, description="the teacher's Euler steps in one of the student's"
+    )
+    guidance: float = Field(default=2.0, ge=0, description="of the teacher: u + g (c - u)")
+
+
 class StudentRollout(_Strict):
     """What a rollout in training is: `blocks` graded ones after up to `max_prefix` others; drawn anew each time."""
 
@@ -174,10 +198,11 @@ class SelfForcing(_Strict):
     train: StudentTrain
 
 
-AnyRecipe = DemoVae | DemoFlow | Finetune | FinetuneLora | SelfForcing
+AnyRecipe = DemoVae | DemoFlow | DemoDistill | Finetune | FinetuneLora | SelfForcing
 KINDS: dict[str, type[BaseModel]] = {
     "demo-vae": DemoVae,
     "demo-flow": DemoFlow,
+    "demo-distill": DemoDistill,
     "finetune": Finetune,
     "finetune-lora": FinetuneLora,
     "self-forcing": SelfForcing,
