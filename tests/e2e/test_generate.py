@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from packforcing_cli import packages, planner, registry, rollout, runfolder
+from packforcing_cli import health, packages, planner, registry, rollout, runfolder
 from packforcing_cli.cli.generate import Outcome
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.registry import (
@@ -645,7 +645,7 @@ def test_a_model_that_makes_nan_fails_with_one_message(
 def test_nan_in_a_later_block_keeps_what_was_made(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = rollout.require_finite
+    check = health.require_finite
     monkeypatch.setattr(rollout, "require_finite", lambda x, i: check(x / 0 if i == 2 else x, i))
     result = generate()
     assert_one_message(
@@ -694,7 +694,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
 def test_memory_that_runs_out_says_what_would_fit(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = rollout.require_finite
+    check = health.require_finite
 
     def run_out(x: torch.Tensor, i: int) -> None:
         if i == 2:
@@ -731,7 +731,7 @@ def whole_blocks(path: Path) -> int:
 
 def send_in_block(monkeypatch: pytest.MonkeyPatch, block: int, number: int, times: int = 1) -> None:
     """Let a signal reach this process while a block is denoised."""
-    check = rollout.require_finite
+    check = health.require_finite
 
     def checked(x: torch.Tensor, i: int) -> None:
         check(x, i)
