@@ -646,7 +646,7 @@ def test_nan_in_a_later_block_keeps_what_was_made(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     check = health.require_finite
-    monkeypatch.setattr(rollout, "require_finite", lambda x, i: check(x / 0 if i == 2 else x, i))
+    monkeypatch.setattr(health, "require_finite", lambda x, i: check(x / 0 if i == 2 else x, i))
     result = generate()
     assert_one_message(
         result, 1, "block 2 came out as NaN", "What was made so far plays: a-red-circle.part.mp4"
@@ -701,7 +701,7 @@ def test_memory_that_runs_out_says_what_would_fit(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         check(x, i)
 
-    monkeypatch.setattr(rollout, "require_finite", run_out)
+    monkeypatch.setattr(health, "require_finite", run_out)
     result = generate("--policy", "full", "--seconds", "5000")
     assert_one_message(result, 5, "the memory of this machine ran out", "Try --policy packforcing")
     assert "plays: a-red-circle.part.mp4" in result.err
@@ -738,7 +738,7 @@ def send_in_block(monkeypatch: pytest.MonkeyPatch, block: int, number: int, time
         for _ in range(times if i == block else 0):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(rollout, "require_finite", checked)
+    monkeypatch.setattr(health, "require_finite", checked)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
