@@ -33,13 +33,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packforcing_cli import __version__, counting, rollout, rope
+from packforcing_cli import __version__, counting, resolve, rollout, rope
 from packforcing_cli.cache import KVCache
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem
+from packforcing_cli.health import Monitor
 from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Prompt
 from packforcing_cli.sampler import Schedule, block_noise, denoise_block
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV, attention
@@ -222,7 +223,7 @@ class Stage:
 
     def noisy(self) -> Tensor:
         """[1,C,F,h,w] noise in the model's dtype."""
-        shape = rollout.latent_shape(self.model, self.layout)
+        shape = resolve.latent_shape(self.model, self.layout)
         return block_noise(0, self.block, 0, shape).to(self.device, self.model.dtype)
 
 
@@ -261,9 +262,9 @@ def prepare(
     Raises: LayoutError or UsageError for a memory that is not possible.
     """
     memory = (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump())
-    grid = rollout.grid_for(model, size or model.manifest.size)
+    grid = resolve.grid_for(model, size or model.manifest.size)
     num_blocks = block + extra_blocks
-    layout = rollout.layout_for(model, memory, grid, num_blocks=num_blocks)
+    layout = resolve.layout_for(model, memory, grid, num_blocks=num_blocks)
     cache = KVCache(
         layout,
         num_blocks=num_blocks,
@@ -279,7 +280,7 @@ def prepare(
         if prompt.unconditional is not None:
             both = torch.cat((prompt.conditional, prompt.unconditional))
             guided = model.transformer.embed_text(both)
-    return Stage(model, layout, cache, block, text, guided, schedule or rollout.schedule_for(model), memory)
+    return Stage(model, layout, cache, block, text, guided, schedule or resolve.schedule_for(model), memory)
 
 
 # -- engine -------------------------------------------------------------------------------------------------------
@@ -301,10 +302,10 @@ def engine(
         the matmul rate, the roofline ratio and frames a second; peak memory on a GPU.
     """
     device = model.device
-    plain = rollout.layout_for(
+    plain = resolve.layout_for(
         model,
         (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump()),
-        rollout.grid_for(model, size or model.manifest.size),
+        resolve.grid_for(model, size or model.manifest.size),
         num_blocks=EARLY,
     )
     steady = plain.sink_blocks + plain.recent_blocks + plain.top_k + 1
@@ -319,9 +320,9 @@ def engine(
     )
     cache, grid, layout = stage.cache, stage.grid, stage.layout
     decoder, script = model.codec.decoder(), Script(("",))
-    monitor, compress = rollout.Monitor(script), None
+    monitor, compress = Monitor(script), None
     if layout.top_k:
-        kind = rollout.compressor_kind(model, stage.memory.compressor)
+        kind = resolve.compressor_kind(model, stage.memory.compressor)
         compress = rollout.BlockCompressor(model, kind)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -349,7 +350,7 @@ def engine(
                 stage.schedule,
                 seed=0,
                 block=i,
-                shape=rollout.latent_shape(model, layout),
+                shape=resolve.latent_shape(model, layout),
                 dtype=model.dtype,
                 device=device,
             )
@@ -547,8 +548,8 @@ def scaling(
         for block in blocks:
             options = MemoryOptions(policy=policy)
             known = options.with_defaults(model.manifest.cache.model_dump())
-            grid = rollout.grid_for(model, size or model.manifest.size)
-            layout = rollout.layout_for(model, known, grid, num_blocks=block + 2)
+            grid = resolve.grid_for(model, size or model.manifest.size)
+            layout = resolve.layout_for(model, known, grid, num_blocks=block + 2)
             row: dict[str, Any] = {
                 "policy": policy,
                 "block": block,

@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packforcing_cli import jobs, packages, provenance, runfolder
+from packforcing_cli import jobs, packages, provenance, runfolder, sameness
 from packforcing_cli.config import GenerateRequest, PlanRequest, SourceVideo
 from packforcing_cli.errors import RunFolderError, UsageError
 from packforcing_cli.jobs import Job
@@ -204,12 +204,11 @@ def branch(
     old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None, *, other_memory: int
 ) -> RunFolder:
     """The new run folder, with the first blocks of the old one in it; the old one is let go."""
-    from packforcing_cli import rollout
 
     is_other = bool(other_memory)
     extends = made_by(old.record, blocks, job, is_other=is_other) if job.request.metadata else None
     tags = jobs.tags_of(job, model, extends=extends)
-    record = rollout.new_record(model, jobs.recorded(job), tags=tags, parent=old.record.id)
+    record = sameness.new_record(model, jobs.recorded(job), tags=tags, parent=old.record.id)
     record = record.model_copy(update={"other_memory": other_memory})
     where = folder or runfolder.default_root() / record.id
     new = runfolder.RunFolder.create(where, record, source=old, blocks=blocks)

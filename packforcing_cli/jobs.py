@@ -28,8 +28,9 @@ if TYPE_CHECKING:
     from packforcing_cli.catalog import ModelFacts
     from packforcing_cli.packages import Download
     from packforcing_cli.planner import Machine, Plan
+    from packforcing_cli.prompts import Story
     from packforcing_cli.registry import ModelSource, VideoModel
-    from packforcing_cli.rollout import Block, Result, Story
+    from packforcing_cli.rollout import Block, Result
     from packforcing_cli.runfolder import RunFolder
     from packforcing_cli.sampler import Schedule
     from packforcing_cli.source import History
@@ -229,11 +230,12 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
 
 
 def _history(request: GenerateRequest, plan: Plan) -> History | None:
+    from packforcing_cli import past
+
     if request.source is None:
         return None
-    from packforcing_cli import rollout
 
-    return rollout.open_history(request, plan.layout.grid, fps=plan.fps, size=plan.size)
+    return past.open_history(request, plan.layout.grid, fps=plan.fps, size=plan.size)
 
 
 def _check_file(request: GenerateRequest, plan: Plan, *, new: bool) -> None:
@@ -329,11 +331,11 @@ def recorded(job: Job) -> GenerateRequest:
 
 def new_run(job: Job, model: VideoModel, folder: Path | None) -> RunFolder | None:
     """The run folder of a new video, in the given place or among the others; None with --no-run."""
-    from packforcing_cli import rollout, runfolder
+    from packforcing_cli import runfolder, sameness
 
     if not job.request.keep_run:
         return None
-    record = rollout.new_record(model, recorded(job), tags=tags_of(job, model))
+    record = sameness.new_record(model, recorded(job), tags=tags_of(job, model))
     return runfolder.RunFolder.create(folder or runfolder.default_root() / record.id, record)
 
 
@@ -344,11 +346,12 @@ def tags_of(job: Job, model: VideoModel, *, extends: str | None = None) -> dict[
         extends: the command that made it, where `generate` alone cannot make it again; of a video that goes on with
             a file it is made here.
     """
-    from packforcing_cli import rollout
+
+    from packforcing_cli import sameness
 
     if not job.request.metadata:
         return {}
-    made = rollout.provenance_of(model, job.request, job.plan.layout)
+    made = sameness.provenance_of(model, job.request, job.plan.layout)
     if job.request.source is not None:
         extends = extends or extend_command(job)
         late = Fraction(job.request.source.shown(job.plan.layout.grid).shift, job.plan.fps)
@@ -445,21 +448,22 @@ def open_source(job: Job) -> ModelSource:
 
 def schedule_of(job: Job, model: VideoModel | ModelSource) -> Schedule:
     """The package's schedule with the request's steps and guidance."""
-    from packforcing_cli import rollout
 
-    return rollout.schedule_for(model, steps=job.request.steps, guidance=job.request.guidance)
+    from packforcing_cli import resolve
+
+    return resolve.schedule_for(model, steps=job.request.steps, guidance=job.request.guidance)
 
 
 def encode(job: Job, model: VideoModel | ModelSource) -> Story:
     """The prompts of a job, encoded. With a `ModelSource` the text encoder is gone before the transformer is loaded.
 
-    Raises: as `rollout.encode_script` and `embeddings.read`.
+    Raises: as `prompts.encode_script` and `embeddings.read`.
     """
-    from packforcing_cli import embeddings, rollout
+    from packforcing_cli import embeddings, prompts
 
     given = None if job.request.embeddings is None else embeddings.read(job.request.embeddings)
     guided = schedule_of(job, model).guidance != 1.0
-    return rollout.encode_script(model, job.plan.script, guided=guided, given=given)
+    return prompts.encode_script(model, job.plan.script, guided=guided, given=given)
 
 
 def make(
@@ -481,7 +485,7 @@ def make(
         on_block, should_stop: as `rollout.generate`.
     Raises: as `rollout.generate`.
     """
-    from packforcing_cli import rollout
+    from packforcing_cli import past, rollout
     from packforcing_cli.video import FrameFolder
 
     request = job.request
@@ -494,7 +498,7 @@ def make(
         size=job.plan.size,
         schedule=schedule_of(job, model),
         memory=request.memory,
-        first_latent=None if job.image is None else rollout.encode_image(model, job.image),
+        first_latent=None if job.image is None else past.encode_image(model, job.image),
         stills=job.stills,
         history=job.history,
         codec=request.codec,

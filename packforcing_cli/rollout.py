@@ -19,44 +19,49 @@ Source: PackForcing (arXiv 2603.25730); docs/method.md 2.3, 2.5.
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
 from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import __version__, catalog, config, provenance, runfolder, trace
+from packforcing_cli import __version__, config, trace
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
-from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
-from packforcing_cli.config import COMPRESSORS, GenerateRequest, MemoryOptions, PlanRequest
-from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, EmbeddingFile, encode
-from packforcing_cli.errors import GenerationError, UnhealthyError, UsageError, VideoError
-from packforcing_cli.layout import Grid, Layout, Lengths, Shown
+from packforcing_cli.compressor import pooled_kv
+from packforcing_cli.config import MemoryOptions
+from packforcing_cli.errors import UnhealthyError
+from packforcing_cli.finishing import Encoding, Lead, close_run, note_end, open_writer
+from packforcing_cli.health import ATTEMPTS, Monitor, require_healthy
+from packforcing_cli.layout import Shown
 from packforcing_cli.machine import resident_bytes
-from packforcing_cli.provenance import ModelRecord, Provenance
-from packforcing_cli.registry import ModelSource, VideoModel
-from packforcing_cli.runfolder import Record, RunFolder
+from packforcing_cli.past import PastBlock, history_blocks, still_blocks
+from packforcing_cli.prompts import Prompt, Story, StoryText, as_story
+from packforcing_cli.registry import VideoModel
+from packforcing_cli.resolve import (
+    branches,
+    compressor_kind,
+    grid_for,
+    latent_shape,
+    layout_for,
+    schedule_for,
+)
+from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.source import History, Source
-from packforcing_cli.timeline import Script, parse_time
-from packforcing_cli.transformer import BlockKV, TextKV, WanTransformer
-from packforcing_cli.vae import Codec, StreamingDecoder, WanCodec, encode_lr, lr_pixels
-from packforcing_cli.video import FrameFolder, PipeWriter, Sound, VideoReader, VideoWriter, part_path
+from packforcing_cli.source import History
+from packforcing_cli.timeline import Script
+from packforcing_cli.transformer import BlockKV, TextKV
+from packforcing_cli.vae import StreamingDecoder, encode_lr, lr_pixels
+from packforcing_cli.video import FrameFolder, VideoWriter, part_path
 
 
 @dataclass(frozen=True)
@@ -96,43 +101,6 @@ class Block:
 
 
 @dataclass(frozen=True)
-class PastBlock:
-    """A block that is there already: it is committed to the memory, not made.
-
-    latents:  [1,C,F,h,w] as the commit pass reads them.
-    selected: [L,K] the compressed blocks each layer recalled for it; None = chosen as for a new block.
-    pixels:   [1,3,T,H,W] in [0, 1], its frames; None = what the latents decode to.
-    """
-
-    latents: Tensor
-    selected: Tensor | None = None
-    pixels: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """An encoded prompt: embeddings [1,T,C], and what the person should know of it.
-
-    unconditional: embeddings of the empty prompt; None when there is no guidance.
-    unknown:       words the model was not trained on.  dropped: tokens at the end that did not fit.
-    """
-
-    text: str
-    conditional: Tensor
-    unconditional: Tensor | None = None
-    unknown: tuple[str, ...] = ()
-    dropped: int = 0
-
-
-@dataclass(frozen=True)
-class Story:
-    """A script and its encoded prompts, one for each scene."""
-
-    script: Script
-    prompts: tuple[Prompt, ...]
-
-
-@dataclass(frozen=True)
 class Result:
     """What `generate` made.
 
@@ -162,229 +130,6 @@ class Result:
     unhealthy: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     retries: Mapping[int, int] = field(default_factory=dict)
     ended: str = ""
-
-
-def schedule_for(
-    model: VideoModel | ModelSource, *, steps: int | None = None, guidance: float | None = None
-) -> Schedule:
-    """The package's schedule with the person's changes.
-
-    Raises: UsageError for guidance, or another number of steps, on a few-step student.
-    """
-    own = model.manifest.schedule
-    catalog.check_sampling(model.name, own.kind, own.steps, steps=steps, guidance=guidance)
-    return Schedule.build(
-        own.kind,
-        steps=own.timesteps if own.kind == "renoise" else steps or own.steps,
-        shift=own.shift,
-        guidance=own.guidance if guidance is None else guidance,
-    )
-
-
-def grid_for(model: VideoModel, size: tuple[int, int]) -> Grid:
-    """Token grid of a block. Raises: UsageError for a size (width, height) that does not fit the patches."""
-    config = model.transformer.config
-    multiple = model.codec.facts.spatial_stride * config.patch_size[1]
-    catalog.check_size(size, multiple, name=model.name, default_size=model.manifest.size)
-    return Grid(
-        frames_per_block=model.manifest.cache.frames_per_block,
-        rows=size[1] // multiple,
-        cols=size[0] // multiple,
-        layers=config.num_layers,
-        kv_dim=config.dim,
-        heads=config.num_attention_heads,
-        dtype_bytes=model.dtype.itemsize,
-    )
-
-
-def encode_prompt(model: VideoModel | ModelSource, text: str, *, guided: bool) -> Prompt:
-    """Encode a prompt, as `encode_script` does."""
-    return encode_script(model, Script((text,)), guided=guided).prompts[0]
-
-
-def encode_script(
-    model: VideoModel | ModelSource,
-    script: Script,
-    *,
-    guided: bool,
-    given: EmbeddingFile | None = None,
-    cache: EmbeddingCache | None = None,
-) -> Story:
-    """Encode the prompts of a script, equal ones once.
-
-    The text encoder is loaded only for prompts the cache does not have, and is gone from memory when this returns. With
-    a `ModelSource` that is before the transformer is loaded.
-
-    Args:
-        given: embeddings from a file; the encoder is then never loaded.
-        cache: None = the user's.
-    Raises: WeightsError or UsageError if `given` is of another model or lacks a prompt.
-    """
-    texts = [*script.prompts, *([UNCONDITIONAL] if guided else [])]
-    if given is not None:
-        given.require_fit(model.text, model=model.name)
-        found = given.choose(texts)
-    else:
-        found = encode(texts, model.text, model.load_text_encoder, cache=cache or EmbeddingCache.of_user())
-    embeds = {text: entry.embeds.to(model.device, model.dtype) for text, entry in found.items()}
-    prompts = tuple(
-        Prompt(
-            text=text,
-            conditional=embeds[text],
-            unconditional=embeds[UNCONDITIONAL] if guided else None,
-            unknown=found[text].unknown,
-            dropped=found[text].dropped,
-        )
-        for text in script.prompts
-    )
-    return Story(script, prompts)
-
-
-def encode_image(model: VideoModel, pixels: NDArray[np.uint8]) -> Tensor:
-    """The latent frame of an image, as the first of a video.
-
-    Args:
-        pixels: [H,W,3] uint8 RGB, in the size of the video.
-    Returns: [1,C,1,h,w] in the model's dtype.
-    """
-    encoder = model.codec.encoder()
-    latents = encoder.encode(to_pixels(pixels[None], model.device))
-    last = encoder.flush()
-    return (latents if last is None else torch.cat((latents, last), dim=2)).to(model.dtype)
-
-
-class HasCodec(Protocol):
-    """What encoding needs of a model: a `VideoModel`, or its codec alone."""
-
-    @property
-    def codec(self) -> Codec: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-
-def encode_blocks(
-    model: HasCodec, pieces: Iterable[NDArray[np.uint8]], *, frames_per_block: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Encode the blocks of a video as one stream, reading no further than the encoder looks ahead.
-
-    Args:
-        pieces: frames of each block, [T,H,W,3] uint8.
-    Yields: latents [1,C,F,h,w] in the model's dtype and pixels [1,3,T,H,W] in [0, 1] of each block.
-    """
-    encoder = model.codec.encoder()
-    waiting: deque[Tensor] = deque()  # pixels of blocks whose last latent needs the frames after them
-    parts: list[Tensor] = []
-
-    def ready() -> Iterator[tuple[Tensor, Tensor]]:
-        while waiting and sum(part.shape[2] for part in parts) >= frames_per_block:
-            latents = torch.cat(parts, dim=2)
-            parts[:] = [latents[:, :, frames_per_block:]]
-            yield latents[:, :, :frames_per_block].to(model.dtype), waiting.popleft()
-
-    for frames in pieces:
-        waiting.append(to_pixels(frames, model.device))
-        parts.append(encoder.encode(waiting[-1]))
-        yield from ready()
-    last = encoder.flush() if parts else None
-    parts += [] if last is None else [last]
-    yield from ready()
-
-
-def still_blocks(model: VideoModel, stills: Sequence[NDArray[np.uint8]], grid: Grid) -> Iterator[PastBlock]:
-    """Pictures [H,W,3] as the first blocks of a video, each held for one block; shown as the model decodes them."""
-    held = (
-        np.broadcast_to(picture, (grid.block_frames(n), *picture.shape)).copy()
-        for n, picture in enumerate(stills)
-    )
-    for latents, _ in encode_blocks(model, held, frames_per_block=grid.frames_per_block):
-        yield PastBlock(latents)
-
-
-def history_blocks(
-    model: VideoModel,
-    history: History,
-    known: Iterator[PastBlock],
-    *,
-    kept: int = 0,
-    on_lead: Callable[[NDArray[np.uint8]], None],
-) -> Iterator[PastBlock]:
-    """The blocks of somebody's video, read as a stream.
-
-    Args:
-        known:   the first `kept` blocks as they were committed before; only their pixels are read again. Blocks behind
-                 the history follow from there.
-        on_lead: gets the frames before the first block in pieces, [T,H,W,3].
-    Yields: every block with its pixels, then what is left of `known`.
-    """
-
-    def blocks() -> Iterator[NDArray[np.uint8]]:
-        for frames, is_block in history.pieces():
-            if is_block:
-                yield frames
-            else:
-                on_lead(frames)
-
-    if kept >= history.blocks:
-        for frames, past in zip(blocks(), known, strict=False):
-            yield replace(past, pixels=to_pixels(frames, model.device))
-    else:
-        frames_per_block = history.shown.lengths.frames_per_block
-        encoded = encode_blocks(model, blocks(), frames_per_block=frames_per_block)
-        for n, (latents, pixels) in enumerate(encoded):
-            yield replace(next(known), pixels=pixels) if n < kept else PastBlock(latents, pixels=pixels)
-    yield from known
-
-
-def to_pixels(frames: NDArray[np.uint8], device: torch.device) -> Tensor:
-    """[T,H,W,3] uint8 -> [1,3,T,H,W] float32 in [0, 1]; `to_uint8` is the inverse."""
-    return torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 255
-
-
-class StoryText:
-    """Cross-attention keys and values for each block of a story.
-
-    Those of a prompt are kept as long as a later scene may come back to it; those of a blend belong to one block.
-    """
-
-    def __init__(self, transformer: WanTransformer, story: Story) -> None:
-        self._transformer, self._story = transformer, story
-        self._kept: dict[str, tuple[TextKV, TextKV]] = {}
-
-    def at(self, block: int) -> tuple[TextKV, TextKV]:
-        """Keys and values of a block's text; a blend is as timeline.py says. Ask once a block, in order.
-
-        Returns: those of the text alone, and those of both passes of classifier-free guidance, which run as one
-            (the same if there is no guidance).
-        """
-        script, prompts = self._story.script, self._story.prompts
-        scene, weight = script.scene(block), float(script.weight(block))
-        prompt = prompts[scene]
-        if weight < 1:
-            before = prompts[scene - 1].conditional
-            return self._embed((1 - weight) * before + weight * prompt.conditional)
-        if prompt.text not in self._kept:
-            later = {prompt.text for prompt in prompts[scene:]}
-            self._kept = {text: kv for text, kv in self._kept.items() if text in later}
-            self._kept[prompt.text] = self._embed(prompt.conditional)
-        return self._kept[prompt.text]
-
-    def _embed(self, embeds: Tensor) -> tuple[TextKV, TextKV]:
-        text = self._transformer.embed_text(embeds)
-        empty = self._story.prompts[0].unconditional
-        return text, text if empty is None else self._transformer.embed_text(torch.cat((embeds, empty)))
-
-
-def as_story(model: VideoModel, prompt: str | Prompt | Script | Story, *, guided: bool) -> Story:
-    """A story of whatever says what the video shows; text is encoded."""
-    if isinstance(prompt, Story):
-        return prompt
-    if isinstance(prompt, Prompt):
-        return Story(Script((prompt.text,)), (prompt,))
-    return encode_script(model, Script((prompt,)) if isinstance(prompt, str) else prompt, guided=guided)
 
 
 @torch.no_grad()
@@ -508,19 +253,6 @@ def new_latents(
     )
 
 
-def layout_for(model: VideoModel, memory: MemoryOptions, grid: Grid, *, num_blocks: int) -> Layout:
-    """The layout of a video without cuts and pins. Raises: LayoutError for a memory that is not possible."""
-    trained = model.manifest.trained_frames
-    return memory.layout(grid, num_blocks=num_blocks, trained_frames=trained, default_span="fit")
-
-
-def latent_shape(model: VideoModel, layout: Layout) -> tuple[int, ...]:
-    """[1,C,F,h,w] of a block."""
-    grid = layout.grid
-    channels = model.transformer.config.in_channels
-    return (1, channels, grid.frames_per_block, grid.latent_rows, grid.latent_cols)
-
-
 def state_of(
     cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None, monitor: Monitor
 ) -> dict[str, Tensor]:
@@ -612,116 +344,9 @@ class BlockCompressor:
         self._pooled = state["pooled"].to(self._model.device) if "pooled" in state else None
 
 
-def compressor_kind(model: VideoModel, wanted: str) -> str:
-    """The kind of compressor an option means: of weights given by name or folder, the branches they have.
-
-    Raises: UsageError if the model was loaded without them.
-    """
-    if wanted in COMPRESSORS:
-        return wanted
-    if model.compressor is None:
-        raise UsageError(
-            f"{model.name} was loaded without the compressor {wanted}",
-            hint="Give it to load_model(compressor=…), too.",
-        )
-    return model.compressor.config.branches
-
-
-def branches(model: VideoModel, kind: str) -> Compressor:
-    """The package's compressor with the wanted branches. LR alone needs no weights."""
-    if model.compressor is not None and model.compressor.config.branches == kind:
-        return model.compressor
-    config = CompressorConfig(dim=model.transformer.config.dim, branches=kind)
-    if model.compressor is not None:
-        config = replace(model.compressor.config, branches=kind)
-    with torch.device("meta"):
-        network = Compressor(config)
-    if network.hr is not None:
-        trained = model.compressor.hr if model.compressor is not None else None
-        catalog.check_compressor(model.name, "lr" if trained is None else "hr", kind)
-        network.hr = trained
-    return network.eval()
-
-
 def to_uint8(pixels: Tensor) -> Tensor:
     """[1,3,T,H,W] in [0, 1] -> [T,H,W,3] uint8 on the CPU."""
     return pixels[0].permute(1, 2, 3, 0).mul(255).round().clamp(0, 255).to("cpu", torch.uint8)
-
-
-ATTEMPTS = 3  # at a block under guard "retry", the first one included
-
-
-class Monitor:
-    """The health of a video's blocks, one after the other."""
-
-    def __init__(self, script: Script) -> None:
-        self._script = script
-        self._kept: trace.Seen | None = None
-        self._newest: trace.Seen | None = None
-
-    def look(self, block: int, x0: Tensor, pixels: Tensor, frames: Tensor, *, given: bool) -> trace.Health:
-        """Health of a block against the last one that was kept.
-
-        Args:
-            x0:     latents [1,C,F,h,w].  pixels: [1,3,T,H,W].  frames: [T,H,W,3], of these pixels.
-            given:  the block was not made by the model now: its frames are as they should be, whatever they show.
-        """
-        if not bool(x0.isfinite().all() & pixels.sum().isfinite()):  # of values in [0, 1] a sum says as much
-            return trace.Health(("nan",))
-        may_jump = jump_expected(self._script, block)
-        health, self._newest = trace.measure(frames.numpy(), self._kept, jump_expected=may_jump)
-        return replace(health, flags=()) if given else health
-
-    def keep(self) -> None:
-        """The block looked at last belongs to the video."""
-        self._kept = self._newest
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What the next block is compared with."""
-        if self._kept is None:
-            return {}
-        measures = torch.tensor([self._kept.motion, self._kept.clipped], dtype=torch.float64)
-        return {"last": torch.from_numpy(self._kept.last), "measures": measures}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a `state_dict`."""
-        self._kept = trace.Seen(state["last"].numpy(), *state["measures"].tolist()) if state else None
-
-
-def jump_expected(script: Script, block: int) -> bool:
-    """Whether the picture may change at once in a block: it, or the one before, is cut to or changes the prompt.
-
-    The block behind a change is the first that sees what the change made, and often completes it.
-    """
-
-    def changes(n: int) -> bool:
-        return n in script.cuts or script.scene(n) != script.scene(n - 1) or script.weight(n) < 1
-
-    return any(changes(n) for n in (block, block - 1) if n > 0)
-
-
-def require_finite(x0: Tensor, block: int) -> None:
-    """Raises: GenerationError if a block holds NaN or infinity."""
-    if not bool(x0.isfinite().all()):
-        raise GenerationError(
-            f"block {block} came out as NaN: the model's numbers overflowed",
-            hint="Try --dtype fp32, a lower --guidance, or another --seed.",
-        )
-
-
-def require_healthy(block: int, x0: Tensor, health: trace.Health, *, guard: str) -> None:
-    """Raises: UnhealthyError for any flag under guard "stop"; GenerationError for NaN under any other."""
-    if guard == "stop" and health.flags:
-        raise UnhealthyError(
-            f"block {block} is not healthy: {', '.join(health.flags)}",
-            hint="Try another --seed, or --guard retry.",
-        )
-    require_finite(x0, block)
-    if "nan" in health.flags:
-        raise GenerationError(
-            f"the frames of block {block} came out as NaN: the decoder's numbers overflowed",
-            hint="Try --dtype fp32, another --vae, or another --seed.",
-        )
 
 
 class UntilUnhealthy:
@@ -981,380 +606,7 @@ def generate(
     )
 
 
-def open_history(
-    request: PlanRequest, lengths: Lengths, *, fps: int, size: tuple[int, int], fit: str = "crop"
-) -> History | None:
-    """The video a request goes on with, opened; None if it goes on with none.
-
-    Raises: UsageError or VideoError if it cannot be read, or is no longer as it was.
-    """
-    wanted = request.source
-    if wanted is None:
-        return None
-    if not wanted.path.is_file():
-        raise UsageError(
-            f"there is no file {wanted.path}, and the video goes on with it",
-            hint="Bring it back to that place.",
-        )
-    source = Source(
-        wanted.path,
-        fps=fps,
-        size=size,
-        fit=getattr(request, "fit", fit),
-        start=parse_time(wanted.from_time or "0"),
-        end=None if wanted.to_time is None else parse_time(wanted.to_time),
-    )
-    history = source.history(lengths, only_new=wanted.only_new)
-    if history.shown != wanted.shown(lengths):
-        raise UsageError(
-            f"{wanted.path} is not the video it was: it has another length",
-            hint="Bring back the file that was used.",
-        )
-    return history
-
-
-def provenance_of(model: VideoModel, request: GenerateRequest, layout: Layout) -> Provenance:
-    """What the file of a request is to say of itself."""
-    manifest = model.manifest
-    files = {name: record.sha256 for name, record in manifest.files.items()}
-    for part, name in (("vae", "VAE"), ("compressor", "compressor")):
-        own = manifest.part_hash(part) if part in manifest.parts else None
-        used = model.hashes.get(part)
-        if used not in (None, own) and part not in manifest.references:
-            files[f"another {name}"] = used
-    return Provenance(
-        version=__version__,
-        request={k: v for k, v in request.to_values().items() if k not in provenance.NOT_REPEATED},
-        model=ModelRecord(
-            name=manifest.name,
-            version=manifest.version,
-            files=files,
-        ),
-        layout=provenance.layout_values(layout),
-        image_sha256=None if request.image is None else _file_hash(request.image),
-        files_sha256={name: _file_hash(path) for name, path in provenance.files_of(request).items()},
-        libraries=libraries(model, request),
-    )
-
-
-def libraries(model: VideoModel, request: GenerateRequest) -> dict[str, str]:
-    """Versions of the libraries that results depend on."""
-    names = ["torch", "transformers"] + (["diffusers"] if isinstance(model.codec, WanCodec) else [])
-    if (model.quantize, request.quantize_text) != ("none", "none"):
-        names.append("torchao")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 # -- the run folder ---------------------------------------------------------------------------------------------
-
-
-def new_record(
-    model: VideoModel, request: GenerateRequest, *, tags: Mapping[str, str], parent: str | None = None
-) -> Record:
-    """run.json of a new run.
-
-    Args:
-        request: with seed and output decided.
-        tags:    of the video file; if there are any the run's id joins them.
-        parent:  id of the run it takes blocks over from.
-    """
-    assert request.output is not None
-    size = request.size or model.manifest.size
-    name = runfolder.new_id(request.prompt)
-    return Record(
-        schema=runfolder.SCHEMA,
-        id=name,
-        version=__version__,
-        created=datetime.now(UTC),
-        prompt=request.prompt,
-        output=str(request.output.absolute()),
-        blocks=grid_for(model, size).blocks_for(request.seconds, model.manifest.fps),
-        fps=model.manifest.fps,
-        size=size,
-        frames_per_block=model.manifest.cache.frames_per_block,
-        request=request.to_values(),
-        tags={**tags, "run": name} if tags else {},
-        must=must_be_same(model, request),
-        numerics=numerics(model),
-        parent=parent,
-    )
-
-
-PICTURE = "picture of block {}"
-
-
-def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) -> dict[str, Any]:
-    """What a block of this video depends on beside the numerics, as JSON values.
-
-    made: blocks that are there already; the pictures they began as are not looked at.
-    """
-    grid = grid_for(model, request.size or model.manifest.size)
-    memory = request.memory.with_defaults(model.manifest.cache.model_dump())
-    blocks = grid.blocks_for(request.seconds, model.manifest.fps)
-    layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
-    if layout["rope_adjustment"]:
-        del layout["rope_adjustment"]  # older runs do not name it and are equal
-    pictures = request.pin_images if request.image is None else (request.image,)
-    files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
-    if request.embeddings is not None:
-        files["embeddings"] = request.embeddings
-    if request.source is not None:
-        files["source video"] = request.source.path
-    facts = {
-        "packforcing": __version__,
-        **libraries(model, request),
-        "model": model.name,
-        **{f"weights of {part}": sha256 for part, sha256 in model.hashes.items()},
-        **{f"layout {name}": value for name, value in layout.items()},
-        **{name: getattr(memory, name) for name in ("select", "compressed_context")},
-        "compressor": compressor_kind(model, memory.compressor),
-        "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": "torch scaled_dot_product_attention",
-        "quantization": model.quantize,
-        "quantization of text": request.quantize_text,
-        "compile": "none",
-        **{name: _file_hash(path) for name, path in files.items()},
-    }
-    values: dict[str, Any] = json.loads(json.dumps(facts, default=str))
-    return values
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file. Raises: OSError."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _file_hash(path: Path) -> str:
-    """sha256 of a file; a word for one that is gone, which is a difference, too."""
-    try:
-        return file_hash(path)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
-
-
-def is_other_memory(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether two `must_be_same` have different memories: ids and snapshots of one mean nothing in the other."""
-    names = {name for name in {*then, *now} if name.startswith("layout ")}
-    return any(
-        then.get(name) != now.get(name) for name in names | {"select", "compressor", "compressed_context"}
-    )
-
-
-def numerics(model: VideoModel) -> dict[str, Any]:
-    """What equal bits depend on besides: the machine."""
-    is_cuda = model.device.type == "cuda"
-    return {
-        "device": torch.cuda.get_device_name(model.device) if is_cuda else "cpu",
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if is_cuda else None,
-        "matmul precision": torch.get_float32_matmul_precision(),
-    }
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How a video is encoded and what its file says; see `video.VideoWriter`."""
-
-    fps: int
-    size: tuple[int, int]
-    codec: str
-    crf: int
-    preset: str | None
-    metadata: Mapping[str, str]
-    chapters: Sequence[tuple[int, str]]
-    sound: Sound | None = None
-
-    @classmethod
-    def of(
-        cls,
-        fps: int,
-        size: tuple[int, int],
-        codec: str,
-        crf: int,
-        preset: str | None,
-        metadata: Mapping[str, str],
-        script: Script,
-        shown: Shown,
-        history: History | None,
-    ) -> Encoding:
-        """With the chapters and the sound that belong into the file."""
-        placed = [
-            (shown.frame_of(start) if start else 0, title)
-            for start, title in script.changes
-            if start >= shown.first
-        ]
-        if placed and placed[0][0]:  # what the file begins with began before it
-            before = [title for start, title in script.changes if start < shown.first]
-            placed = [(0, title) for title in before[-1:]] + placed
-        chapters = placed if len(placed) > 1 else []
-        sound = None
-        if history is not None and history.source.reader.has_audio and not shown.only_new:
-            sound = Sound(history.source.path, history.source.start, history.source.end)
-        return cls(fps, size, codec, crf, preset, metadata, chapters, sound)
-
-
-class Lead:
-    """Puts the frames before a history's first block into the file, and into the folder of pictures.
-
-    groups: of the file that are there already.
-    """
-
-    def __init__(
-        self,
-        writer: VideoWriter | PipeWriter,
-        frames: FrameFolder | None,
-        *,
-        groups: int,
-        is_new: bool,
-        shown: Shown,
-    ) -> None:
-        self._writer, self._frames, self._groups, self._is_new = writer, frames, groups, is_new
-        self._skipped = shown.only_new
-        self._pieces, self._count = 0, 0
-
-    def __call__(self, pixels: NDArray[np.uint8]) -> None:
-        if self._skipped:
-            return
-        if self._frames is not None:
-            self._frames.write(pixels, first=self._count, only_missing=not self._is_new)
-        if self._pieces >= self._groups:
-            self._writer.write(pixels)
-        self._pieces, self._count = self._pieces + 1, self._count + len(pixels)
-
-
-def open_writer(
-    output: Path | str | BinaryIO, run: RunFolder | None, encoding: Encoding, *, overwrite: bool
-) -> VideoWriter | PipeWriter:
-    """A writer of `output` that has all whole blocks an earlier one left of this run's video, unchanged.
-
-    They are in NAME.part.mp4; after Ctrl-C in NAME.mp4, whose packets are copied and which is replaced at the end.
-    """
-    options: dict[str, Any] = {
-        "fps": encoding.fps,
-        "width": encoding.size[0],
-        "height": encoding.size[1],
-        "codec": encoding.codec,
-        "crf": encoding.crf,
-        "preset": encoding.preset,
-    }
-    if not isinstance(output, Path | str):
-        assert run is None, "a stream cannot be resumed"
-        return PipeWriter(output, metadata=encoding.metadata, **options)
-    output = Path(output)
-    had = 0 if run is None else finished_blocks(run, output)
-    writer = VideoWriter(
-        output,
-        **options,
-        metadata=encoding.metadata,
-        chapters=encoding.chapters,
-        sound=encoding.sound,
-        overwrite=overwrite or bool(had),
-        owner="" if run is None else f"packforcing run {run.record.id}",
-        resume=None if run is None else len(run.record.shown.groups(run.blocks)),
-    )
-    if run is not None and had and not writer.blocks_written:
-        try:
-            writer.copy(output, run.record.shown.groups(min(had, run.blocks)))
-        except VideoError:
-            writer.abort()
-            raise
-    return writer
-
-
-def finished_blocks(run: RunFolder, output: Path) -> int:
-    """How many blocks of this run the finished file `output` has; 0 if there is none or it is another's."""
-    if not output.is_file():
-        return 0
-    try:
-        video = VideoReader(output)
-        frames, owner = video.num_frames, video.metadata.get("run")
-    except VideoError:
-        return 0
-    record = run.record
-    is_known = record.output == str(output.absolute()) and frames in (record.frames, record.closing)
-    blocks = record.shown.blocks_of(frames) or 0
-    return blocks if owner == record.id or (owner is None and is_known) else 0
-
-
-@dataclass(frozen=True)
-class Remaining:
-    """What resuming a run takes: blocks to replay, and estimates from its trace; None where it has none."""
-
-    blocks: int
-    seconds: float | None
-    rest_seconds: float | None
-
-
-def replay_cost(run: RunFolder, *, keep: int | None = None, blocks: int | None = None) -> Remaining:
-    """What is ahead when a run is resumed; or a branch of `blocks` blocks is made, of which it has `keep`."""
-    snapshot = run.snapshot_blocks() if keep is None else 0  # a branch takes none over
-    there, length = keep or run.blocks, blocks or run.record.blocks
-    again = there - (snapshot if snapshot > run.record.other_memory else 0)
-    stages = [record["seconds"] for record in run.trace() if isinstance(record.get("seconds"), dict)][-20:]
-    if not stages:
-        return Remaining(again, None, None)
-    whole = sum(sum(stage.values()) for stage in stages) / len(stages)
-    denoise = sum(stage.get("denoise", 0.0) for stage in stages) / len(stages)
-    return Remaining(again, again * (whole - denoise), (length - there) * whole)
-
-
-def finish(run: RunFolder) -> bool:
-    """Finish the file of a run whose blocks are all made and encoded, its pictures too; needs no model.
-
-    Returns: whether the file is finished now. Raises: as `video.VideoWriter`.
-    """
-    record, output = run.record, Path(run.record.output)
-    if run.blocks < record.blocks:
-        return False
-    request = GenerateRequest.from_values(record.request)
-    shown = record.shown
-    frames = shown.frames_for(record.blocks)
-    if request.frames is not None and FrameFolder(request.frames).lacks(frames):
-        return False
-    if finished_blocks(run, output) == record.blocks and not part_path(output).exists():
-        if record.status != "finished":
-            run.update(status="finished", frames=frames, closing=0)
-        return True
-    history = open_history(request, record.lengths, fps=record.fps, size=record.size)
-    encoding = Encoding.of(
-        record.fps,
-        record.size,
-        request.codec,
-        request.crf,
-        request.preset,
-        record.tags,
-        request.timeline.script(
-            request.prompt, record.lengths, fps=record.fps, num_blocks=record.blocks, start=shown.history
-        ),
-        shown,
-        history,
-    )
-    writer = open_writer(output, run, encoding, overwrite=request.overwrite)
-    assert isinstance(writer, VideoWriter)
-    if shown.blocks_in(writer.blocks_written) < record.blocks:
-        writer.abort()
-        return False
-    note_end(run, writer)
-    writer.close()
-    close_run(run, writer)
-    return True
-
-
-def note_end(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
-    """Before a file without tags gets its name, note in run.json what it will be: nothing else says whose it is."""
-    if not run.record.tags:
-        writer.flush()
-        run.update(closing=writer.frames_written)
-
-
-def close_run(run: RunFolder, writer: VideoWriter | PipeWriter) -> None:
-    """Note in run.json how far the finished file goes."""
-    blocks = run.record.shown.blocks_in(writer.blocks_written)
-    status = "finished" if blocks == run.record.blocks else "stopped"
-    run.update(status=status, output=str(writer.path.absolute()), frames=writer.frames_written, closing=0)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -33,7 +33,7 @@ import av
 import torch
 from torch import Tensor
 
-from packforcing_cli import continuation, jobs, planner, rollout, runfolder, video
+from packforcing_cli import continuation, finishing, jobs, planner, runfolder, sameness, video
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.durable import is_full_disk
 from packforcing_cli.errors import (
@@ -47,8 +47,9 @@ from packforcing_cli.errors import (
     WeightsError,
 )
 from packforcing_cli.jobs import Device, Job
+from packforcing_cli.prompts import Story
 from packforcing_cli.registry import ModelSource, VideoModel
-from packforcing_cli.rollout import Block, Story
+from packforcing_cli.rollout import Block
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.tasks import Board, Options, Task, file_sha256, model_hash
 
@@ -408,7 +409,7 @@ class Worker:
             return False  # begun again by _open_run
         with run:
             request = GenerateRequest.from_values(run.record.request)
-            if str(request.output) != task.output or not rollout.finish(run):
+            if str(request.output) != task.output or not finishing.finish(run):
                 return False
             result = _result(task, run)
         _drop_run(task)
@@ -467,9 +468,9 @@ def _open_run(task: Task, job: Job, model: VideoModel) -> RunFolder:
         except RunFolderError as error:
             _log.warning("job %s begins again: %s", task.id[:12], error)
         else:
-            made = {rollout.PICTURE.format(block) for block in range(run.blocks)}
+            made = {sameness.PICTURE.format(block) for block in range(run.blocks)}
             then = {name: value for name, value in run.record.must.items() if name not in made}
-            now = rollout.must_be_same(model, job.request, made=run.blocks)
+            now = sameness.must_be_same(model, job.request, made=run.blocks)
             changed = runfolder.differences(then, now)
             if not changed and run.record.output == str(job.path):
                 run.update(status="running", frames=0 if not job.path.exists() else run.record.frames)
@@ -495,9 +496,9 @@ def _branch(task: Task, job: Job, model: VideoModel) -> RunFolder:
     blocks = task.spec["blocks"]
     with RunFolder.open_to_read(Path(task.spec["run"])) as old:
         before = GenerateRequest.from_values(old.record.request)
-        made = {rollout.PICTURE.format(block) for block in range(old.blocks)}
+        made = {sameness.PICTURE.format(block) for block in range(old.blocks)}
         then = {name: value for name, value in old.record.must.items() if name not in made}
-        changed = runfolder.differences(then, rollout.must_be_same(model, before, made=old.blocks))
+        changed = runfolder.differences(then, sameness.must_be_same(model, before, made=old.blocks))
         if changed:
             raise UsageError(
                 f"{old.record.id} was made with something else: {'; '.join(changed[:4])}",

@@ -44,14 +44,15 @@ import torch  # noqa: E402
 from test_source import RAMP, write  # noqa: E402
 from tiny import embeds, video_model  # noqa: E402
 
-from packforcing_cli import __version__, cli, rollout, trace  # noqa: E402
+from packforcing_cli import __version__, cli, finishing, past, rollout, sameness, trace  # noqa: E402
 from packforcing_cli.cache import CacheStats  # noqa: E402
 from packforcing_cli.cli import generate as generate_command  # noqa: E402
 from packforcing_cli.cli.progress import Display  # noqa: E402
 from packforcing_cli.config import GenerateRequest, SourceVideo  # noqa: E402
 from packforcing_cli.errors import PackforcingError  # noqa: E402
 from packforcing_cli.layout import MemoryBytes  # noqa: E402
-from packforcing_cli.rollout import Block, Prompt  # noqa: E402
+from packforcing_cli.prompts import Prompt  # noqa: E402
+from packforcing_cli.rollout import Block  # noqa: E402
 from packforcing_cli.runfolder import Record, RunFolder  # noqa: E402
 from packforcing_cli.video import VideoReader, VideoWriter  # noqa: E402
 
@@ -106,7 +107,7 @@ def work(folder: Path, tell: Callable[[dict[str, Any]], None]) -> int:
                 shutil.rmtree(folder / "run", ignore_errors=True)
                 run = RunFolder.create(folder / "run", a_record(output))
             with run:
-                if rollout.finish(run):
+                if finishing.finish(run):
                     return 0
                 request = GenerateRequest.from_values(run.record.request)
                 result = rollout.generate(
@@ -116,7 +117,7 @@ def work(folder: Path, tell: Callable[[dict[str, Any]], None]) -> int:
                     seconds=(16 * BLOCKS - 3) / 16,
                     seed=3,
                     run=run,
-                    history=rollout.open_history(request, run.record.lengths, fps=16, size=(64, 64)),
+                    history=past.open_history(request, run.record.lengths, fps=16, size=(64, 64)),
                     snapshot_every=SNAPSHOT_EVERY,
                     on_block=lambda block, _: tell(
                         {
@@ -261,7 +262,7 @@ def is_whole(frames: int) -> bool:
 def a_source(folder: Path) -> SourceVideo:
     """90 frames of 30 a second, with sound: 48 of 16 a second, of which 3 are before the first of 3 blocks."""
     path = write(folder / "source.mp4", RAMP, audio=True)
-    return SourceVideo(path=path, sha256=rollout.file_hash(path), blocks=3, lead=3, padded=0)
+    return SourceVideo(path=path, sha256=sameness.file_hash(path), blocks=3, lead=3, padded=0)
 
 
 def plays(path: Path) -> int:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from packforcing_cli import bench, counting, registry, rollout
+from packforcing_cli import bench, counting, prompts, registry, rollout
 from packforcing_cli.cli import build_app
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.embeddings import EmbeddingCache
+from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Prompt
 from packforcing_cli.sampler import Schedule
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import TransformerConfig, attention
@@ -30,7 +30,7 @@ def demo() -> VideoModel:
 
 def prompt_of(model: VideoModel, folder: Path) -> Prompt:
     script = Script(("a red circle moving right on a blue background",))
-    story = rollout.encode_script(model, script, guided=True, cache=EmbeddingCache(folder))
+    story = prompts.encode_script(model, script, guided=True, cache=EmbeddingCache(folder))
     return story.prompts[0]
 
 

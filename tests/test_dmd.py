@@ -10,11 +10,12 @@ import tiny
 import torch
 from torch import Tensor
 
+from packforcing_cli import resolve
 from packforcing_cli import rollout as inference
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.layout import Layout
+from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Prompt
 from packforcing_cli.sampler import Schedule, block_noise
 from packforcing_cli.training import dmd
 from packforcing_cli.training.student_rollout import Rollout, Student, rollout
@@ -26,13 +27,13 @@ SEED = 3
 
 
 def layout_of(model: VideoModel, num_blocks: int, **options: Any) -> Layout:
-    grid = inference.grid_for(model, model.manifest.size)
+    grid = resolve.grid_for(model, model.manifest.size)
     memory = MemoryOptions(sink_blocks=1, recent_blocks=1, **options)
-    return inference.layout_for(model, memory, grid, num_blocks=num_blocks)
+    return resolve.layout_for(model, memory, grid, num_blocks=num_blocks)
 
 
 def noises(model: VideoModel, layout: Layout, num_blocks: int) -> list[list[Tensor]]:
-    shape = inference.latent_shape(model, layout)
+    shape = resolve.latent_shape(model, layout)
     steps = range(len(SCHEDULE.sigmas))
     return [[block_noise(SEED, i, s, shape).double() for s in steps] for i in range(num_blocks)]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packforcing_cli import embeddings, registry, rollout
+from packforcing_cli import embeddings, prompts, registry
 from packforcing_cli.embeddings import EmbeddingCache, Encoded, encode
 from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.text import TextEncoder, TextIdentity
@@ -276,7 +276,7 @@ def test_the_encoder_is_gone_before_the_transformer_is_read(
     gc.disable()  # nothing may depend on when the collector runs
     try:
         source = registry.open_model("demo", device="cpu")
-        story = rollout.encode_script(source, Script(("a red circle",)), guided=True, cache=cache)
+        story = prompts.encode_script(source, Script(("a red circle",)), guided=True, cache=cache)
         order.append("encoded")
         model = source.load()
     finally:

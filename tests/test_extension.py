@@ -15,13 +15,15 @@ from numpy.typing import NDArray
 from test_source import RAMP, levels_of, write
 from tiny import embeds, video_model
 
-from packforcing_cli import extension, rollout
+from packforcing_cli import extension, finishing, past, resolve, rollout
 from packforcing_cli.config import GenerateRequest, MemoryOptions, SourceVideo
 from packforcing_cli.errors import UsageError
 from packforcing_cli.extension import SeamMeter
 from packforcing_cli.layout import Lengths, Shown
+from packforcing_cli.past import PastBlock
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import PastBlock, Prompt, Result, Story
+from packforcing_cli.rollout import Result
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.source import History, Source
 from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
@@ -38,7 +40,7 @@ def model() -> VideoModel:
 
 
 def history_of(path: Path, model: VideoModel, *, only_new: bool = False, **options: Any) -> History:
-    grid = rollout.grid_for(model, SIZE)
+    grid = resolve.grid_for(model, SIZE)
     return Source(path, fps=FPS, size=SIZE, fit="stretch", **options).history(grid, only_new=only_new)
 
 
@@ -61,7 +63,7 @@ def extend(model: VideoModel, history: History, output: Path, **options: Any) ->
 
 
 def past_blocks(model: VideoModel, history: History) -> list[PastBlock]:
-    return [*rollout.history_blocks(model, history, iter(()), on_lead=lambda frames: None)]
+    return [*past.history_blocks(model, history, iter(()), on_lead=lambda frames: None)]
 
 
 def as_pixels(path: Path) -> list[NDArray[np.uint8]]:
@@ -94,15 +96,15 @@ def test_history_is_encoded_as_one_stream_and_goes_through_the_same_commit_path(
 ) -> None:
     """Latents are those of the whole part encoded at once; the new blocks equal those after any such latents."""
     history = history_of(write(tmp_path / "a.mp4", RAMP[:29], rate=16), model)
-    past = past_blocks(model, history)
+    there = past_blocks(model, history)
     frames = np.stack(list(history.source.frames()))
     encoder = model.codec.encoder()
-    whole = [encoder.encode(rollout.to_pixels(frames, model.device)), encoder.flush()]
+    whole = [encoder.encode(past.to_pixels(frames, model.device)), encoder.flush()]
     expected = torch.cat([part for part in whole if part is not None], dim=2)
-    torch.testing.assert_close(torch.cat([block.latents for block in past], dim=2), expected)
+    torch.testing.assert_close(torch.cat([block.latents for block in there], dim=2), expected)
     given = list(
         rollout.stream_generate(
-            model, story(), num_blocks=4, seed=0, memory=MEMORY, size=SIZE, past=iter(past)
+            model, story(), num_blocks=4, seed=0, memory=MEMORY, size=SIZE, past=iter(there)
         )
     )
     made: list[Any] = []
@@ -312,7 +314,7 @@ def test_broken_off_anywhere_it_goes_on_as_if_it_had_not_been(
                 assert run.blocks == broken + 1
                 extend(model, history(), output, run=run)
                 assert run.record.status == "finished"
-                assert rollout.finish(run)  # once more: nothing to do
+                assert finishing.finish(run)  # once more: nothing to do
             assert packets(output) == packets(tmp_path / "whole.mp4")
             assert VideoReader(output).has_audio is not only_new
             for one, other in zip(journal(tmp_path / name), journal(tmp_path / "whole"), strict=True):
@@ -345,7 +347,7 @@ def test_a_file_that_was_all_encoded_is_finished_without_the_model(model: VideoM
             with pytest.raises(_Killed):
                 extend(model, history, output, run=run)
         assert not output.exists()
-        assert rollout.finish(run)
+        assert finishing.finish(run)
     reader = VideoReader(output)
     assert (reader.num_frames, reader.has_audio) == (53 + 32, True)
 
@@ -373,7 +375,7 @@ def test_a_file_of_another_length_is_refused(model: VideoModel, tmp_path: Path) 
         request = GenerateRequest.from_values(run.record.request)
         write(tmp_path / "a.mp4", RAMP[:40], rate=16)
         with pytest.raises(UsageError, match="is not the video it was"):
-            rollout.open_history(request, run.record.lengths, fps=FPS, size=SIZE)
+            past.open_history(request, run.record.lengths, fps=FPS, size=SIZE)
 
 
 def test_chapters_begin_where_their_blocks_are_in_the_file() -> None:
@@ -381,7 +383,7 @@ def test_chapters_begin_where_their_blocks_are_in_the_file() -> None:
     script = Script(("a", "b", "c"), starts=(0, 3, 5), blends=(0, 0, 0))
 
     def chapters(shown: Shown, told: Script = script) -> list[tuple[int, str]]:
-        return [*rollout.Encoding.of(FPS, SIZE, "h264", 18, None, {}, told, shown, None).chapters]
+        return [*finishing.Encoding.of(FPS, SIZE, "h264", 18, None, {}, told, shown, None).chapters]
 
     assert chapters(Shown(lengths)) == [(0, "a"), (45, "b"), (77, "c")]
     assert chapters(Shown(lengths, 3, lead=5)) == [(0, "a"), (50, "b"), (82, "c")]

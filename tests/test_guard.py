@@ -16,6 +16,7 @@ from torch import Tensor
 
 from packforcing_cli import rollout, sampler, trace
 from packforcing_cli.errors import GenerationError, UnhealthyError
+from packforcing_cli.health import jump_expected
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, Result, stream_generate
 from packforcing_cli.runfolder import RunFolder
@@ -197,7 +198,7 @@ def test_a_resumed_run_retries_as_an_unbroken_one_bit_for_bit(
 
 def test_a_jump_is_expected_where_the_prompt_changes_and_in_the_block_behind() -> None:
     script = Script(("a", "b", "b"), starts=(0, 3, 10), blends=(0, 0, 2), cuts=(7,))
-    expected = [n for n in range(20) if rollout.jump_expected(script, n)]
+    expected = [n for n in range(20) if jump_expected(script, n)]
     assert expected == [3, 4, 7, 8, 10, 11, 12]
 
 

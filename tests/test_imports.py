@@ -43,6 +43,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "ledger",
         "tasks",
     ),
+    ("resolve", "prompts", "past", "health"),
+    ("sameness", "finishing"),
     ("rollout", "convert", "metrics", "inspection"),
     ("clip_score",),
     ("metrics_plot", "training", "extension", "report"),

@@ -22,13 +22,14 @@ from torch import Tensor
 from traces import layout_of, synthetic_record, synthetic_run
 from typer.testing import CliRunner
 
-from packforcing_cli import inspection, planner, registry, rollout, runfolder, trace
+from packforcing_cli import inspection, planner, prompts, registry, resolve, rollout, runfolder, trace
 from packforcing_cli.cache import CacheContext
 from packforcing_cli.cli import build_app
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import RunFolderError, UsageError
+from packforcing_cli.prompts import Story
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Story, stream_generate
+from packforcing_cli.rollout import stream_generate
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.timeline import Timeline, parse_at, parse_pins
 
@@ -81,8 +82,8 @@ def test_traced_bytes_are_those_of_the_tensors_in_use_of_the_layout_and_of_the_p
         prompt="a red circle", model="demo", seconds=seconds, memory=memory, timeline=timeline, dtype="fp32"
     )
     planned = planner.plan(request)
-    quick = replace(rollout.schedule_for(demo), sigmas=(1.0, 0.0), guidance=1.0)
-    text = rollout.encode_prompt(demo, "a red circle", guided=False)
+    quick = replace(resolve.schedule_for(demo), sigmas=(1.0, 0.0), guidance=1.0)
+    text = prompts.encode_prompt(demo, "a red circle", guided=False)
     told = Story(planned.script, (text,) * len(planned.script.prompts))
     blocks = list(
         stream_generate(demo, told, num_blocks=planned.blocks, seed=1, memory=memory, schedule=quick)

@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import quantize, registry, rollout, weights
+from packforcing_cli import prompts, quantize, registry, weights
 from packforcing_cli.embeddings import EmbeddingCache
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.layout import Grid, Layout
@@ -191,7 +191,7 @@ def test_offloading_leaves_weights_in_host_memory_and_brings_the_prompt(
     source = registry.open_model("demo", dtype="fp32", offload=offload)
     assert source.load_text_encoder().device == CPU
     cache = EmbeddingCache(tmp_path)
-    prompt = rollout.encode_script(source, Script(("a red circle",)), guided=True, cache=cache).prompts[0]
+    prompt = prompts.encode_script(source, Script(("a red circle",)), guided=True, cache=cache).prompts[0]
     assert prompt.conditional.device == gpu
     assert prompt.unconditional is not None
     assert prompt.unconditional.device == gpu

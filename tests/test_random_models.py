@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from packforcing_cli import catalog, packages, planner, registry, rollout
+from packforcing_cli import catalog, packages, planner, prompts, registry, resolve
 from packforcing_cli.config import PlanRequest
 from packforcing_cli.embeddings import EmbeddingCache
 from packforcing_cli.errors import UsageError
@@ -61,9 +61,9 @@ def test_one_denoising_pass_runs_at_the_full_width_of_the_1_3b_model(tmp_path: P
     """Two of its thirty layers, at 32x32 pixels and with the tiny VAE, so that a CPU can do it."""
     cache = EmbeddingCache(tmp_path / "cache")
     source = registry.open_model("random:wan2.1-1.3b?layers=2", device="cpu", vae="tiny")
-    schedule = rollout.schedule_for(source)
+    schedule = resolve.schedule_for(source)
     assert (schedule.kind, schedule.guidance) == ("renoise", 1.0)
-    story = rollout.encode_script(source, Script(("a red circle",)), guided=False, cache=cache)
+    story = prompts.encode_script(source, Script(("a red circle",)), guided=False, cache=cache)
     assert not cache.folder.exists()
     embeds = story.prompts[0].conditional
     assert embeds.shape == (1, 512, 4096)

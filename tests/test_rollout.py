@@ -17,11 +17,13 @@ from tiny import embeds, video_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packforcing_cli import rollout
+from packforcing_cli import past, prompts, resolve, rollout, sameness
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import GenerationError, UsageError
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Block, Prompt, Story, schedule_for, stream_generate
+from packforcing_cli.resolve import schedule_for
+from packforcing_cli.rollout import Block, stream_generate
 from packforcing_cli.text import TextEncoder
 from packforcing_cli.timeline import Script
 from packforcing_cli.video import VideoReader
@@ -80,11 +82,11 @@ def test_while_nothing_is_dropped_rope_adjustment_changes_nothing(model: VideoMo
 def test_a_run_names_rope_adjustment_only_when_it_is_off(model: VideoModel) -> None:
     """Runs of before the option existed had it, and are not another memory."""
     request = GenerateRequest(prompt="made up", model="tiny", seconds=5)
-    usual = rollout.must_be_same(model, request)
-    off = rollout.must_be_same(model, request.changed(rope_adjustment=False))
+    usual = sameness.must_be_same(model, request)
+    off = sameness.must_be_same(model, request.changed(rope_adjustment=False))
     assert "layout rope_adjustment" not in usual
     assert off["layout rope_adjustment"] is False
-    assert rollout.is_other_memory(usual, off)
+    assert sameness.is_other_memory(usual, off)
 
 
 def test_an_untrained_compressor_equals_the_low_resolution_branch_alone_bit_for_bit() -> None:
@@ -255,12 +257,12 @@ class Words:
 
 def test_a_prompt_is_encoded_with_the_empty_one_beside_it_only_for_guidance() -> None:
     model = video_model(load_text_encoder=lambda: cast(TextEncoder, Words()))
-    guided = rollout.encode_prompt(model, "a red circle", guided=True)
+    guided = prompts.encode_prompt(model, "a red circle", guided=True)
     assert torch.equal(guided.conditional, embeds(12))
     assert guided.unconditional is not None
     assert torch.equal(guided.unconditional, embeds(0))
     assert (guided.unknown, guided.dropped) == (("a",), 3)
-    assert rollout.encode_prompt(model, "a red circle", guided=False).unconditional is None
+    assert prompts.encode_prompt(model, "a red circle", guided=False).unconditional is None
     by_text = next(stream_generate(model, "a red circle", num_blocks=1, seed=0))
     by_embeds = next(stream_generate(model, Prompt("", embeds(12)), num_blocks=1, seed=0))
     assert torch.equal(by_text.latents, by_embeds.latents)
@@ -351,7 +353,7 @@ def test_generate_writes_whole_blocks_and_stops_when_asked(model: VideoModel, tm
 
 
 def test_ten_seconds_are_157_frames(model: VideoModel) -> None:
-    grid = rollout.grid_for(model, (64, 64))
+    grid = resolve.grid_for(model, (64, 64))
     assert (grid.blocks_for(10, 16), grid.frames_for(10)) == (10, 157)
 
 
@@ -473,7 +475,7 @@ def test_the_first_latent_of_a_video_can_be_given(guidance: float, monkeypatch: 
     """It comes out as it went in, at timestep 0 in every pass of block 0; the layout is the same."""
     model = video_model()
     picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
-    first = rollout.encode_image(model, picture)
+    first = past.encode_image(model, picture)
     expected = model.codec.encoder().encode(torch.tensor(picture).permute(2, 0, 1)[None, :, None] / 255)
     torch.testing.assert_close(first, expected.double(), rtol=1e-6, atol=1e-6)
     said = Prompt("made up", embeds(0), unconditional=embeds(1) if guidance != 1 else None)
@@ -498,12 +500,12 @@ def test_the_first_latent_of_a_video_can_be_given(guidance: float, monkeypatch: 
 def test_pinned_pictures_are_the_first_blocks_and_always_recalled(model: VideoModel, tmp_path: Path) -> None:
     """Each is the block that the picture, held, encodes to in one stream; without sinks it is among the recalled."""
     pictures = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
-    grid = rollout.grid_for(model, (64, 64))
+    grid = resolve.grid_for(model, (64, 64))
     held = np.concatenate([np.repeat(pictures[:1], 13, 0), np.repeat(pictures[1:], 16, 0)])
     encoder = model.codec.encoder()
-    parts = [encoder.encode(rollout.to_pixels(held, model.device)), encoder.flush()]
+    parts = [encoder.encode(past.to_pixels(held, model.device)), encoder.flush()]
     expected = torch.cat([part for part in parts if part is not None], dim=2).to(model.dtype)
-    stills = list(rollout.still_blocks(model, pictures, grid))
+    stills = list(past.still_blocks(model, pictures, grid))
     torch.testing.assert_close(torch.cat([still.latents for still in stills], dim=2), expected)
     seen: list[Block] = []
     rollout.generate(

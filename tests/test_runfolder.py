@@ -28,14 +28,16 @@ from hypothesis import strategies as st
 from tiny import embeds, video_model
 from torch import Tensor
 
-from packforcing_cli import __version__, continuation, durable, rollout, runfolder
+from packforcing_cli import __version__, continuation, durable, finishing, rollout, runfolder, sameness
 from packforcing_cli.cli import resume as resuming
 from packforcing_cli.cli.progress import Display
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError, UsageError, VideoError
 from packforcing_cli.layout import Lengths
+from packforcing_cli.past import PastBlock
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import PastBlock, Prompt, Story, stream_generate
+from packforcing_cli.rollout import stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
 from packforcing_cli.video import VideoReader, VideoWriter, part_path
@@ -192,14 +194,14 @@ def test_a_resumed_run_equals_an_unbroken_one(
     if end == "without its video":
         part_path(output).unlink()
     with RunFolder.open(tmp_path / "run") as run:
-        assert not rollout.finish(run)
+        assert not finishing.finish(run)
         frames, result = make(model, output, run)
         assert result is not None
         assert (result.blocks, result.frames, result.replayed, result.stopped) == (7, 109, 5, False)
         instant = snapshot_every and end != "without its video"
         assert len(frames) == (3 if instant else 7)  # blocks 4, 5, 6 after a snapshot of 4
         assert run.record.status == "finished"
-        assert rollout.finish(run)
+        assert finishing.finish(run)
     assert torch.equal(latents(tmp_path / "run"), latents(unbroken / "run"))
     assert packets(output) == packets(unbroken / "a.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "run"]
@@ -286,10 +288,10 @@ def test_a_finished_run_whose_file_was_not_yet_noted_needs_no_model(
         make(model, output, run, fail_at=BLOCKS - 1)  # all blocks are there, the file is not finished
         assert run.record.status == "running"
     with RunFolder.open(tmp_path / "run") as run:
-        assert rollout.finish(run)
+        assert finishing.finish(run)
         run.update(status="running", frames=0)
     with RunFolder.open(tmp_path / "run") as run:
-        assert rollout.finish(run)
+        assert finishing.finish(run)
         assert (run.record.status, run.record.frames) == ("finished", 109)
     assert packets(output) == packets(unbroken / "a.mp4")
 
@@ -324,9 +326,9 @@ def test_a_file_that_does_not_say_whose_it_is_is_known_when_it_has_its_name(
             "running" if not stopped_before else "stopped",
             109,
         )
-        assert rollout.finish(run)
+        assert finishing.finish(run)
         assert (run.record.status, run.record.frames, run.record.closing) == ("finished", 109, 0)
-        assert rollout.finish(run)
+        assert finishing.finish(run)
     assert VideoReader(output).num_frames == 109
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mp4", "run"]
 
@@ -633,7 +635,7 @@ def test_resume_notes_nothing_before_it_knows_that_it_goes_on(
     model: VideoModel, tmp_path: Path, run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = request_of(output=tmp_path / "a.mp4")
-    made = rollout.new_record(model, request, tags={})
+    made = sameness.new_record(model, request, tags={})
     made = made.model_copy(update={"status": "stopped", "frames": 29, "must": {"model": "other"}})
     run = RunFolder.create(tmp_path / "run", made)
     elsewhere = request.model_copy(update={"output": tmp_path / "b.mp4"})
@@ -651,7 +653,7 @@ def test_resume_notes_nothing_before_it_knows_that_it_goes_on(
     assert "far enough" in run_command("resume", str(run.folder), "-o", "b.mp4").err
     assert contents(run.folder) == before
     with RunFolder.open(run.folder) as run:
-        run.update(must=rollout.must_be_same(model, request))
+        run.update(must=sameness.must_be_same(model, request))
         for output, frames in ((tmp_path / "a.mp4", 29), (tmp_path / "b.mp4", 0)):
             now = request.model_copy(update={"output": output})
             resuming._go_on(run, model, now, Display(quiet=True), force=False)
@@ -677,7 +679,7 @@ def test_a_branch_says_what_it_takes_and_whether_the_machine_is_another(
         assert "not the machine it was (cpu: null then, " in said[0]
         blocks = "4 of 9 blocks are there; 4 to go through again (about 40 s), 5 to make (about 3 min 20 s)"
         assert said[1:] == [f"{run.record.id}: {blocks}"]
-        run.update(numerics=rollout.numerics(model))
+        run.update(numerics=sameness.numerics(model))
         resuming.announce(run, model, Display(quiet=False))
         blocks = "6 of 7 blocks are there; 0 to go through again (about 0 s), 1 to make (about 40 s)"
         assert said[2:] == [f"{run.record.id}: {blocks}"]
@@ -686,7 +688,7 @@ def test_a_branch_says_what_it_takes_and_whether_the_machine_is_another(
 def test_another_memory_goes_on_when_forced(model: VideoModel, tmp_path: Path) -> None:
     nine: dict[str, Any] = {"output": tmp_path / "a.mp4", "seconds": (16 * 9 - 3) / 16}
     request = request_of(**nine)
-    with RunFolder.create(tmp_path / "run", rollout.new_record(model, request, tags={})) as run:
+    with RunFolder.create(tmp_path / "run", sameness.new_record(model, request, tags={})) as run:
         make(model, tmp_path / "a.mp4", run, stop_after=7, snapshot_every=2, blocks=9)
     smaller = MEMORY.model_copy(update={"top_k": 1})
     now = request_of(**nine, memory=smaller)
@@ -695,11 +697,11 @@ def test_another_memory_goes_on_when_forced(model: VideoModel, tmp_path: Path) -
         with pytest.raises(UsageError, match="layout top_k: 2 then, 1 now"):
             resuming._go_on(run, model, now, Display(quiet=True), force=False)
         resuming._go_on(run, model, now, Display(quiet=True), force=True)
-        assert rollout.replay_cost(run).blocks == 7  # not from the snapshot
+        assert finishing.replay_cost(run).blocks == 7  # not from the snapshot
         make(model, tmp_path / "a.mp4", run, stop_after=8, memory=smaller, snapshot_every=1, blocks=9)
     with RunFolder.open(tmp_path / "run") as run:
         resuming._go_on(run, model, now, Display(quiet=True), force=False)  # it is as it was, by now
-        assert rollout.replay_cost(run).blocks == 0
+        assert finishing.replay_cost(run).blocks == 0
         frames, result = make(model, tmp_path / "a.mp4", run, memory=smaller, blocks=9)
         assert result is not None and (len(frames), result.blocks) == (1, 9)
         assert run.entry(8).selected.shape[1] == 1
@@ -851,14 +853,14 @@ def test_names_that_are_no_text_are_refused_before_anything_is_made(tmp_path: Pa
 
 def test_what_changed_is_named(model: VideoModel) -> None:
     request = GenerateRequest(prompt="x", output=Path("a.mp4"), seed=1, seconds=5.0)
-    then = rollout.must_be_same(model, request)
+    then = sameness.must_be_same(model, request)
     assert json.loads(json.dumps(then)) == then
     longer = request.model_copy(update={"memory": MemoryOptions(top_k=3)})
-    assert runfolder.differences(then, rollout.must_be_same(model, longer)) == [
+    assert runfolder.differences(then, sameness.must_be_same(model, longer)) == [
         "layout top_k: 16 then, 3 now"
     ]
     other = replace(model, hashes={"transformer": "ab"})
-    assert runfolder.differences(then, rollout.must_be_same(other, request)) == [
+    assert runfolder.differences(then, sameness.must_be_same(other, request)) == [
         "weights of transformer: null then, ab now"
     ]
     assert runfolder.differences(then, then) == []
@@ -977,7 +979,7 @@ def test_changed_files_and_torchao_are_named(
     request = request_of(pin_images=pictures, embeddings=tmp_path / "texts", quantize_text="int8")
     quiet = Display(quiet=True)
     with RunFolder.open(five) as run:
-        run.update(must=rollout.must_be_same(model, request))
+        run.update(must=sameness.must_be_same(model, request))
         resuming._go_on(run, model, request, quiet, force=False)
         (tmp_path / "first.png").unlink()  # block 4 and those before it are in the journal
         resuming._go_on(run, model, request, quiet, force=False)
@@ -993,5 +995,5 @@ def test_changed_files_and_torchao_are_named(
         with pytest.raises(UsageError, match="something else: torchao: "):
             resuming._go_on(run, model, request, quiet, force=False)
     start = request_of(image=tmp_path / "last.png")
-    assert "picture of block 0" in rollout.must_be_same(model, start)
-    assert "picture of block 0" not in rollout.must_be_same(model, start, made=1)
+    assert "picture of block 0" in sameness.must_be_same(model, start)
+    assert "picture of block 0" not in sameness.must_be_same(model, start, made=1)

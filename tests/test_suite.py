@@ -19,8 +19,10 @@ from PIL import Image
 from packforcing_cli import runfolder
 from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.prompts import encode_script
 from packforcing_cli.registry import VideoModel, load_model
-from packforcing_cli.rollout import encode_script, layout_for, stream_generate
+from packforcing_cli.resolve import layout_for
+from packforcing_cli.rollout import stream_generate
 from packforcing_cli.timeline import Script
 from packforcing_cli.training import detectors, suite, suite_report, world
 

@@ -12,8 +12,8 @@ import typer
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from packforcing_cli.prompts import Prompt
     from packforcing_cli.registry import VideoModel
-    from packforcing_cli.rollout import Prompt
 
 SCHEMA = 1
 PROMPT = "a red circle moving right on a blue background"
@@ -133,7 +133,7 @@ def _bench(
     json_file: Path | None,
 ) -> None:
     """Measure, then show the tables, then write the JSON. Raises: PackforcingError."""
-    from packforcing_cli import bench, durable, machine, packages, registry, rollout
+    from packforcing_cli import bench, durable, machine, packages, prompts, registry, resolve
     from packforcing_cli.cli import console
     from packforcing_cli.config import PlanRequest
     from packforcing_cli.errors import PackforcingError, UsageError
@@ -155,8 +155,8 @@ def _bench(
         nonlocal loaded
         if loaded is None:
             source = registry.open_model(model, device=where, dtype=dtype)
-            guided = rollout.schedule_for(source).guidance != 1.0
-            prompt = rollout.encode_prompt(source, PROMPT, guided=guided)
+            guided = resolve.schedule_for(source).guidance != 1.0
+            prompt = prompts.encode_prompt(source, PROMPT, guided=guided)
             loaded = source.load(), prompt
         return loaded
 

@@ -79,7 +79,7 @@ def extend(
 
     Exit codes: as resume.
     """
-    from packforcing_cli import continuation, rollout
+    from packforcing_cli import continuation, sameness
     from packforcing_cli.cli import progress as display
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.errors import PackforcingError, UsageError
@@ -164,10 +164,10 @@ def extend(
             )
 
             def branch(model: VideoModel) -> RunFolder:
-                now = rollout.must_be_same(model, before, made=old.blocks)
+                now = sameness.must_be_same(model, before, made=old.blocks)
                 resuming.check_same(old, now, shown, force=force)
                 resuming.announce(old, model, shown, keep=blocks, blocks=job.plan.blocks)
-                other = blocks if rollout.is_other_memory(old.record.must, now) else old.record.other_memory
+                other = blocks if sameness.is_other_memory(old.record.must, now) else old.record.other_memory
                 return continuation.branch(old, blocks, job, model, run, other_memory=min(other, blocks))
 
             if job.history is not None:

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from packforcing_cli.config import GenerateRequest
     from packforcing_cli.jobs import Job
     from packforcing_cli.planner import Plan
+    from packforcing_cli.prompts import Prompt
     from packforcing_cli.provenance import Provenance
     from packforcing_cli.registry import VideoModel
-    from packforcing_cli.rollout import Block, Prompt, Result
+    from packforcing_cli.rollout import Block, Result
     from packforcing_cli.runfolder import RunFolder
     from packforcing_cli.sampler import Schedule
 
@@ -598,7 +599,7 @@ def run_job(
         watch:    gets every block, too.
     Raises: PackforcingError, saying what plays and how to go on.
     """
-    from packforcing_cli import jobs, rollout
+    from packforcing_cli import jobs, sameness
     from packforcing_cli.errors import GenerationError, PackforcingError
 
     blocks = 0
@@ -628,7 +629,7 @@ def run_job(
                 warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
             if again is not None:
-                _compare(again, rollout.provenance_of(model, job.request, job.plan.layout), shown)
+                _compare(again, sameness.provenance_of(model, job.request, job.plan.layout), shown)
             run = open_run(model)
             load_seconds = time.perf_counter() - started
             if verbose:

@@ -54,7 +54,7 @@ def resume(
 
     Exit codes: as generate; 2 also if model, layout or libraries changed.
     """
-    from packforcing_cli import jobs, rollout
+    from packforcing_cli import finishing, jobs
     from packforcing_cli.cli import console
     from packforcing_cli.cli import progress as display
     from packforcing_cli.config import GenerateRequest
@@ -77,7 +77,7 @@ def resume(
             if opened.blocks:  # the start image is in the first of them
                 request = request.model_copy(update={"image": None})
             was_finished = opened.record.status == "finished"
-            if output is None and rollout.finish(opened):
+            if output is None and finishing.finish(opened):
                 done = (
                     "was already finished" if was_finished else "is finished now: only the file was missing"
                 )
@@ -158,11 +158,12 @@ def _go_on(
 
     Raises: UsageError if results would differ; as `RunFolder.update`.
     """
-    from packforcing_cli import rollout
 
-    now = rollout.must_be_same(model, request, made=run.blocks)
+    from packforcing_cli import sameness
+
+    now = sameness.must_be_same(model, request, made=run.blocks)
     check_same(run, now, shown, force=force)
-    if rollout.is_other_memory(run.record.must, now):
+    if sameness.is_other_memory(run.record.must, now):
         run.update(other_memory=run.blocks)
     announce(run, model, shown)
     is_same = run.record.output == str(request.output)
@@ -180,15 +181,15 @@ def announce(
 
     keep, blocks: of a branch: how many blocks it takes over, and its length; None = the run itself goes on.
     """
-    from packforcing_cli import rollout, runfolder
+    from packforcing_cli import finishing, runfolder, sameness
 
-    changed = runfolder.differences(run.record.numerics, rollout.numerics(model))
+    changed = runfolder.differences(run.record.numerics, sameness.numerics(model))
     if changed:
         shown.warn(
             f"this is not the machine it was ({'; '.join(changed)}): the result is not guaranteed to be the same,"
             " bit for bit"
         )
-    cost = rollout.replay_cost(run, keep=keep, blocks=blocks)
+    cost = finishing.replay_cost(run, keep=keep, blocks=blocks)
     if run.snapshot_problem:
         shown.warn(f"{run.snapshot_problem}; it is not used, the blocks are enough")
     there, length = keep or run.blocks, blocks or run.record.blocks
@@ -200,10 +201,10 @@ def announce(
 
 def check_same(run: RunFolder, now: dict[str, object], shown: Display, *, force: bool) -> None:
     """Raises: UsageError naming what differs from when the run was made; with `force` it is a warning."""
-    from packforcing_cli import rollout, runfolder
+    from packforcing_cli import runfolder, sameness
     from packforcing_cli.errors import UsageError
 
-    made = {rollout.PICTURE.format(block) for block in range(run.blocks)}
+    made = {sameness.PICTURE.format(block) for block in range(run.blocks)}
     then = {name: value for name, value in run.record.must.items() if name not in made}
     changed = runfolder.differences(then, now)
     if changed and not force:

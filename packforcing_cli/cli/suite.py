@@ -114,7 +114,7 @@ def run(
     from packforcing_cli.cli import console
     from packforcing_cli.errors import PackforcingError, UsageError
     from packforcing_cli.registry import load_model
-    from packforcing_cli.rollout import layout_for
+    from packforcing_cli.resolve import layout_for
     from packforcing_cli.training import suite as suites
     from packforcing_cli.training import suite_report
 

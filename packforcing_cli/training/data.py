@@ -41,8 +41,8 @@ from packforcing_cli.embeddings import UNCONDITIONAL, Encoded
 from packforcing_cli.errors import LockedError, PackforcingError, UsageError, WeightsError
 from packforcing_cli.layout import Grid
 from packforcing_cli.packages import Manifest
+from packforcing_cli.past import encode_blocks
 from packforcing_cli.registry import ModelSource
-from packforcing_cli.rollout import encode_blocks
 from packforcing_cli.source import Source
 from packforcing_cli.text import TextIdentity, clean
 from packforcing_cli.training.estimate import grid_of
@@ -395,7 +395,7 @@ def check(
 
 @dataclass(frozen=True)
 class _Parts:
-    """What `rollout.encode_blocks` needs of a model."""
+    """What `past.encode_blocks` needs of a model."""
 
     codec: Codec
     device: torch.device

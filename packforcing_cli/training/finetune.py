@@ -27,8 +27,8 @@ from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache
 from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.layout import Grid
 from packforcing_cli.packages import Manifest
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import ModelSource, VideoModel
-from packforcing_cli.rollout import Prompt, Story
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
 from packforcing_cli.timeline import Script
 from packforcing_cli.training import adapters, estimate, loop

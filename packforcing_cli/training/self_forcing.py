@@ -28,8 +28,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import rollout as inference
-from packforcing_cli import rope
+from packforcing_cli import resolve, rope
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, encode
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Layout
@@ -304,7 +303,7 @@ def train(
     trainer = Trainer(
         recipe,
         roles,
-        inference.grid_for(model, model.manifest.size),
+        resolve.grid_for(model, model.manifest.size),
         embeds,
         unconditional,
         trained_frames=model.manifest.trained_frames,

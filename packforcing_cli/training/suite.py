@@ -44,12 +44,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packforcing_cli import __version__, durable, metrics, rollout
+from packforcing_cli import __version__, durable, metrics, resolve, rollout
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import GenerationError, PackforcingError, UsageError, WeightsError
 from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.prompts import Story, encode_script
 from packforcing_cli.registry import MANIFEST, VideoModel, load_model, read_manifest
-from packforcing_cli.rollout import Block, Story, stream_generate
+from packforcing_cli.rollout import Block, stream_generate
 from packforcing_cli.timeline import Script
 from packforcing_cli.training import detectors, world
 
@@ -170,9 +171,9 @@ def all_rows(window_blocks: int) -> tuple[Row, ...]:
 
 def rows_for(model: VideoModel, *, num_blocks: int) -> tuple[Row, ...]:
     """The rows as they are for a model: which of them are one and the same, and which it cannot do."""
-    grid = rollout.grid_for(model, model.manifest.size)
+    grid = resolve.grid_for(model, model.manifest.size)
     own = memory_of(model, {})
-    layout = rollout.layout_for(model, own, grid, num_blocks=num_blocks)
+    layout = resolve.layout_for(model, own, grid, num_blocks=num_blocks)
     stored = layout.tokens(layout.view(num_blocks)).stored
     found: dict[str, str] = {}
     rows = []
@@ -194,10 +195,10 @@ def memory_of(model: VideoModel, options: Mapping[str, Any]) -> MemoryOptions:
 
 def _sameness(model: VideoModel, memory: MemoryOptions, grid: Grid, num_blocks: int) -> str:
     """What makes two memories one, as text. Raises: PackforcingError if the model cannot do it."""
-    layout = rollout.layout_for(model, memory, grid, num_blocks=num_blocks)
+    layout = resolve.layout_for(model, memory, grid, num_blocks=num_blocks)
     facts: list[object] = [layout.sink_blocks, layout.recent_blocks, layout.top_k]
     if layout.top_k:
-        kind = rollout.compressor_kind(model, memory.compressor)
+        kind = resolve.compressor_kind(model, memory.compressor)
         rollout.BlockCompressor(model, kind)
         spans = [str(layout.span(block)) for block in range(num_blocks)]
         facts += [
@@ -337,7 +338,7 @@ def plan(
             raise UsageError(
                 f"--seconds {length:g}: must be 1 to {MAX_SECONDS:g}", hint="For example --seconds 60,120."
             )
-    grid, fps = rollout.grid_for(model, model.manifest.size), model.manifest.fps
+    grid, fps = resolve.grid_for(model, model.manifest.size), model.manifest.fps
     there = rows_for(model, num_blocks=max(grid.blocks_for(length, fps) for length in lengths))
     names = [row.name for row in there]
     wanted = tuple(rows if rows is not None else QUICK_ROWS if quick else names)
@@ -526,9 +527,7 @@ def recall(model: VideoModel, video: Video, *, grid: Grid, fps: int) -> dict[str
     here, away = (world.caption_of(combination, visitor=is_here) for is_here in (True, False))
     calls = {gone + blocks(delay): delay for delay in DELAYS}
     last = max(calls)
-    whole = rollout.encode_script(
-        model, Script((away, here)), guided=rollout.schedule_for(model).guidance != 1.0
-    )
+    whole = encode_script(model, Script((away, here)), guided=resolve.schedule_for(model).guidance != 1.0)
 
     def story(call: int | None) -> Story:
         starts = (0, come, gone) if call is None else (0, come, gone, call)
@@ -695,7 +694,7 @@ def calibrate(model: VideoModel, suite: Suite) -> Pace:
     """Measure a short run: blocks of a growing full memory, a few of the reference, and the detectors."""
     prompt, seconds, tokens = suite.prompts[0], list[float](), list[int]()
     layouts = {
-        policy: rollout.layout_for(
+        policy: resolve.layout_for(
             model, memory_of(model, {"policy": policy}), suite.grid, num_blocks=CALIBRATION_BLOCKS
         )
         for policy in ("full", "packforcing")
@@ -730,7 +729,7 @@ def estimate(model: VideoModel, suite: Suite, videos: Iterable[Video], pace: Pac
         same = (video.kind, video.row, video.blocks)
         if same not in known:
             memory = memory_of(model, video.memory)
-            layout = rollout.layout_for(model, memory, suite.grid, num_blocks=video.blocks)
+            layout = resolve.layout_for(model, memory, suite.grid, num_blocks=video.blocks)
             known[same] = pace.seconds(layout, range(video.blocks))
         found.append(known[same])
     return found

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from packforcing_cli import packages, planner, registry, rollout, runfolder
+from packforcing_cli import health, packages, planner, registry, rollout, runfolder
 from packforcing_cli.cli.generate import Outcome
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.registry import (
@@ -645,8 +645,8 @@ def test_a_model_that_makes_nan_fails_with_one_message(
 def test_nan_in_a_later_block_keeps_what_was_made(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = rollout.require_finite
-    monkeypatch.setattr(rollout, "require_finite", lambda x, i: check(x / 0 if i == 2 else x, i))
+    check = health.require_finite
+    monkeypatch.setattr(health, "require_finite", lambda x, i: check(x / 0 if i == 2 else x, i))
     result = generate()
     assert_one_message(
         result, 1, "block 2 came out as NaN", "What was made so far plays: a-red-circle.part.mp4"
@@ -694,14 +694,14 @@ def test_what_does_not_fit_is_refused_with_what_would(
 def test_memory_that_runs_out_says_what_would_fit(
     generate: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = rollout.require_finite
+    check = health.require_finite
 
     def run_out(x: torch.Tensor, i: int) -> None:
         if i == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         check(x, i)
 
-    monkeypatch.setattr(rollout, "require_finite", run_out)
+    monkeypatch.setattr(health, "require_finite", run_out)
     result = generate("--policy", "full", "--seconds", "5000")
     assert_one_message(result, 5, "the memory of this machine ran out", "Try --policy packforcing")
     assert "plays: a-red-circle.part.mp4" in result.err
@@ -731,14 +731,14 @@ def whole_blocks(path: Path) -> int:
 
 def send_in_block(monkeypatch: pytest.MonkeyPatch, block: int, number: int, times: int = 1) -> None:
     """Let a signal reach this process while a block is denoised."""
-    check = rollout.require_finite
+    check = health.require_finite
 
     def checked(x: torch.Tensor, i: int) -> None:
         check(x, i)
         for _ in range(times if i == block else 0):
             signal.raise_signal(number)
 
-    monkeypatch.setattr(rollout, "require_finite", checked)
+    monkeypatch.setattr(health, "require_finite", checked)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -161,7 +161,7 @@ def test_changed_files_and_libraries_are_said(
     assert "pinned picture 2" in run_command("show", "a.mp4").out
     assert "not as it was" not in run_command("generate", "--from", "a.mp4", "-o", "b.mp4").err
     Image.new("RGB", (64, 64), "green").save(tmp_path / "two.png")
-    monkeypatch.setattr("packforcing_cli.rollout.libraries", lambda *_: {"torch": "0.1"})
+    monkeypatch.setattr("packforcing_cli.sameness.libraries", lambda *_: {"torch": "0.1"})
     again = run_command("generate", "--from", "a.mp4", "-o", "c.mp4")
     assert again.code == 0
     said = f"not as it was when the file was made: the pinned picture 2, torch {metadata.version('torch')}, here 0.1; "
