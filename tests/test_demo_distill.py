@@ -136,7 +136,7 @@ def test_a_step_trains_the_student_alone(student: Models, pools: dict[str, Pool]
     trainer = Trainer(settings, student)
     kept = {k: v.clone() for k, v in trainer.teacher.transformer.state_dict().items()}
     loss, parts = trainer.loss(pools, loop.step_generator(5, 0))
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     assert {"first", "packed", "long"} <= parts.keys()
     for module in trainer.learning().values():
         assert sum(float(p.grad.abs().sum()) for p in module.parameters() if p.grad is not None) > 0
