@@ -103,17 +103,7 @@ def test_a_steps_loss_reaches_every_module_and_bf16_is_near(models: Models, pool
     assert {"first", "packed", "long"} <= parts["fp32"].keys()
     for name, value in parts["fp32"].items():
         assert parts["bf16"][name] == pytest.approx(value, rel=0.03)
-        assert parts["bf16"][name] != value  # it did compute in another precision
-
-
-def losses(models: Models, pool: Pool, settings: DemoFlow) -> torch.Tensor:
-    batch = Batch(torch.Generator().manual_seed(3), torch.device("cpu"))
-    item = demo_flow.strict_item(models, 6, torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        return demo_flow.packed_loss(
-            models, batch, pool, settings, item, tuple(range(6)), torch.tensor([0]),
-            targets=(1, 2, 3, 4, 5), draws=1,
-        )[0][0, 0]  # fmt: skip
+    assert parts["bf16"] != parts["fp32"]  # it did compute in another precision
 
 
 def test_weights_apply_where_the_look_of_a_visitor_can_be_known(
@@ -121,13 +111,47 @@ def test_weights_apply_where_the_look_of_a_visitor_can_be_known(
 ) -> None:
     here = torch.tensor([[0, 1, 0, 0, 1, 1]], dtype=torch.uint8)
     pool = replace(pools["short"], here=here.expand(3, -1))
-    plain = losses(models, pool, recipe())
-    known = losses(models, pool, recipe("data.visitor_weight=5"))
-    back = losses(models, pool, recipe("data.return_weight=5"))
+    batch = Batch(torch.Generator().manual_seed(3), torch.device("cpu"))
     item = demo_flow.strict_item(models, 6, torch.Generator().manual_seed(1))
     assert 1 in item.views[4].mid  # so that block 4 is a return
-    assert (known > plain).tolist() == [False, True, True, False, True]  # block 1: first; block 4: a return
-    assert (back > plain).tolist() == [False, False, False, True, False]
+    blocks = tuple(range(6))
+    clips = demo_flow.packed_clips(
+        batch, pool, item, [blocks], torch.tensor([0]), targets=blocks[1:], context_noise=0.15
+    )
+    with torch.no_grad():
+        error = demo_flow.flow_errors(models, batch, clips, recipe(), 2)
+    plain = clips.weighted(error, recipe().data)
+    known = clips.weighted(error, recipe("data.visitor_weight=5").data)
+    back = clips.weighted(error, recipe("data.return_weight=5").data)
+    assert plain.shape == (1, 2, 5)
+    for draw in range(2):  # block 1: it comes for the first time; block 4: it returns
+        assert (known > plain)[0, draw].tolist() == [False, True, True, False, True]
+        assert (back > plain)[0, draw].tolist() == [False, False, False, True, False]
+    torch.testing.assert_close(plain[0, 1], error[0, 5:].mean((1, 2, 3, 4)))
+    where = clips.cells[0] > 0  # [h,w]
+    wanted = torch.stack([error[0, n].mean((0, 1))[where].mean() for n in (3, 8)]).mean()
+    assert clips.recall(error) == pytest.approx(float(wanted))
+
+
+def test_whole_clips_are_those_that_one_caption_tells(models: Models, pools: dict[str, Pool]) -> None:
+    pool, batch = pools["short"], Batch(torch.Generator().manual_seed(3), torch.device("cpu"))
+    captions = torch.tensor([[4, 4, 4, 4, 4, 9], [4, 4, 7, 4, 4, 4], [5, 5, 5, 5, 6, 6]])
+    found = demo_flow.whole_clips(batch, replace(pool, caption=captions), 3)
+    assert found is not None
+    assert found.captions.tolist() == [4, 4, 4] and found.x0.shape == (3, 1, 16, 20, 8, 16)
+    for block in range(5):
+        assert torch.equal(found.x0[1, 0, :, 4 * block : 4 * block + 4], pool.latents[0, block].float())
+    assert demo_flow.whole_clips(batch, replace(pool, caption=captions[1:]), 3) is None
+    v = found.velocity(models, batch, found.x0, torch.full((3, 1), 0.5), torch.zeros(3, 1).bool())
+    other = found.x0.clone()
+    other[:, :, :, -1] += 1  # the last frame reaches the first: nothing is causal
+    w = found.velocity(models, batch, other, torch.full((3, 1), 0.5), torch.zeros(3, 1).bool())
+    assert float((v - w)[:, :, :, 0].detach().abs().max()) > 1e-6
+    data = {"data.whole_probability": 1.0, "data.long_clips": 0, "data.packed_clips": 0}
+    settings = recipe(*(f"{key}={value}" for key, value in data.items()))
+    same = replace(pool, caption=captions)
+    parts = demo_flow.step_loss(models, {**pools, "short": same}, settings, loop.step_generator(0, 1))[1]
+    assert parts.keys() == {"first", "whole"}
 
 
 def test_an_evaluation_is_repeatable(models: Models, pools: dict[str, Pool]) -> None:

@@ -319,12 +319,14 @@ def back_from_current(
     return ListContext(seen, full_places(0))
 
 
-@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize(("seed", "mids", "far_share"), [(0, 4, 0.0), (1, 16, 0.0), (2, 8, 1.0), (3, 4, 1.0)])
 def test_long_items_equal_a_slow_list_of_raw_keys_and_the_cache(
-    model: WanTransformer, models: demo_flow.Models, seed: int
+    model: WanTransformer, models: demo_flow.Models, seed: int, mids: int, far_share: float
 ) -> None:
-    item, scene = demo_flow.long_item(models, 24, torch.Generator().manual_seed(seed))
+    item = demo_flow.long_item(models, mids, torch.Generator().manual_seed(seed), far_share=far_share)
+    scene = demo_flow.long_scene(mids, 24, torch.Generator().manual_seed(seed))
     first_near = item.full[2]
+    assert all((view.recent == ()) == (far_share == 1) for view in item.views[-2:])
     assert item.full == (0, 1, first_near, first_near + 1, first_near + 2)
     assert item.compressed == tuple(range(2, first_near + 1))
     assert list(scene) == sorted(set(scene)) and len(scene) == first_near + 3
@@ -349,6 +351,8 @@ def test_long_items_equal_a_slow_list_of_raw_keys_and_the_cache(
         slow = velocity(view.block, context)
         torch.testing.assert_close(fast[view.block], slow, rtol=1e-10, atol=1e-10)
 
+    if far_share:  # no cache leaves out recent blocks
+        return
     # The last two in the cache. Of a far block nothing but its backup is ever read there.
     cache = KVCache(
         layout(Fraction(span), sinks=2, top_k=16), num_blocks=40, dtype=torch.float64, batch=BATCH
@@ -373,7 +377,8 @@ def test_in_long_items_a_visitor_returns_whose_look_only_the_far_blocks_have(
     trained = 0
     for seed in range(20):
         generator = torch.Generator().manual_seed(seed)
-        item, scene = demo_flow.long_item(models, 24, generator, here=here, recall=1.0)
+        item = demo_flow.long_item(models, 8, generator)
+        scene = demo_flow.long_scene(8, 24, generator, here=here, recall=1.0)
         number = scene.index(14)
         assert number in item.full[-2:] and scene[number - 1] == 13
         view = item.views[item.full.index(number)]
@@ -386,8 +391,22 @@ def test_in_long_items_a_visitor_returns_whose_look_only_the_far_blocks_have(
     lasts = set()
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
-        lasts.add(demo_flow.long_item(models, 24, generator, here=here, recall=0.0)[1][-1])
+        lasts.add(demo_flow.long_scene(8, 24, generator, here=here, recall=0.0)[-1])
     assert len(lasts) > 5
+
+
+def test_some_long_items_see_far_blocks_alone(models: demo_flow.Models) -> None:
+    items = [
+        demo_flow.long_item(models, 8, torch.Generator().manual_seed(seed), far_share=0.5)
+        for seed in range(60)
+    ]
+    seen = [{(bool(view.sink), bool(view.recent)) for view in item.views[-2:]} for item in items]
+    assert all(len(kinds) == 1 for kinds in seen)  # both trained blocks alike
+    counts = {
+        kind: sum(kind in kinds for kinds in seen) for kind in ((True, True), (True, False), (False, False))
+    }
+    assert sum(counts.values()) == 60 and counts[True, True] > 20
+    assert counts[True, False] > 7 and counts[False, False] > 7
 
 
 def test_what_a_view_can_know_of_a_visitor(models: demo_flow.Models) -> None:

@@ -160,6 +160,7 @@ def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -
     what = {
         "demo-vae": "the demo's autoencoder",
         "demo-flow": "the demo's transformer and compressor",
+        "demo-distill": "the demo as a few-step student",
         "finetune": f"{getattr(recipe, 'model', '')} on clips",
         "finetune-lora": f"adapters of {getattr(recipe, 'model', '')} on clips",
         "self-forcing": "a few-step student and its compressor",
@@ -371,6 +372,10 @@ def _train(
         from packforcing_cli.training import self_forcing
 
         return self_forcing.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+    if recipe.kind == "demo-distill":
+        from packforcing_cli.training import demo_distill
+
+        return demo_distill.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
     from packforcing_cli.training import demo_flow
 
     return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)

@@ -40,7 +40,8 @@ from packforcing_cli.text import TextEncoder, build_encoder, load_tokenizer
 from packforcing_cli.training import demo_text, loop, world
 from packforcing_cli.training.muon import Muon
 from packforcing_cli.training.packed import PackedItem, PackedView, packed_forward
-from packforcing_cli.training.recipes import DemoFlow
+from packforcing_cli.training.recipe_kinds import Train
+from packforcing_cli.training.recipes import DemoFlow, FlowData
 from packforcing_cli.transformer import AloneContext, TextKV, TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, encode_lr, lr_pixels
 
@@ -51,6 +52,8 @@ DEFAULT_SPAN = Fraction(1)
 SPANS = (DEFAULT_SPAN, DEFAULT_SPAN, DEFAULT_SPAN, Fraction(2), Fraction(4), Fraction(1, 4))
 """Slots a mid takes in training, drawn uniformly: the package's default half of the time."""
 LONG_SINKS = 2
+WHOLE_BLOCKS = 5
+"""Blocks of a clip that is denoised at once: 20 latent frames, five seconds, as Self-Forcing's."""
 TRAINED_FRAMES = int((LONG_SINKS + 2) * FRAMES_PER_BLOCK + MAX_MIDS * max(SPANS))
 """Slots of the widest context met in training: sinks, 16 mids at their full span, recent, current."""
 
@@ -211,6 +214,29 @@ def build_pool(
     return Pool(**tensors)
 
 
+def build_pools(recipe: DemoFlow, out: Path, codec: TinyCodec, workers: loop.Workers) -> dict[str, Pool]:
+    """A recipe's pools by name, in `out/pool/`; every process has scenes of its own."""
+    data = recipe.data
+    return {
+        name: build_pool(
+            out / "pool" / f"{name}-{workers.rank}.safetensors",
+            codec,
+            scenes=max(1, scenes // workers.count),
+            blocks=blocks,
+            seed=data.seed * 1000 + workers.rank,
+            visitor_share=data.visitor_share,
+            switch_share=data.switch_share,
+            quick=name == "short",
+        )
+        for name, scenes, blocks in (
+            ("first", data.first_scenes, 1),
+            ("short", data.short_scenes, data.short_blocks),
+            ("long", data.long_scenes, data.long_blocks),
+        )
+        if scenes
+    }
+
+
 def draw_scene(
     generator: torch.Generator, blocks: int, visitor_share: float, switch_share: float, quick: bool
 ) -> world.Scene:
@@ -296,45 +322,52 @@ def strict_item(models: Models, blocks: int, generator: torch.Generator) -> Pack
     )
 
 
-def long_item(
-    models: Models, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
-) -> tuple[PackedItem, tuple[int, ...]]:
-    """Two sinks, 4, 8, 12 or 16 far mids, then three true neighbours of a scene of `blocks` blocks.
+def long_item(models: Models, mids: int, generator: torch.Generator, *, far_share: float = 0.0) -> PackedItem:
+    """Two sinks, `mids` far blocks as compressed tokens only, then three true neighbours, of which two are trained.
+
+    Args:
+        far_share: how often the trained blocks see no recent block, and in half of these no sinks either: all that no
+                   caption tells is then in the compressed tokens alone.
+    """
+    sinks = LONG_SINKS
+    layout = _layout(models, sinks, _draw(SPANS, generator))
+    far, bare = torch.rand(2, generator=generator).tolist()
+    seen = tuple(range(sinks)) if far >= far_share or bare < 0.5 else ()
+    compressed = tuple(range(sinks, sinks + mids))
+    near = (sinks + mids, sinks + mids + 1, sinks + mids + 2)
+    views = [packed_view(layout, b, tuple(range(b)), (), ()) for b in range(sinks)]
+    views.append(packed_view(layout, near[0], tuple(range(sinks)), compressed, ()))
+    views.append(packed_view(layout, near[1], seen, compressed, () if far < far_share else (near[0],)))
+    later = (*compressed, near[0])[-MAX_MIDS:]
+    views.append(packed_view(layout, near[2], seen, later, () if far < far_share else (near[1],)))
+    full = (*range(sinks), *near)
+    return PackedItem(full, (*compressed, near[0]), tuple(views), tuple(range(sinks)))
+
+
+def long_scene(
+    mids: int, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
+) -> tuple[int, ...]:
+    """Which blocks of a scene of `blocks` the blocks of a `long_item` are, in order.
 
     Args:
         here:   for each block of the scene, whether its visitor is there.
         recall: how often, where the scene allows it, one of the last two neighbours is a block to which the visitor
                 returns, having been away in the one before and seen in one of the mids.
-    Returns: the item and, for each of its blocks, its number in the scene. Of the neighbours the first is only
-    context: its own predecessor is not in the item.
+    Of the neighbours the first is only context: its own predecessor is not in the item.
     """
     sinks = LONG_SINKS
-    layout = _layout(models, sinks, _draw(SPANS, generator))
-    first_last = sinks + 4 + 3
-    last = int(torch.randint(first_last, blocks, (), generator=generator))
-    returns = _returns(here, sinks)
+    first_last = sinks + mids + 2
+    last = first_last + int(torch.randint(blocks - first_last, (), generator=generator))
+    returns = [(back, seen) for back, seen in _returns(here, sinks) if back + 1 >= first_last]
     wanted, which, late = torch.rand(3, generator=generator).tolist()
     seen: tuple[int, ...] = ()
     if returns and wanted < recall:
         back, seen = returns[int(which * len(returns))]
         last = min(max(back + int(late < 0.5), first_last), blocks - 1)
     candidates = range(sinks, last - 2)
-    count = 4 * (1 + int(torch.randint(MAX_MIDS // 4, (), generator=generator)))
-    count = min(len(candidates) // 4 * 4, count)
     order = [candidates[n] for n in torch.randperm(len(candidates), generator=generator).tolist()]
     order.sort(key=lambda block: block not in seen[-1:])  # the visitor's last block before is among them
-    chosen = sorted(order[:count])
-    scene = (*range(sinks), *chosen, last - 2, last - 1, last)
-    first_near = sinks + count
-    mids = tuple(range(sinks, first_near))
-    near = (first_near, first_near + 1, first_near + 2)
-    views = [packed_view(layout, b, tuple(range(b)), (), ()) for b in range(sinks)]
-    views.append(packed_view(layout, near[0], tuple(range(sinks)), mids, ()))
-    views.append(packed_view(layout, near[1], tuple(range(sinks)), mids, (near[0],)))
-    later = (*mids, near[0])[-MAX_MIDS:]
-    views.append(packed_view(layout, near[2], tuple(range(sinks)), later, (near[1],)))
-    full = (*range(sinks), *near)
-    return PackedItem(full, (*mids, near[0]), tuple(views), tuple(range(sinks))), scene
+    return (*range(sinks), *sorted(order[:mids]), last - 2, last - 1, last)
 
 
 def _returns(here: Sequence[int], sinks: int) -> list[tuple[int, tuple[int, ...]]]:
@@ -434,86 +467,162 @@ def remembered(here: Tensor, item: PackedItem, targets: Sequence[int]) -> Rememb
     return Remembered(torch.stack(known, 1), torch.stack(returns, 1))
 
 
-def first_loss(models: Models, batch: Batch, pool: Pool, recipe: DemoFlow, count: int) -> Tensor:
-    """Squared velocity errors of `count` scenes' block 0 alone, [count]."""
+@dataclass(frozen=True)
+class Alone:
+    """Clips that see nothing but themselves.
+
+    x0: [B,1,C,F,h,w].  captions: [B] indices into `world.story_captions()`.
+    """
+
+    x0: Tensor
+    captions: Tensor
+
+    def velocity(self, models: Models, batch: Batch, x: Tensor, sigma: Tensor, dropped: Tensor) -> Tensor:
+        """Velocities [B,D,C,F,h,w] of noisy x [B,D,C,F,h,w] at levels sigma [B,D].
+
+        dropped: [B,D] bool, which of them read the empty prompt.
+        """
+        B, D, _, frames = x.shape[:4]
+        text, rows = embed(models, batch, self.captions[:, None].expand(-1, D), dropped)
+        own = TextKV(tuple((k[rows.flatten()], v[rows.flatten()]) for k, v in text.layers))
+        g = models.grid
+        alone = AloneContext(rope.grid_positions(0.0, frames, g.rows, g.cols, device=batch.device))
+        timesteps = (NUM_TRAIN_TIMESTEPS * sigma).flatten()[:, None].expand(-1, frames)
+        v: Tensor = models.transformer(x.flatten(0, 1), timesteps, own, alone)
+        return v.unflatten(0, (B, D))
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Blocks of clips in packed contexts: the `targets` of one item, of B scenes.
+
+    x0:       [B,J,C,F,h,w] clean latents of the targets.
+    clean:    [B,M,C,F,h,w] the history, some of it slightly noisy, as past errors will make it.
+    latents:  [B,T,C,F,h,w] of all blocks of the item, and lr: [B,T,C,2,h//4,w//4], which the compressor reads.
+    captions: [B,T] of all blocks.
+    known, returns: [B,J], see `Remembered`.
+    cells:    [B,h,w] where the visitor of a scene stands.
+    """
+
+    item: PackedItem
+    targets: tuple[int, ...]
+    x0: Tensor
+    clean: Tensor
+    latents: Tensor
+    lr: Tensor
+    captions: Tensor
+    known: Tensor
+    returns: Tensor
+    cells: Tensor
+
+    def velocity(self, models: Models, batch: Batch, x: Tensor, sigma: Tensor, dropped: Tensor) -> Tensor:
+        """As `Alone.velocity`; x has D = n*J blocks, n draws of all targets one after another.
+
+        Its history never loses a caption: so is guidance at inference, where the two passes share one history.
+        """
+        pieces = (*self.item.full, *self.item.compressed)
+        draws = x.shape[1] // len(self.targets)
+        captions = self.captions[:, [*pieces, *(self.targets * draws)]]
+        lost = torch.cat((torch.zeros(len(dropped), len(pieces), dtype=torch.bool), dropped), 1)
+        text, rows = embed(models, batch, captions, lost)
+        return packed_forward(
+            models.transformer,
+            self.item,
+            models.grid,
+            clean=self.clean,
+            compressed=compress(models, self.latents, self.lr, self.item.compressed),
+            noisy=x,
+            timesteps=NUM_TRAIN_TIMESTEPS * sigma,
+            text=text,
+            prompts=rows,
+            targets=self.targets,
+        )
+
+    def weighted(self, error: Tensor, data: FlowData) -> Tensor:
+        """Means [B,n,J] of squared errors [B,n*J,C,F,h,w].
+
+        Where a visitor stands errors count `visitor_weight` times, `return_weight` times when it returns, and once
+        when it comes for the first time: its look is a guess then.
+        """
+        error = error.mean((2, 3)).unflatten(1, (-1, len(self.targets)))  # [B,n,J,h,w]
+        weights = torch.where(self.known, data.visitor_weight, 1.0)
+        weights = torch.where(self.returns, data.return_weight, weights).to(error.device)
+        extra = (weights - 1)[:, :, None, None] * self.cells[:, None]
+        return (error * (1 + extra[:, None])).mean((3, 4))
+
+    def recall(self, error: Tensor) -> float | None:
+        """Mean of squared errors [B,n*J,C,F,h,w] where a visitor returns; None if none does."""
+        error = error.detach().mean((2, 3)).unflatten(1, (-1, len(self.targets)))
+        back = self.returns.to(error.device)[:, :, None, None] * self.cells[:, None]
+        back = back[:, None].expand_as(error)
+        return float((error * back).sum() / back.sum()) if bool(back.any()) else None
+
+
+def first_clips(batch: Batch, pool: Pool, count: int) -> Alone:
+    """Block 0 of `count` scenes."""
     chosen = batch.choose(pool, count)
-    x0 = pool.latents[chosen, 0].float().to(batch.device)
-    sigma = batch.sigmas(count, recipe.shift)
-    eps = batch.randn(x0.shape)
-    wide = sigma.view(-1, 1, 1, 1, 1)
-    dropped = torch.rand(count, generator=batch.generator) < recipe.data.caption_dropout
-    text, rows = embed(models, batch, pool.caption[chosen, 0], dropped)
-    own = TextKV(tuple((k[rows], v[rows]) for k, v in text.layers))
-    g = models.grid
-    alone = AloneContext(rope.grid_positions(0.0, g.frames_per_block, g.rows, g.cols, device=batch.device))
-    timesteps = (NUM_TRAIN_TIMESTEPS * sigma)[:, None].expand(-1, g.frames_per_block)
-    v = models.transformer((1 - wide) * x0 + wide * eps, timesteps, own, alone)
-    return (v - (eps - x0)).square().mean((1, 2, 3, 4))
+    return Alone(pool.latents[chosen, :1].float().to(batch.device), pool.caption[chosen, 0])
 
 
-def packed_loss(
-    models: Models,
+def whole_clips(batch: Batch, pool: Pool, count: int) -> Alone | None:
+    """The first `WHOLE_BLOCKS` blocks of scenes in which one caption says what is seen in all of them, as one clip.
+
+    Every latent frame sees all others, so the same weights judge whole clips, as a teacher of `self-forcing` does.
+    Returns: None if the pool has no such scene.
+    """
+    captions = pool.caption[:, :WHOLE_BLOCKS]
+    constant = (captions == captions[:, :1]).all(1).nonzero()[:, 0]
+    if not len(constant):
+        return None
+    chosen = constant[torch.randint(len(constant), (count,), generator=batch.generator)]
+    blocks = pool.latents[chosen, :WHOLE_BLOCKS].float().to(batch.device)
+    return Alone(blocks.transpose(1, 2).flatten(2, 3)[:, None], captions[chosen, 0])
+
+
+def packed_clips(
     batch: Batch,
     pool: Pool,
-    recipe: DemoFlow,
     item: PackedItem,
-    scene_blocks: tuple[int, ...],
+    scenes: Sequence[Sequence[int]],
     chosen: Tensor,
     *,
     targets: tuple[int, ...],
-    draws: int,
-) -> tuple[Tensor, float | None]:
-    """Squared velocity errors [B, draws, J] of an item's `targets`: B chosen scenes, some noise draws each.
+    context_noise: float,
+) -> Packed:
+    """`targets` of an item, of B chosen scenes.
 
-    Where a visitor stands errors count `visitor_weight` times, `return_weight` times when it returns, and once when it
-    comes for the first time: its look is a guess then. A noisy block loses its caption with the recipe's probability,
-    and its history never does: so is guidance at inference, where the two passes share one history.
-
-    Returns: the errors, and their mean over the cells of visitors that return; None if there is none.
+    Args:
+        scenes:        for each of the B, which of its blocks the blocks of the item are.
+        context_noise: most noise on the history, of half of the clips; its timestep stays 0.
     """
-    here = list(scene_blocks)
-    latents, lr = (t[chosen][:, here].float().to(batch.device) for t in (pool.latents, pool.lr))
-    history, x0 = latents[:, list(item.full)], latents[:, list(targets)].repeat(1, draws, 1, 1, 1, 1)
-    count, num_noisy = x0.shape[:2]
-    sigma = batch.sigmas(count * num_noisy, recipe.shift).view(count, num_noisy)
-    eps = batch.randn(x0.shape)
-    wide = sigma.view(count, num_noisy, 1, 1, 1, 1)
-    # Half of the clips meet a slightly noisy history, as their own past errors will be; its timestep stays 0.
-    level = (
-        batch.rand(count, 1, 1, 1, 1, 1)
-        * recipe.data.context_noise
-        * (batch.rand(count, 1, 1, 1, 1, 1) < 0.5)
-    )
-    clean = (1 - level) * history + level * batch.randn(history.shape)
-    captions = pool.caption[chosen][
-        :, [*(here[n] for n in (*item.full, *item.compressed, *(targets * draws)))]
-    ]
-    dropped = torch.zeros(captions.shape, dtype=torch.bool)
-    dropped[:, -num_noisy:] = (
-        torch.rand(count, num_noisy, generator=batch.generator) < recipe.data.caption_dropout
-    )
-    text, rows = embed(models, batch, captions, dropped)
-    v = packed_forward(
-        models.transformer,
+    rows, here = chosen[:, None], torch.tensor(scenes)  # [B,1], [B,T]
+    latents, lr = (t[rows, here].float().to(batch.device) for t in (pool.latents, pool.lr))
+    history, B = latents[:, list(item.full)], len(chosen)
+    level = batch.rand(B, 1, 1, 1, 1, 1) * context_noise * (batch.rand(B, 1, 1, 1, 1, 1) < 0.5)
+    seen = remembered(pool.here[rows, here], item, targets)
+    return Packed(
         item,
-        models.grid,
-        clean=clean,
-        compressed=compress(models, latents, lr, item.compressed),
-        noisy=(1 - wide) * x0 + wide * eps,
-        timesteps=NUM_TRAIN_TIMESTEPS * sigma,
-        text=text,
-        prompts=rows,
-        targets=targets,
+        targets,
+        x0=latents[:, list(targets)],
+        clean=(1 - level) * history + level * batch.randn(history.shape),
+        latents=latents,
+        lr=lr,
+        captions=pool.caption[rows, here],
+        known=seen.known,
+        returns=seen.returns,
+        cells=visitor_cells(pool, chosen, batch.device),
     )
-    seen = remembered(pool.here[chosen][:, here], item, targets)
-    cells = visitor_cells(pool, chosen, batch.device)[:, None]  # [B,1,h,w]
-    error = (v - (eps - x0)).square().mean((2, 3)).unflatten(1, (draws, len(targets)))  # [B,draws,J,h,w]
-    back = (seen.returns.to(batch.device)[..., None, None] * cells)[:, None].expand_as(error)
-    recall = float((error.detach() * back).sum() / back.sum()) if bool(back.any()) else None
-    weights = torch.where(seen.known, recipe.data.visitor_weight, 1.0)
-    weights = torch.where(seen.returns, recipe.data.return_weight, weights).to(batch.device)
-    extra = (weights - 1)[..., None, None] * cells
-    return (error * (1 + extra[:, None])).mean((3, 4)), recall
+
+
+def flow_errors(models: Models, batch: Batch, clips: Alone | Packed, recipe: DemoFlow, draws: int) -> Tensor:
+    """Squared velocity errors [B,n*J,C,F,h,w] of `draws` noise draws n of all blocks J."""
+    x0 = clips.x0.repeat(1, draws, 1, 1, 1, 1)
+    sigma = batch.sigmas(x0.shape[0] * x0.shape[1], recipe.shift).view(x0.shape[:2])
+    eps = batch.randn(x0.shape)
+    wide = sigma[:, :, None, None, None, None]
+    dropped = torch.rand(x0.shape[:2], generator=batch.generator) < recipe.data.caption_dropout
+    v = clips.velocity(models, batch, (1 - wide) * x0 + wide * eps, sigma, dropped)
+    return (v - (eps - x0)).square()
 
 
 def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -526,68 +635,93 @@ def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...
     return models.compressor(latents[:, chosen].flatten(0, 1), tokens).unflatten(0, (B, len(chosen)))
 
 
+Errors = Callable[["Alone | Packed", int], Tensor]
+"""(clips, noise draws of each block) -> squared errors [B,draws*J,C,F,h,w]."""
+
+
 def step_loss(
     models: Models, pools: dict[str, Pool], recipe: DemoFlow, generator: torch.Generator
 ) -> tuple[Tensor, dict[str, float]]:
     """Loss of one step and its parts by kind of item; every noisy block counts the same."""
-    data = recipe.data
     batch = Batch(generator, next(models.transformer.parameters()).device)
-    errors: list[Tensor] = []
+
+    def errors(clips: Alone | Packed, draws: int) -> Tensor:
+        return flow_errors(models, batch, clips, recipe, draws)
+
+    with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
+        return mixed_loss(models, batch, pools, recipe.data, errors, whole=errors)
+
+
+def mixed_loss(
+    models: Models, batch: Batch, pools: dict[str, Pool], data: FlowData, errors: Errors, *, whole: Errors
+) -> tuple[Tensor, dict[str, float]]:
+    """Draw the items of a step and take their errors; `whole` those of whole clips.
+
+    Returns: the mean over all noisy blocks, and the parts by kind of item.
+    """
+    generator = batch.generator
+    losses: list[Tensor] = []
     parts: dict[str, float] = {}
 
-    def add(name: str, error: Tensor, recall: float | None = None) -> None:
-        errors.append(error.flatten())
-        parts[name] = round(float(error.detach().mean()), 4)
+    def add(name: str, loss: Tensor, recall: float | None = None) -> None:
+        losses.append(loss.flatten())
+        parts[name] = round(float(loss.detach().mean()), 4)
         if recall is not None:
             parts[f"{name} recall"] = round(recall, 4)
 
-    with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        if data.first_clips:
-            add("first", first_loss(models, batch, pools["first"], recipe, data.first_clips))
-        if data.packed_clips:
-            item = strict_item(models, data.packed_blocks, generator)
-            scene = tuple(range(data.packed_blocks))
-            chosen = batch.choose(pools["short"], data.packed_clips)
-            add(
-                "packed",
-                *packed_loss(
-                    models, batch, pools["short"], recipe, item, scene, chosen,
-                    targets=scene[1:], draws=data.packed_draws,
-                ),
-            )  # fmt: skip
-        for _ in range(data.long_clips):
-            if torch.rand((), generator=generator) >= data.long_probability:
-                continue
-            chosen = batch.choose(pools["long"], 1)
-            item, scene = long_item(
-                models,
-                data.long_blocks,
-                generator,
-                here=pools["long"].here[int(chosen)].tolist(),
-                recall=data.recall_share,
-            )
-            add(
-                "long",
-                *packed_loss(
-                    models, batch, pools["long"], recipe, item, scene, chosen,
-                    targets=item.full[-2:], draws=data.long_draws,
-                ),
-            )  # fmt: skip
-    return torch.cat(errors).mean(), parts
+    def add_packed(name: str, clips: Packed, draws: int) -> None:
+        error = errors(clips, draws)
+        add(name, clips.weighted(error, data), clips.recall(error))
+
+    if data.first_clips:
+        add("first", errors(first_clips(batch, pools["first"], data.first_clips), 1).mean((2, 3, 4, 5)))
+    if data.packed_clips:
+        item = strict_item(models, data.packed_blocks, generator)
+        blocks = tuple(range(data.packed_blocks))
+        chosen = batch.choose(pools["short"], data.packed_clips)
+        clips = packed_clips(
+            batch, pools["short"], item, [blocks] * len(chosen), chosen,
+            targets=blocks[1:], context_noise=data.context_noise,
+        )  # fmt: skip
+        add_packed("packed", clips, data.packed_draws)
+    if data.long_clips and float(torch.rand((), generator=generator)) < data.long_probability:
+        mids = 4 * (1 + int(torch.randint(MAX_MIDS // 4, (), generator=generator)))
+        mids = min(mids, (data.long_blocks - LONG_SINKS - 3) // 4 * 4)
+        item = long_item(models, mids, generator, far_share=data.far_share)
+        clips = long_clips(batch, pools["long"], item, mids, data, data.long_clips, recall=data.recall_share)
+        add_packed("long", clips, data.long_draws)
+    if data.whole_probability and float(torch.rand((), generator=generator)) < data.whole_probability:
+        found = whole_clips(batch, pools["short"], data.whole_clips)
+        if found is not None:
+            add("whole", whole(found, 1).mean((2, 3, 4, 5)))
+    return torch.cat(losses).mean(), parts
+
+
+def long_clips(
+    batch: Batch, pool: Pool, item: PackedItem, mids: int, data: FlowData, count: int, *, recall: float
+) -> Packed:
+    """The last two neighbours of a `long_item` with `mids` far blocks, of `count` scenes."""
+    chosen = batch.choose(pool, count)
+    scenes = [
+        long_scene(mids, data.long_blocks, batch.generator, here=here, recall=recall)
+        for here in pool.here[chosen].tolist()
+    ]
+    return packed_clips(
+        batch, pool, item, scenes, chosen, targets=item.full[-2:], context_noise=data.context_noise
+    )
 
 
 # -- the run ----------------------------------------------------------------------------------------------------
 
 
-def optimizers(models: Models, recipe: DemoFlow) -> list[torch.optim.Optimizer]:
+def optimizers_of(modules: Mapping[str, nn.Module], settings: Train) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside layers, AdamW for everything else."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for module in models.modules().values():
+    for module in modules.values():
         for name, parameter in module.named_parameters():
             inside = parameter.ndim == 2 and ("blocks." in name or ".block." in name)
             (matrices if inside and "relative_attention_bias" not in name else others).append(parameter)
-    settings = recipe.train
     adam = torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     if settings.muon_learning_rate is None:
         adam.add_param_group({"params": matrices, "weight_decay": settings.weight_decay})
@@ -596,10 +730,14 @@ def optimizers(models: Models, recipe: DemoFlow) -> list[torch.optim.Optimizer]:
     return [adam, muon]
 
 
+def package_folder(name: str) -> Path:
+    """Folder of a package a recipe names; "package" is the demo's own."""
+    return Path(__file__).resolve().parent.parent / "demo" if name == "package" else Path(name)
+
+
 def load_codec(recipe: DemoFlow) -> TinyCodec:
     """The trained autoencoder the recipe names. Raises: UsageError if there is none."""
-    package = Path(__file__).resolve().parent.parent / "demo"
-    folder = (package if recipe.vae == "package" else Path(recipe.vae)) / "vae"
+    folder = package_folder(recipe.vae) / "vae"
     if not (folder / "config.json").is_file():
         raise UsageError(
             f"no trained autoencoder in {folder}", hint="Run: packforcing train demo-vae --out runs/demo-vae"
@@ -625,7 +763,7 @@ def train(
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
     """
-    settings, data = recipe.train, recipe.data
+    settings = recipe.train
     if settings.threads:
         torch.set_num_threads(settings.threads)
     workers = loop.Workers.start()
@@ -638,7 +776,7 @@ def train(
     if recipe.init:
         start_from(recipe, modules)
     state = loop.TrainingState(
-        modules, loop.MovingAverage(modules, settings.average), optimizers(models, recipe)
+        modules, loop.MovingAverage(modules, settings.average), optimizers_of(modules, recipe.train)
     )
     facts = {
         "kind": recipe.kind,
@@ -650,24 +788,7 @@ def train(
     }
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         log.write(event="pool")
-        pools = {
-            name: build_pool(
-                out / "pool" / f"{name}-{workers.rank}.safetensors",
-                codec,
-                scenes=max(1, scenes // workers.count),
-                blocks=blocks,
-                seed=data.seed * 1000 + workers.rank,
-                visitor_share=data.visitor_share,
-                switch_share=data.switch_share,
-                quick=name == "short",
-            )
-            for name, scenes, blocks in (
-                ("first", data.first_scenes, 1),
-                ("short", data.short_scenes, data.short_blocks),
-                ("long", data.long_scenes, data.long_blocks),
-            )
-            if scenes
-        }
+        pools = build_pools(recipe, out, codec, workers)
         finished = loop.run(
             state,
             settings,
@@ -716,7 +837,10 @@ def write_result(
         "vae": fingerprint(codec),
         **(provenance or {}),
     }
-    demo_package.write(out / "package", models, codec, tokenizer_dir, shift=recipe.shift, provenance=facts)
+    demo_package.write(
+        out / "package", models, codec, tokenizer_dir,
+        schedule=demo_package.schedule(recipe.shift), provenance=facts,
+    )  # fmt: skip
     return {"result": str(out / "package")}
 
 
@@ -736,7 +860,7 @@ def pack_checkpoint(
     models = build(recipe, tokenizer_dir, codec.facts.latent_channels)
     modules = models.modules()
     state = loop.TrainingState(
-        modules, loop.MovingAverage(modules, recipe.train.average), optimizers(models, recipe)
+        modules, loop.MovingAverage(modules, recipe.train.average), optimizers_of(modules, recipe.train)
     )
     if not loop.load_checkpoint(out / "checkpoints", state, None):
         raise UsageError(
@@ -753,8 +877,7 @@ def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
 
     Raises: UsageError if it lacks a part.
     """
-    package = Path(__file__).resolve().parent.parent / "demo"
-    folder = package if recipe.init == "package" else Path(recipe.init)
+    folder = package_folder(recipe.init)
     for name, module in modules.items():
         if not (folder / name).is_dir():
             raise UsageError(
@@ -790,24 +913,37 @@ def known_words(old: Tensor, fresh: Tensor, tokenizer_dir: Path) -> Tensor:
 def mean_error(
     models: Models, pools: dict[str, Pool], recipe: DemoFlow, sigma: float, *, count: int = 16
 ) -> dict[str, float]:
-    """Velocity error at one noise level with fixed noise: block 0 alone and the later blocks of a strict item."""
+    """Velocity error at one noise level with fixed noise: block 0 alone and the later blocks of a strict item.
+
+    "recall" is the error where a visitor returns, and "far recall" the same where only far, compressed blocks have
+    seen it; they are there if the pools have visitors.
+    """
     batch = _FixedSigma(
         loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device
     )
     batch.level = sigma
+    data, far = recipe.data, None
     with (
         torch.no_grad(),
         torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
     ):
-        first = first_loss(models, batch, pools["first"], recipe, count)
-        item = strict_item(models, recipe.data.packed_blocks, batch.generator)
-        scene = tuple(range(recipe.data.packed_blocks))
+        first = flow_errors(models, batch, first_clips(batch, pools["first"], count), recipe, 1)
+        item = strict_item(models, data.packed_blocks, batch.generator)
+        blocks = tuple(range(data.packed_blocks))
         chosen = batch.choose(pools["short"], max(1, count // 4))
-        later, recall = packed_loss(
-            models, batch, pools["short"], recipe, item, scene, chosen, targets=scene[1:], draws=1
-        )
-    figures = {"first": round(float(first.mean()), 4), "later": round(float(later.mean()), 4)}
-    return figures if recall is None else {**figures, "recall": round(recall, 4)}
+        later = packed_clips(
+            batch, pools["short"], item, [blocks] * len(chosen), chosen,
+            targets=blocks[1:], context_noise=data.context_noise,
+        )  # fmt: skip
+        error = flow_errors(models, batch, later, recipe, 1)
+        if data.long_clips:
+            item, mids = long_item(models, 4, batch.generator), 4
+            clips = long_clips(batch, pools["long"], item, mids, data, max(1, count // 2), recall=1.0)
+            far = clips.recall(flow_errors(models, batch, clips, recipe, 1))
+    figures = {"first": float(first.mean()), "later": float(later.weighted(error, data).mean())}
+    found = {"recall": later.recall(error), "far recall": far}
+    figures |= {name: value for name, value in found.items() if value is not None}
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 class _FixedSigma(Batch):

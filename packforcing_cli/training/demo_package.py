@@ -23,7 +23,12 @@ VERSION = "0.1.0"
 STEPS, GUIDANCE = 8, 2.0  # at 3 shades are driven to pure colours and the landmark bar is lost
 
 
-def manifest(codec: TinyCodec, *, shift: float, provenance: Mapping[str, Any]) -> Manifest:
+def schedule(shift: float) -> Schedule:
+    """How a demo that is no few-step student is sampled."""
+    return Schedule(kind="euler", steps=STEPS, shift=shift, guidance=GUIDANCE)
+
+
+def manifest(codec: TinyCodec, *, schedule: Schedule, provenance: Mapping[str, Any]) -> Manifest:
     """What the demo is and how it is run. `provenance`: recipe, data, steps, measured figures."""
     words = {word.strip(",") for caption in world.story_captions() for word in caption.split()}
     return Manifest(
@@ -36,7 +41,7 @@ def manifest(codec: TinyCodec, *, shift: float, provenance: Mapping[str, Any]) -
         trained_frames=TRAINED_FRAMES,
         text_length=demo_text.DEMO_TEXT_LENGTH,
         cache=CacheDefaults(frames_per_block=FRAMES_PER_BLOCK, top_k=MAX_MIDS, mid_span=str(DEFAULT_SPAN)),
-        schedule=Schedule(kind="euler", steps=STEPS, shift=shift, guidance=GUIDANCE),
+        schedule=schedule,
         codec=CodecFactsRecord.of(codec),
         vocabulary=tuple(word for word in demo_text.WORDS if word in words),
         limits=(
@@ -54,13 +59,13 @@ def write(
     codec: TinyCodec,
     tokenizer_dir: Path,
     *,
-    shift: float,
+    schedule: Schedule,
     provenance: Mapping[str, Any],
 ) -> Manifest:
     """Write the package folder, 16-bit weights, replacing an older one."""
     return write_package(
         folder,
-        manifest(codec, shift=shift, provenance=provenance),
+        manifest(codec, schedule=schedule, provenance=provenance),
         transformer=models.transformer,
         compressor=models.compressor,
         vae=codec.module,

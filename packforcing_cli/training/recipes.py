@@ -19,7 +19,18 @@ from packforcing_cli.errors import UsageError
 from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Train
 from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
-__all__ = ["DemoFlow", "DemoVae", "Finetune", "FinetuneLora", "FlowData", "Train", "find", "load", "names"]
+__all__ = [
+    "DemoDistill",
+    "DemoFlow",
+    "DemoVae",
+    "Finetune",
+    "FinetuneLora",
+    "FlowData",
+    "Train",
+    "find",
+    "load",
+    "names",
+]
 
 
 class VaeData(_Strict):
@@ -86,6 +97,16 @@ class FlowData(_Strict):
     long_clips: int = Field(ge=0)
     long_draws: int = Field(default=2, ge=1, description="noise draws of the trained blocks of such an item")
     long_probability: float = Field(default=1.0, ge=0, le=1)
+    far_share: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="items with far mids whose trained blocks see no recent block, and half of them no sinks",
+    )
+    whole_probability: float = Field(
+        default=0.0, ge=0, le=1, description="steps with whole clips, in which every frame sees all others"
+    )
+    whole_clips: int = Field(default=1, ge=1)
     first_clips: int = Field(ge=0)
     caption_dropout: float = Field(default=0.1, ge=0, lt=1)
     context_noise: float = Field(default=0.15, ge=0, lt=1)
@@ -95,6 +116,8 @@ class FlowData(_Strict):
     def _items_fit_scenes(self) -> FlowData:
         if self.packed_blocks > self.short_blocks:
             raise ValueError(f"packed_blocks {self.packed_blocks} exceeds short_blocks {self.short_blocks}")
+        if self.whole_probability and self.short_blocks < 5:
+            raise ValueError("whole clips need short_blocks of at least 5")
         if self.long_clips and (self.long_scenes == 0 or self.long_blocks < 10):
             raise ValueError("long_clips need long_scenes of at least 10 long_blocks")
         return self
@@ -114,6 +137,19 @@ class DemoFlow(_Strict):
         default="fp32",
         description="bf16: products in bfloat16; weights, optimiser and residual stream in float32",
     )
+
+
+class DemoDistill(DemoFlow):
+    """As `DemoFlow`; `init` is the teacher, and what the student begins as."""
+
+    kind: Literal["demo-distill"]  # type: ignore[assignment]
+    timesteps: tuple[int, ...] = Field(
+        default=(1000, 750, 500, 250), description="steps of the student, before the shift"
+    )
+    teacher_steps: int = Field(
+        default=2, ge=1, description="the teacher's Euler steps in one of the student's"
+    )
+    guidance: float = Field(default=2.0, ge=0, description="of the teacher: u + g (c - u)")
 
 
 class StudentRollout(_Strict):
@@ -162,10 +198,11 @@ class SelfForcing(_Strict):
     train: StudentTrain
 
 
-AnyRecipe = DemoVae | DemoFlow | Finetune | FinetuneLora | SelfForcing
+AnyRecipe = DemoVae | DemoFlow | DemoDistill | Finetune | FinetuneLora | SelfForcing
 KINDS: dict[str, type[BaseModel]] = {
     "demo-vae": DemoVae,
     "demo-flow": DemoFlow,
+    "demo-distill": DemoDistill,
     "finetune": Finetune,
     "finetune-lora": FinetuneLora,
     "self-forcing": SelfForcing,
