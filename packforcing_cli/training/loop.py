@@ -319,7 +319,10 @@ def _restore_parts(state: TrainingState, path: Path, shapes: Mapping[str, torch.
         if not key.startswith("optimizer/"):
             continue
         _, number, index, name = key.split("/", 3)
-        weight = state.parameter(int(number), int(index)).detach()
+        try:
+            weight = state.parameter(int(number), int(index)).detach()
+        except IndexError as error:
+            raise WeightsError(f"{path} does not fit the model: it has {key}") from error
         # Numbers, such as AdamW's count of steps, are of one element there and of none here.
         value = torch.zeros_like(weight) if shape == weight.shape and weight.numel() > 1 else torch.zeros(())
         kept[int(number)].setdefault(int(index), {})[name] = into[key] = value

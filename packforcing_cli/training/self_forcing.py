@@ -394,7 +394,7 @@ def train(
             state.step += 1
             _average(state, settings.average_start)
             if state.step % loop.LOG_EVERY == 0 or "student" in parts:
-                log.write(step=state.step, **{name: round(value, 5) for name, value in parts.items()})
+                log.write(step=state.step, **{name: float(f"{value:.9g}") for name, value in parts.items()})
             stop = should_stop is not None and workers.any_wants(should_stop())
             minutes = settings.checkpoint_minutes
             if loop.save_if_due(workers, checkpoints, state, facts, saved, minutes, now=stop):
