@@ -278,6 +278,18 @@ class Layer(nn.Module):
         normed = self._modulated_norm(x, shift, scale, modulation.index)
         return (self.attn1.queries(normed), *self.attn1.keys_values(normed))
 
+    def inputs_alone(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
+        """`self_attention_inputs` of a layer of which nothing else is run.
+
+        A call of its own, as `text_keys_values` is: where weights are shared out among processes they are gathered for
+        it, which in the middle of `forward` would take them away.
+        """
+        return self.self_attention_inputs(x, modulation)
+
+    def text_keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values [B,T,N,D] of embedded text [B,T,d]."""
+        return self.attn2.keys_values(text)
+
     def forward(
         self,
         x: Tensor,
@@ -414,7 +426,7 @@ class WanTransformer(nn.Module):
     def embed_text(self, embeds: Tensor) -> TextKV:
         """Text embeddings [B,T,text_dim] -> cross-attention keys and values of every layer. All T are attended."""
         text = self.condition_embedder.text_embedder(embeds)
-        return TextKV(tuple(layer.attn2.keys_values(text) for layer in self._layers()))
+        return TextKV(tuple(layer.text_keys_values(text) for layer in self._layers()))
 
     def head(self, x: Tensor, modulation: Modulation) -> Tensor:
         """Final norm, modulation and projection. x [B,S,d] -> [B,S,ph*pw*C]."""
@@ -500,7 +512,7 @@ class WanTransformer(nn.Module):
         x = tokens
         for i, layer in enumerate(self._layers()):
             if i == len(self.blocks) - 1:
-                q, k, v = layer.self_attention_inputs(x, modulation)
+                q, k, v = layer.inputs_alone(x, modulation)
                 kept.append((k, v, _token_sum(q)))
                 break
 

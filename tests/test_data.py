@@ -12,7 +12,7 @@ import pytest
 import torch
 from clips import damage, write_clip
 
-from packforcing_cli import packages, registry
+from packforcing_cli import packages, registry, timeline
 from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.errors import DiskFullError, LockedError, UsageError, WeightsError
 from packforcing_cli.registry import ModelSource
@@ -148,6 +148,85 @@ def test_a_clip_that_is_listed_and_missing_is_unreadable(clips: Path) -> None:
     found = {clip.name: clip for clip in data.check(clips, wanted()).clips}
     assert found["gone.mp4"].state == "unreadable"
     assert found["gone.mp4"].message == "No such file or directory"
+
+
+# -- captions over time -----------------------------------------------------------------------------------------
+
+STORY = "# what is seen\n0:00 a red square\n0:01.9 a blue square [cut]\n0:03.5 a green square\n"
+
+
+def test_a_timeline_captions_the_blocks_nearest_to_its_times(tmp_path: Path) -> None:
+    """Blocks of a scene of three begin at 0, 0.81 and 1.81 s; the next scene begins at 2.81 s."""
+    folder = tmp_path / "clips"
+    write_clip(folder / "a.mp4", frames=90, caption=STORY)
+    write_clip(folder / "b.mp4", frames=45, seed=1, caption="0:30 is no time in here [cut]\nof a caption")
+    write_clip(folder / "c.mp4", frames=45, seed=2, caption=None)
+    write_clip(folder / "d.mp4", frames=45, seed=3, caption="3 birds at 0:05")
+    lines = [
+        {"file_name": "b.mp4", "timeline": ["0:00 one", "0:01 two"]},
+        {
+            "file_name": "c.mp4",
+            "timeline": [{"time": "0:00", "prompt": "one"}, {"time": 1.9, "prompt": "two"}],
+        },
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    found = {clip.name: clip for clip in data.check(folder, wanted()).clips}
+    assert {clip.state for clip in found.values()} == {"used"}
+    red, blue, green = (f"a {colour} square" for colour in ("red", "blue", "green"))
+    assert [(w.captions, w.cuts) for w in found["a.mp4"].words] == [
+        ((red, red, blue), (2,)),
+        ((blue, green, green), ()),
+    ]
+    assert [w.captions for w in found["b.mp4"].words] == [("one", "two", "two")]
+    assert [w.captions for w in found["c.mp4"].words] == [("one", "one", "two")]
+    assert (found["d.mp4"].caption, found["d.mp4"].words) == ("3 birds at 0:05", ())
+
+
+def test_a_scene_is_captioned_as_a_rollout_with_the_same_timeline(tmp_path: Path) -> None:
+    grid, fps = wanted().grid, wanted().fps
+    scenes = timeline.parse(STORY, source="story")
+    words = data.words_of(scenes, (5,), grid, fps)[0]
+    script = timeline.Timeline(scenes[1:]).script(scenes[0].prompt, grid, fps=fps, num_blocks=5)
+    assert words.script == script
+    assert [script.prompts[script.scene(block)] for block in range(5)] == list(words.captions)
+    assert words.cuts == (2,)
+
+
+@pytest.mark.parametrize(
+    ("caption", "said"),
+    [
+        ("0:00 one\n0:01 two [cutt]", "line 2, column 10: unknown option '[cutt]'; did you mean [cut]?"),
+        ("0:01 one", "its first caption begins at 0:01, not at 0:00"),
+        ("0:00 one\n0:02 two [blend 1s]", "line 2: a clip's captions have no [blend] and no [pin]"),
+        ("0:00 one\n0:01 two\n0:01.0 three", "two captions begin at 0:01"),
+        ("0:00 one\n0:09 two", "0:09 is past its end: it is 0:02.812 long"),
+    ],
+)
+def test_a_wrong_timeline_makes_a_bad_clip_and_says_why(clips: Path, caption: str, said: str) -> None:
+    (clips / "1.txt").write_text(caption, "utf-8")
+    found = {clip.name: clip for clip in data.check(clips, wanted()).clips}
+    assert (found["1.mp4"].state, found["0.mp4"].state) == ("no caption", "used")
+    assert said in found["1.mp4"].message
+
+
+def test_a_timeline_that_is_no_list_is_named(clips: Path) -> None:
+    (clips / "metadata.jsonl").write_text('{"file_name": "0.mp4", "timeline": "0:00 x"}\n', "utf-8")
+    with pytest.raises(UsageError, match="line 1: timeline is no list of captions"):
+        data.find_clips(clips)
+
+
+def test_captions_of_blocks_are_encoded_and_read_back(
+    clips: Path, tmp_path: Path, demo: ModelSource, counted: list[str]
+) -> None:
+    before = data.encode(clips, tmp_path / "out", demo, wanted())
+    (clips / "1.txt").write_text("0:00 a square, number 1\n0:01.9 night falls [cut]", "utf-8")
+    encoded = data.encode(clips, tmp_path / "out", demo, wanted())
+    assert counted == ["0.mp4", "1.mp4", "2.mp4"]  # once: words are no pixels
+    assert encoded.sha256 != before.sha256
+    first, scene = encoded.scenes[:2]
+    assert (first.captions, first.cuts) == (("a square, number 0",) * 3, ())
+    assert (scene.captions, scene.cuts) == (("a square, number 1",) * 2 + ("night falls",), (2,))
+    assert not torch.equal(encoded.embedding("night falls"), encoded.embedding(scene.caption))
 
 
 # -- encoding ---------------------------------------------------------------------------------------------------
@@ -350,7 +429,7 @@ def test_data_check_prints_a_table_or_json(clips: Path, run_command: Any) -> Non
         "duplicate": 0,
     }
     assert set(values["clips"][0]) == {
-        *("name", "state", "message", "caption", "sha256", "seconds", "size", "fps", "scenes")
+        *("name", "state", "message", "caption", "sha256", "seconds", "size", "fps", "scenes", "words")
     }
     assert run_command(*arguments, "--max-bad", "0.3").code == 0
 

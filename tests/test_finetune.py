@@ -26,7 +26,7 @@ from packforcing_cli.layout import Grid
 from packforcing_cli.training import data, estimate, finetune, loop, recipes
 from packforcing_cli.training.data import EncodedData, Wanted
 from packforcing_cli.training.items import Shape
-from packforcing_cli.training.packed import packed_forward
+from packforcing_cli.training.packed import PackedItem, packed_forward
 from packforcing_cli.training.recipe_kinds import Finetune
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 
@@ -160,6 +160,44 @@ def test_checkpointing_and_the_whole_backward_pass_give_equal_gradients(
         gradients.append([p.grad for m in (models.transformer, models.compressor) for p in m.parameters()])
     for whole, again in zip(*gradients, strict=True):
         assert (whole is None and again is None) or torch.equal(whole, again)
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune-long"])
+def test_every_block_of_an_item_reads_its_own_caption(
+    package: Path, encoded: EncodedData, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = recipe(package, name, data__draws=2, data__caption_dropout=0.0)
+    source = registry.open_model(package, device="cpu", dtype=torch.float32)
+    models = finetune.load_models(chosen, source, torch.device("cpu"))
+    shape, plain = estimate.shape_of(chosen.data), encoded.scenes[-1]
+    texts = [scene.caption for scene in encoded.scenes[:2]]
+    captions = tuple(texts[block >= 4] for block in range(plain.blocks))
+    scene = dataclasses.replace(plain, words=data.Words(captions, (4,)))
+    seen: dict[str, Any] = {}
+
+    def spy(model: WanTransformer, item: PackedItem, grid: Grid, **given: Any) -> Tensor:
+        seen.update(given, item=item)
+        return packed_forward(model, item, grid, **given)
+
+    monkeypatch.setattr(finetune, "packed_forward", spy)
+    for n in range(4):
+        finetune.item_loss(models, encoded, scene, shape, chosen, torch.Generator().manual_seed(n))
+        drawn = shape.item(models.grid, scene.blocks, torch.Generator().manual_seed(n), cuts=(4,))
+        assert seen["item"] == drawn.packed
+        pieces = [*drawn.packed.full, *drawn.packed.compressed, *drawn.targets, *drawn.targets]
+        expected = [captions[drawn.scene[piece]] for piece in pieces]
+        rows = seen["prompts"][0].tolist() if seen["prompts"] is not None else [0] * len(pieces)
+        assert len(rows) == len(pieces)
+        keys = seen["text"].layers[0][0]
+        for row, caption in zip(rows, expected, strict=True):
+            own = models.transformer.embed_text(encoded.embedding(caption)).layers[0][0]
+            torch.testing.assert_close(keys[row : row + 1], own)
+    same = dataclasses.replace(plain, words=data.Words((plain.caption,) * plain.blocks))
+    losses = [
+        finetune.item_loss(models, encoded, s, shape, chosen, torch.Generator().manual_seed(1))
+        for s in (plain, same)
+    ]
+    assert torch.equal(*losses)
 
 
 def test_held_out_clips_are_never_trained_on(package: Path, encoded: EncodedData) -> None:
@@ -337,8 +375,8 @@ def test_samples_and_curve_are_made_on_the_way(package: Path, encoded: EncodedDa
     )
     with_samples = train(chosen, tmp_path / "with", encoded)
     made = sorted(p.name for p in (tmp_path / "with" / "samples").glob("*.mp4"))
-    assert made == ["0000000-0.mp4", "0000002-0.mp4", "0000003-0.mp4"]
-    first, last = ((tmp_path / "with" / "samples" / name).read_bytes() for name in (made[0], made[-1]))
+    assert made == ["0000000-0.mp4", "0000002-0.mp4", "0000003-0.mp4", "before-after-0.mp4"]
+    first, last = ((tmp_path / "with" / "samples" / name).read_bytes() for name in (made[0], made[2]))
     assert first != last
     assert (tmp_path / "with" / "curve.png").read_bytes().startswith(b"\x89PNG")
     train(recipe(package, train__steps=3), tmp_path / "without", encoded)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 import torch
 from test_packed import (
+    BATCH,
     LAYERS,
+    CachedRun,
     ListContext,
     assert_equal_to_the_cache,
     back_from_current,
@@ -171,3 +174,51 @@ def test_clips_held_out_stay_so_when_data_grows() -> None:
     assert len({names[n] for n in held} & {[*names, "another.mp4"][n] for n in more}) >= 3
     assert kept_evenly(["one.mp4"], 0.5) == ([0], [])
     assert kept_evenly([], 0.5) == ([], [])
+
+
+class CutRun(CachedRun):
+    """A cached run with cuts."""
+
+    cuts: tuple[int, ...] = ()
+
+    def cache(self, top_k: int, compressed_context: str = "sinks") -> KVCache:
+        shape = layout(self.span, sinks=self.sinks, top_k=top_k)
+        cache = KVCache(replace(shape, cuts=self.cuts), num_blocks=40, dtype=torch.float64, batch=BATCH)
+        for i, kv in enumerate(self.kv):
+            cache.commit(i, kv)
+            if cache.needs_backup(i):
+                cache.add_backup(i, self.backups[i])
+        return cache
+
+
+def test_items_with_a_cut_and_captions_of_their_blocks_equal_the_cached_rollout(
+    model: WanTransformer,
+) -> None:
+    shape = Shape("strict", 5, (1,), 16, (Fraction(1),), 0.0)
+    item = shape.item(grid(), 5, torch.Generator().manual_seed(0), cuts=(3,)).packed
+    assert [view.recent for view in item.views] == [(), (), (1,), (), (3,)]
+    assert [view.mid for view in item.views] == [(), (), (), (1, 2), (1, 2)]
+    seen = clip(model, 5, 0)
+    texts = tuple(clip(model, 1, 40 + (block >= 3)).text for block in range(5))
+    run = CutRun(model, seen, Fraction(1), 1, texts=texts)
+    run.cuts = (3,)
+    fast = packed(model, item, seen, grid(), texts)
+    uncut = packed(model, shape.item(grid(), 5, torch.Generator().manual_seed(0)).packed, seen, grid(), texts)
+    for view in item.views:
+        slow = run.block(view.mid, "sinks")
+        torch.testing.assert_close(fast[view.block], slow, rtol=1e-10, atol=1e-10)
+    assert (fast[3] - uncut[3]).norm() > 1e-3 * uncut[3].norm()
+
+
+def test_neighbours_of_long_items_see_a_cut_too() -> None:
+    for item in (LONG.item(grid(), 12, torch.Generator().manual_seed(n), cuts=(7,)) for n in range(300)):
+        for view in item.packed.views:
+            block = item.scene[view.block]
+            recent = [item.scene[b] for b in view.recent]
+            assert recent in ([], [block - 1])
+            if block == 7:
+                assert not recent
+            elif block - 1 in item.scene and view.block - 1 in item.packed.full and view.block > 2:
+                assert recent == [block - 1]
+            if block == 7 and 6 in item.scene and view.block - 1 in item.packed.full and view.mid:
+                assert item.scene[view.mid[-1]] == 6

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 LINE_EVERY_SECONDS = 10.0
 SPEED_WINDOW_SECONDS = 60.0
+SHARED_KINDS = ("finetune", "finetune-lora", "self-forcing")
 
 
 def train(
@@ -53,6 +54,13 @@ def train(
             help="Clips to finetune on, or what packforcing data encode made of them.",
         ),
     ] = None,
+    fsdp: Annotated[
+        bool,
+        typer.Option(
+            "--fsdp",
+            help="Share the weights out among the processes of torchrun (FSDP2) instead of copying them.",
+        ),
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Only go on with a run: refuse to start a new one.")
     ] = False,
@@ -70,8 +78,9 @@ def train(
     A folder that has checkpoints is continued. Ctrl-C saves a checkpoint first; twice stops at once. A recipe whose
     result would be run in a context that it is not trained in is refused.
     """
-    from packforcing_cli.errors import PackforcingError, UsageError
-    from packforcing_cli.training import recipes
+    from packforcing_cli.cli import console
+    from packforcing_cli.errors import MemoryFitError, PackforcingError, UsageError
+    from packforcing_cli.training import loop, recipes
 
     is_first = os.environ.get("RANK", "0") == "0"
     talk = _Talk(silent=quiet or not is_first)
@@ -89,21 +98,41 @@ def train(
             changed.append(f"{key}={json.dumps(str(value))}")
         chosen = recipes.load(recipe, changed)
         folder = out or Path("runs") / recipes.find(recipe).stem
-        if resume and not any((folder / "checkpoints").glob("step-*.safetensors")):
+        if fsdp:
+            _require_sharing(chosen)
+        if resume and not loop.checkpoints_of(folder / "checkpoints"):
             raise UsageError(
                 f"there is no run to go on with in {folder}", hint="Check --out, or leave --resume away."
             )
         _make_folder(folder)
-        again = _command(recipe, folder, settings or [], vae, data, force=force)
-        code = _run(chosen, folder, talk, again, force=force, verbose=verbose)
+        again = _command(recipe, folder, settings or [], vae, data, fsdp=fsdp, force=force)
+        code, figures = _run(chosen, folder, talk, again, fsdp=fsdp, force=force, verbose=verbose)
     except PackforcingError as error:
         if is_first:
             raise
+        if not isinstance(error, UsageError | MemoryFitError):  # those are the same in every process
+            console.warn(f"process {os.environ.get('RANK')}: {error}")
         raise typer.Exit(error.exit_code) from error
     if code:
         raise typer.Exit(code)
     if is_first:
-        _report(chosen, folder, talk)
+        _report(chosen, folder, talk, figures)
+
+
+def _require_sharing(recipe: AnyRecipe) -> None:
+    """Raises: UsageError for a recipe whose weights cannot be shared out, and for one process."""
+    from packforcing_cli.errors import UsageError
+
+    if recipe.kind not in SHARED_KINDS:
+        raise UsageError(
+            f"--fsdp: the weights of a {recipe.kind} recipe are not shared out",
+            hint=f"It is for {', '.join(SHARED_KINDS)}; leave it away.",
+        )
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        raise UsageError(
+            "--fsdp shares the weights out among processes, and there is one",
+            hint="Start it with torchrun --nproc-per-node N -m packforcing_cli train …, or leave it away.",
+        )
 
 
 def _takes(recipe: AnyRecipe, key: str) -> bool:
@@ -133,7 +162,14 @@ def _make_folder(folder: Path) -> None:
 
 
 def _command(
-    recipe: str, folder: Path, settings: list[str], vae: str | None, data: Path | None, *, force: bool
+    recipe: str,
+    folder: Path,
+    settings: list[str],
+    vae: str | None,
+    data: Path | None,
+    *,
+    fsdp: bool,
+    force: bool,
 ) -> str:
     """The command that goes on with this run, as it was started."""
     words = ["packforcing", "train", recipe, "--out", str(folder)]
@@ -143,20 +179,26 @@ def _command(
         words += ["--vae", vae]
     if data is not None:
         words += ["--data", str(data)]
-    if force:
-        words.append("--force")
-    count = os.environ.get("WORLD_SIZE", "1")
+    words += ["--fsdp"] if fsdp else []
+    words += ["--force"] if force else []
+    count, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
     if count != "1":
-        words[:1] = ["torchrun", "--nproc-per-node", count, "-m", "packforcing_cli"]
+        start = ["torchrun", "--nproc-per-node", here or count]
+        if here and here != count:
+            start += ["--nnodes", str(int(count) // int(here))]
+            start += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"{os.environ.get('MASTER_ADDR')}:29500"]
+        words[:1] = [*start, "-m", "packforcing_cli"]
     return shlex.join(words)
 
 
 def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -> None:
     import torch
 
+    from packforcing_cli.training import loop
+
     steps = recipe.train.steps
     # The newest may be cut short by a crash; the trainer says at which step it really goes on.
-    found = sorted((folder / "checkpoints").glob("step-*.safetensors"))
+    found = loop.checkpoints_of(folder / "checkpoints")
     what = {
         "demo-vae": "the demo's autoencoder",
         "demo-flow": "the demo's transformer and compressor",
@@ -227,9 +269,10 @@ class _Lines:
         elif event == "start":
             if record["step"]:
                 self._talk.say(f"{record['step']} of {self._steps} steps done already")
-        elif event == "evaluate":
+        elif event in ("evaluate", "samples"):
             step = record.pop("step")
-            self._talk.say(f"step {step}, evaluated: {_figures(record)}")
+            said = "evaluated" if event == "evaluate" else "before training" if not step else "at the end"
+            self._talk.say(f"step {step}, {said}: {_figures(record)}")
 
 
 def _figures(values: dict[str, Any]) -> str:
@@ -263,8 +306,10 @@ class _Stop:
         self.code = self.code or 128 + number
 
 
-def _run(recipe: AnyRecipe, folder: Path, talk: _Talk, again: str, *, force: bool, verbose: bool) -> int:
-    """Train. Returns: 0, or the exit code of a run that was stopped. Raises: PackforcingError."""
+def _run(
+    recipe: AnyRecipe, folder: Path, talk: _Talk, again: str, *, fsdp: bool, force: bool, verbose: bool
+) -> tuple[int, dict[str, Any]]:
+    """Train. Returns: 0, or the exit code of a run that was stopped; and its figures. Raises: PackforcingError."""
     from packforcing_cli import durable
     from packforcing_cli.errors import DiskFullError
 
@@ -272,11 +317,11 @@ def _run(recipe: AnyRecipe, folder: Path, talk: _Talk, again: str, *, force: boo
     with _Stop() as stop:
         try:
             _introduce(recipe, folder, talk, verbose=verbose)
-            clips = _prepare(recipe, folder, talk, force=force)
-            figures = _train(recipe, folder, lines, stop, clips)
+            clips = _prepare(recipe, folder, talk, fsdp=fsdp, force=force)
+            figures = _train(recipe, folder, lines, stop, clips, fsdp=fsdp)
         except KeyboardInterrupt:
             talk.say(f"Stopped at once; the steps since the newest checkpoint are lost. To go on: {again}")
-            return stop.code or 130
+            return stop.code or 130, {}
         except Exception as error:
             if durable.is_full_disk(error):
                 raise DiskFullError(
@@ -286,11 +331,11 @@ def _run(recipe: AnyRecipe, folder: Path, talk: _Talk, again: str, *, force: boo
             raise
     if figures["steps"] < recipe.train.steps:
         talk.say(f"Stopped at step {figures['steps']}, a checkpoint is saved. To go on: {again}")
-        return stop.code or 130
-    return 0
+        return stop.code or 130, figures
+    return 0, figures
 
 
-def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, force: bool) -> EncodedData | None:
+def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, fsdp: bool, force: bool) -> EncodedData | None:
     """Say what the training takes, refuse what cannot go well, and encode clips where there are any.
 
     Raises: UsageError if inference would leave the trained context; MemoryFitError; what reading clips raises.
@@ -299,10 +344,11 @@ def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, force: bool) -> En
     from packforcing_cli.training.loop import Workers
     from packforcing_cli.training.recipe_kinds import Finetune
 
-    device = Workers.start().device
+    workers = Workers.start()
+    device, processes = workers.device, workers.count if fsdp else 1
     clips = _clips(recipe, folder, talk, device) if isinstance(recipe, Finetune) else None
     blocks = None if clips is None else max((scene.blocks for scene in clips.scenes), default=None)
-    found = estimate(recipe, device, scene_blocks=blocks)
+    found = estimate(recipe, device, scene_blocks=blocks, processes=processes)
     for line in found.lines():
         talk.say(line)
     if not force:
@@ -310,7 +356,9 @@ def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, force: bool) -> En
     for mismatch in found.mismatches:
         talk.say(f"warning: inference leaves what is trained: {mismatch}")
     too_large = found.memory.total > found.free_bytes * 0.95
-    found.require_fit(would_fit(recipe, device, scene_blocks=blocks) if too_large else ())
+    found.require_fit(
+        would_fit(recipe, device, scene_blocks=blocks, processes=processes) if too_large else ()
+    )
     return clips
 
 
@@ -355,7 +403,7 @@ def _clips(recipe: Finetune, folder: Path, talk: _Talk, device: torch.device) ->
 
 
 def _train(
-    recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None
+    recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None, *, fsdp: bool
 ) -> dict[str, Any]:
     from packforcing_cli.training.recipe_kinds import Finetune
 
@@ -367,11 +415,15 @@ def _train(
         from packforcing_cli.training import finetune
 
         assert clips is not None
-        return finetune.train(recipe, folder, clips, on_log=lines, should_stop=lambda: stop.code != 0)
+        return finetune.train(
+            recipe, folder, clips, share=fsdp, on_log=lines, should_stop=lambda: stop.code != 0
+        )
     if recipe.kind == "self-forcing":
         from packforcing_cli.training import self_forcing
 
-        return self_forcing.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+        return self_forcing.train(
+            recipe, folder, share=fsdp, on_log=lines, should_stop=lambda: stop.code != 0
+        )
     if recipe.kind == "demo-distill":
         from packforcing_cli.training import demo_distill
 
@@ -381,7 +433,7 @@ def _train(
     return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
 
 
-def _report(recipe: AnyRecipe, folder: Path, talk: _Talk) -> None:
+def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any]) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
     from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
@@ -391,8 +443,10 @@ def _report(recipe: AnyRecipe, folder: Path, talk: _Talk) -> None:
         talk.say(f"Done. Next: packforcing train demo-flow --vae {shlex.quote(str(folder))}")
     else:
         result = folder / "package"
+        for pair in figures.get("pairs", ()):
+            talk.say(f"before (left) and after (right): {pair}")
         if isinstance(recipe, Finetune) and recipe.samples.every:
-            talk.say(f"samples, before and after: {folder / 'samples'}; curve: {folder / 'curve.png'}")
+            talk.say(f"samples: {folder / 'samples'}; curve: {folder / 'curve.png'}")
         if isinstance(recipe, FinetuneLora):
             talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
         talk.say(

@@ -1,6 +1,7 @@
 """Clips of people: what is in a folder, which of it can be trained on, and the encoded form that training reads.
 
-    CLIPS/               cat.mp4 + cat.txt, or metadata.jsonl with a line {"file_name": "cat.mp4", "text": "…"} a clip
+    CLIPS/               cat.mp4 + cat.txt, or metadata.jsonl with a line {"file_name": "cat.mp4", "text": "…"} a clip;
+                         a caption may be a timeline: lines "0:00 …", "0:05 … [cut]" (timeline.py), or "timeline": […]
         │  check         every clip read once: unreadable, too short, too small, duplicate, captionless, or used
         │  encode        cut into scenes, each encoded as a stream of its own
     OUT/settings.json    what all of it depends on: model, hashes of VAE and text encoder, size, fps, scene length
@@ -19,13 +20,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from packforcing_cli import durable, embeddings, packages, registry, weights
+from packforcing_cli import durable, embeddings, packages, registry, timeline, weights
 from packforcing_cli.embeddings import UNCONDITIONAL, Encoded
 from packforcing_cli.errors import LockedError, PackforcingError, UsageError, WeightsError
 from packforcing_cli.layout import Grid
@@ -68,6 +70,7 @@ LEAST_BLOCKS = 2  # of a scene: with one there is no history to train on
 SHARD_BYTES = 64_000_000
 MAX_BAD = 0.1  # share of bad clips above which training does not start
 
+_BEGINS_WITH_A_TIME = re.compile(r"(?:\s*#[^\n]*\n|\s*\n)*\s*\d+(?::\d\d){1,2}(?:[.,]\d+)?\s")
 BAD = ("unreadable", "no caption", "too short", "too small")
 STATES = ("used", *BAD, "duplicate")
 
@@ -77,11 +80,38 @@ STATES = ("used", *BAD, "duplicate")
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a folder: its path below the folder, with /, and its caption or ''."""
+    """A clip of a folder.
+
+    name:    its path below the folder, with /.
+    caption: or ''; the first one of a timeline.
+    scenes:  of its timeline, by time, the first at 0; empty without one.
+    problem: what is wrong with its timeline, or ''.
+    """
 
     name: str
     path: Path
     caption: str
+    scenes: tuple[timeline.Scene, ...] = ()
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Words:
+    """What each block of a scene is captioned with.
+
+    captions: one a block.
+    cuts:     blocks that see no recent block, as in a rollout.
+    """
+
+    captions: tuple[str, ...]
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def script(self) -> timeline.Script:
+        """The same as a rollout takes it."""
+        new = [n for n, text in enumerate(self.captions) if not n or text != self.captions[n - 1]]
+        prompts = tuple(self.captions[n] for n in new)
+        return timeline.Script(prompts, tuple(new), (0,) * len(new), cuts=self.cuts)
 
 
 @dataclass(frozen=True)
@@ -137,6 +167,7 @@ class Finding:
 
     state:   one of STATES.  message: why it is not used; empty when it is.
     scenes:  blocks of each scene; empty if it is not used.
+    words:   of the blocks of each scene, where the caption is a timeline; else empty.
     sha256:  of the file; '' if it could not be read.
     seconds, size, fps: of the file; 0 where unknown.
     """
@@ -150,6 +181,7 @@ class Finding:
     size: tuple[int, int] = (0, 0)
     fps: float = 0.0
     scenes: tuple[int, ...] = ()
+    words: tuple[Words, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,7 +245,8 @@ def too_many_bad(bad: list[Finding], total: int, limit: float) -> UsageError:
 def find_clips(folder: Path) -> tuple[list[Clip], list[str]]:
     """The clips of a folder and what is below it, by name, and the names of files that are none.
 
-    A line of metadata.jsonl decides the caption of its clip; without one it is NAME.txt beside the clip.
+    A line of metadata.jsonl decides the caption of its clip; without one it is NAME.txt beside the clip. A caption is a
+    timeline if its first line begins with a time with a colon, as 0:00.
     Raises: UsageError if there is no folder, no clip or a broken metadata.jsonl.
     """
     if not folder.is_dir():
@@ -233,11 +266,65 @@ def find_clips(folder: Path) -> tuple[list[Clip], list[str]]:
         path = folder / name
         text = path.with_suffix(".txt")
         beside.add(text)
-        caption = listed.get(name) or (_read_caption(text) if text.is_file() else "")
-        clips.append(Clip(name, path, clean(caption)))
+        found = listed.get(name) or (_read_caption(text) if text.is_file() else "")
+        clips.append(_captioned(name, path, found, METADATA if listed.get(name) else str(text)))
     known = {*names, METADATA}
     others = [n for n, path in by_name.items() if n not in known and path not in beside]
     return clips, others
+
+
+def _captioned(name: str, path: Path, said: str | list[Any], source: str) -> Clip:
+    """A clip with its caption, or the timeline that it is."""
+    try:
+        if isinstance(said, list):
+            if all(isinstance(entry, dict) for entry in said):
+                scenes = timeline.Timeline.from_json({"at": said}).scenes
+            else:
+                scenes = timeline.parse("\n".join(map(str, said)), source=source)
+        elif _BEGINS_WITH_A_TIME.match(said):
+            scenes = timeline.parse(said, source=source)
+        else:
+            return Clip(name, path, clean(said))
+    except UsageError as error:
+        return Clip(name, path, "", problem=str(error))
+    scenes = tuple(
+        replace(scene, prompt=clean(scene.prompt)) for scene in sorted(scenes, key=lambda s: s.seconds)
+    )
+    problem = ""
+    unknown = next((scene for scene in scenes if scene.blend or scene.pin is not None), None)
+    twice = next((b for a, b in pairwise(scenes) if a.seconds == b.seconds), None)
+    if scenes[0].seconds:
+        begins = timeline.clock(scenes[0].seconds)
+        problem = f"{scenes[0].place.source}: its first caption begins at {begins}, not at 0:00"
+    elif unknown is not None:
+        place = unknown.place
+        problem = f"{place.source}, line {place.line}: a clip's captions have no [blend] and no [pin]"
+    elif twice is not None:
+        problem = f"{twice.place.source}: two captions begin at {timeline.clock(twice.seconds)}"
+    return Clip(name, path, "" if problem else scenes[0].prompt, () if problem else scenes, problem)
+
+
+def words_of(
+    scenes: tuple[timeline.Scene, ...], lengths: tuple[int, ...], grid: Grid, fps: int
+) -> tuple[Words, ...]:
+    """The captions of every block of a clip's scenes of training: each from the block boundary nearest to its time on.
+
+    Args:
+        scenes:  the clip's captions over time, rising from 0; empty gives nothing.
+        lengths: blocks of each scene of training.
+    """
+    found, begin = [], 0
+    for blocks in lengths if scenes else ():
+        start, captions, cuts = Fraction(begin, fps), [""] * blocks, []
+        for scene in scenes:
+            block = 0 if scene.seconds <= start else grid.nearest_block(scene.seconds - start, fps)
+            if block < blocks:
+                captions[block:] = [scene.prompt] * (blocks - block)
+                if scene.cut and block and block not in cuts:
+                    cuts.append(block)
+        found.append(Words(tuple(captions), tuple(cuts)))
+        begin += grid.frames_for(blocks)
+    return tuple(found)
 
 
 def _hidden(path: Path, folder: Path) -> bool:
@@ -251,12 +338,12 @@ def _read_caption(path: Path) -> str:
         raise UsageError(f"the caption {path} cannot be read: {error}", hint="Save it as UTF-8.") from error
 
 
-def _read_metadata(folder: Path) -> dict[str, str]:
-    """Clip name -> caption of metadata.jsonl; '' where a line has none. Empty without that file."""
+def _read_metadata(folder: Path) -> dict[str, str | list[Any]]:
+    """Clip name -> caption or timeline of metadata.jsonl; '' where a line has none. Empty without that file."""
     path = folder / METADATA
     if not path.is_file():
         return {}
-    found: dict[str, str] = {}
+    found: dict[str, str | list[Any]] = {}
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -276,8 +363,13 @@ def _read_metadata(folder: Path) -> dict[str, str]:
             raise UsageError(f"{path}, line {number} names no file", hint=f"A line is {example}")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UsageError(f"{path}, line {number}: {name} is not a path below {folder}")
-        text = _first(values, "text", "caption", "prompt")
-        found[Path(name).as_posix()] = text if isinstance(text, str) else ""
+        text = _first(values, "timeline", "text", "caption", "prompt")
+        if "timeline" in values and not (isinstance(text, list) and text):
+            raise UsageError(
+                f"{path}, line {number}: timeline is no list of captions",
+                hint='For example "timeline": ["0:00 a red square", "0:05 a blue square [cut]"].',
+            )
+        found[Path(name).as_posix()] = text if isinstance(text, str | list) else ""
     return found
 
 
@@ -321,12 +413,18 @@ class Inspector:
             "size": (width, height),
             "fps": round(float(source.reader.fps), 3),
         }
+        if clip.problem:
+            return found("no caption", clip.problem)
         if not clip.caption:
             return found("no caption", f"it has no {Path(clip.name).stem}.txt and no text in {METADATA}")
         scenes = wanted.scenes(source.num_frames)
         if not scenes:
             least = Fraction(wanted.grid.frames_for(LEAST_BLOCKS), wanted.fps)
             return found("too short", f"{facts['seconds']:g} s long, {float(least):.2g} s are the least")
+        late = next((s for s in clip.scenes if s.seconds >= source.end - source.start), None)
+        if late is not None:
+            length = timeline.clock(Fraction(round(1000 * (source.end - source.start)), 1000))
+            return found("no caption", f"{timeline.clock(late.seconds)} is past its end: it is {length} long")
         scale = max(wanted.size[0] / width, wanted.size[1] / height)
         if scale > 1 and not wanted.enlarge:
             return found(
@@ -336,13 +434,13 @@ class Inspector:
         if facts["sha256"] in self._seen:
             return found("duplicate", f"the same as {self._seen[facts['sha256']]}")
         self._seen[facts["sha256"]] = clip.name
-        return Finding(clip.name, "used", scenes=tuple(scenes), **facts), source
+        words = words_of(clip.scenes, tuple(scenes), wanted.grid, wanted.fps)
+        return Finding(clip.name, "used", scenes=tuple(scenes), words=words, **facts), source
 
     def damaged(self, finding: Finding, message: str) -> Finding:
         """The finding of a clip that turned out to be damaged while it was decoded."""
         self._seen.pop(finding.sha256, None)
-        values = {**asdict(finding), "state": "unreadable", "message": message, "scenes": ()}
-        return Finding(**values)
+        return replace(finding, state="unreadable", message=message, scenes=(), words=())
 
 
 def _reason(error: Exception) -> str:
@@ -427,7 +525,8 @@ def encode(
             findings = _encode_clips(clips, out, source, wanted, journal, on_clip)
             found = Findings(folder, tuple(findings), tuple(others), wanted.max_bad)
             found.require_enough()
-            _encode_text(out, source, [clip.caption for clip in found.used])
+            texts = [text for clip in found.used for words in clip.words for text in words.captions]
+            _encode_text(out, source, [*(clip.caption for clip in found.used), *texts])
             _write_dataset(out, source, found, journal)
     except (OSError, SafetensorError) as error:
         if durable.is_full_disk(error):
@@ -666,12 +765,14 @@ def _write_dataset(out: Path, source: ModelSource, found: Findings, journal: _Jo
                 {"file": shard["file"], "blocks": shard["blocks"]}
                 for shard in journal.done[clip.sha256]["shards"]
             ],
+            **({"words": [asdict(words) for words in clip.words]} if clip.words else {}),
         }
         for clip in found.used
     ]
     settings = json.loads((out / SETTINGS).read_text("utf-8"))
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for line in sorted(f"{clip['sha256']} {clip['caption']}" for clip in clips):
+    said = (f"{clip['sha256']} {clip['caption']}{json.dumps(clip.get('words', ''))[1:-1]}" for clip in clips)
+    for line in sorted(said):
         digest.update(line.encode() + b"\n")
     values = {
         "schema": SCHEMA,
@@ -688,13 +789,33 @@ def _write_dataset(out: Path, source: ModelSource, found: Findings, journal: _Jo
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene of encoded data: blocks from `index` of a shard, of one clip."""
+    """A scene of encoded data: number `index` of a shard, of one clip.
+
+    caption: of its first block.
+    words:   of all blocks, where they have captions of their own; None = `caption` throughout.
+    """
 
     clip: str
     caption: str
     shard: Path
     index: int
     blocks: int
+    words: Words | None = None
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """Of each block."""
+        return (self.caption,) * self.blocks if self.words is None else self.words.captions
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Blocks that see no recent block."""
+        return () if self.words is None else self.words.cuts
+
+    @property
+    def script(self) -> timeline.Script:
+        """What a rollout needs to show the same."""
+        return (self.words or Words((self.caption,))).script
 
 
 class EncodedData:
@@ -708,12 +829,18 @@ class EncodedData:
         self.settings: dict[str, Any] = values["settings"]
         self.sha256: str = values["sha256"]
         self.counts: dict[str, int] = values["counts"]
-        self.scenes: tuple[Scene, ...] = tuple(
-            Scene(clip["name"], clip["caption"], folder / "latents" / shard["file"], index, blocks)
-            for clip in values["clips"]
-            for shard in clip["shards"]
-            for index, blocks in enumerate(shard["blocks"])
-        )
+        scenes: list[Scene] = []
+        for clip in values["clips"]:
+            words = iter(clip.get("words", ()))
+            for shard in clip["shards"]:
+                for index, blocks in enumerate(shard["blocks"]):
+                    place = folder / "latents" / shard["file"]
+                    scene = Scene(clip["name"], clip["caption"], place, index, blocks)
+                    if (entry := next(words, None)) is not None:
+                        own = Words(tuple(entry["captions"]), tuple(entry["cuts"]))
+                        scene = replace(scene, caption=own.captions[0], words=own)
+                    scenes.append(scene)
+        self.scenes: tuple[Scene, ...] = tuple(scenes)
 
     @classmethod
     def open(cls, folder: Path) -> EncodedData:

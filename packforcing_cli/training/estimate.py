@@ -136,13 +136,35 @@ class Estimate:
             )
 
 
-def estimate(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None) -> Estimate:
+def estimate(
+    recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None, processes: int = 1
+) -> Estimate:
     """Estimate a recipe on a device.
 
     Args:
         scene_blocks: blocks of the longest scene of the data; None = as long as the recipe cuts them.
+        processes:    among which the weights are shared out; the estimate is of the first one.
     Raises: UsageError or WeightsError if a model or size it names is not possible.
     """
+    found = _of_one(recipe, device, scene_blocks)
+    return found if processes == 1 else dataclasses.replace(found, memory=_shared(recipe, found, processes))
+
+
+def _shared(recipe: AnyRecipe, found: Estimate, processes: int) -> Memory:
+    """The memory of the first of several processes: its part of all, what is gathered, and a copy to evaluate with.
+
+    Gathered are two layers at a time and what is in no layer; a fifth of the weights is more than both.
+    """
+    memory, whole = found.memory, found.memory.weights
+    copy = whole if isinstance(recipe, Finetune) else 0
+    return dataclasses.replace(
+        memory,
+        weights=-(-whole // processes) + whole // 5 + copy,
+        training=-(-memory.training // processes) + whole // 5,  # a gathered layer has a whole gradient
+    )
+
+
+def _of_one(recipe: AnyRecipe, device: torch.device, scene_blocks: int | None) -> Estimate:
     free, name = free_memory(device)
     if isinstance(recipe, DemoVae):
         return _of_vae(recipe, device, free, name)
@@ -340,7 +362,9 @@ def _of_finetune(
     )
 
 
-def would_fit(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None) -> list[str]:
+def would_fit(
+    recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None, processes: int = 1
+) -> list[str]:
     """Changes of a recipe, as --set options, with which it fits; the mildest first."""
     if not isinstance(recipe, Finetune):
         return []
@@ -353,7 +377,9 @@ def would_fit(recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | No
         for key, value in change.items():
             table, _, last = key.rpartition(".")
             (values.setdefault(table, {}) if table else values)[last] = value
-        smaller = estimate(type(recipe).model_validate(values), device, scene_blocks=scene_blocks)
+        smaller = estimate(
+            type(recipe).model_validate(values), device, scene_blocks=scene_blocks, processes=processes
+        )
         if smaller.memory.total <= smaller.free_bytes * HEADROOM:
             found.append(" ".join(f"--set {key}={str(value).lower()}" for key, value in change.items()))
     return found

@@ -19,23 +19,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from packforcing_cli import durable, embeddings, packages, registry, rollout, weights
+from packforcing_cli import durable, embeddings, packages, registry, weights
 from packforcing_cli.compressor import Compressor
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache
-from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid
 from packforcing_cli.packages import Manifest
 from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
 from packforcing_cli.timeline import Script
-from packforcing_cli.training import adapters, estimate, loop
+from packforcing_cli.training import adapters, estimate, loop, shards
 from packforcing_cli.training.data import EncodedData, Scene
-from packforcing_cli.training.items import Shape, kept_evenly
+from packforcing_cli.training.items import Item, Shape, kept_evenly
 from packforcing_cli.training.packed import packed_forward
 from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+from packforcing_cli.training.samples import Sampler
 from packforcing_cli.transformer import WanTransformer
 from packforcing_cli.vae import Codec
 
@@ -54,6 +56,8 @@ class Models:
     grid: Grid
     shift: float
     precision: torch.dtype
+    whole: shards.Whole | None = None
+    """Gathers the weights where they are shared out among processes."""
 
     @property
     def device(self) -> torch.device:
@@ -109,8 +113,27 @@ def item_loss(
         generator: draws the item, the noise levels and the noise, on the CPU: the same on every device.
         sigma:     to evaluate: one noise level for all, no noise on the history, no dropped caption; None = to train.
     """
+    if models.whole is not None:
+        return models.whole(
+            lambda: _item_loss(
+                models, data, scene, shape, recipe, generator, sigma=sigma
+            )  # the weights are there
+        )
+    return _item_loss(models, data, scene, shape, recipe, generator, sigma=sigma)
+
+
+def _item_loss(
+    models: Models,
+    data: EncodedData,
+    scene: Scene,
+    shape: Shape,
+    recipe: Finetune,
+    generator: torch.Generator,
+    *,
+    sigma: float | None,
+) -> Tensor:
     settings, device = recipe.data, models.device
-    item = shape.item(models.grid, scene.blocks, generator)
+    item = shape.item(models.grid, scene.blocks, generator, cuts=scene.cuts)
     dtype = next(models.transformer.parameters()).dtype
     latents, lr = (t[None].to(device, dtype) for t in data.load(scene, item.scene))
     draws, count = settings.draws, settings.draws * len(item.targets)
@@ -121,15 +144,20 @@ def item_loss(
     noise = torch.randn(x0.shape, generator=generator).to(x0)
     past_noise = torch.randn(history.shape, generator=generator).to(x0)
     dice = torch.rand(3, generator=generator).tolist()
-    caption, level = scene.caption, 0.0
+    captions, level = pieces_of(item, scene, draws), 0.0
     if sigma is None:
         # Half of the items meet a slightly noisy history, as the model's own past errors will be.
         level = dice[0] * settings.context_noise if dice[1] < 0.5 else 0.0
-        caption = UNCONDITIONAL if dice[2] < settings.caption_dropout else caption
+        captions = [UNCONDITIONAL] if dice[2] < settings.caption_dropout else captions
     else:
         levels = [sigma] * count
     sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
     wide = sigmas.view(1, count, 1, 1, 1, 1)
+    texts = list(dict.fromkeys(captions))
+    rows = torch.tensor([[texts.index(caption) for caption in captions]]) if len(texts) > 1 else None
+    noisy = (1 - wide) * x0 + wide * noise
+    if models.whole is not None:
+        noisy = shards.anchored(noisy, (models.transformer, models.compressor))
     with torch.autocast(device.type, torch.bfloat16, enabled=models.precision == torch.bfloat16):
         velocity = packed_forward(
             models.transformer,
@@ -137,12 +165,19 @@ def item_loss(
             models.grid,
             clean=(1 - level) * history + level * past_noise,
             compressed=compress(models, latents, lr, item.packed.compressed),
-            noisy=(1 - wide) * x0 + wide * noise,
+            noisy=noisy,
             timesteps=NUM_TRAIN_TIMESTEPS * sigmas,
-            text=models.transformer.embed_text(data.embedding(caption).to(x0)),
+            text=models.transformer.embed_text(torch.cat([data.embedding(text) for text in texts]).to(x0)),
+            prompts=rows,
             targets=item.targets,
         )
     return (velocity.to(dtype) - (noise - x0)).square().mean()
+
+
+def pieces_of(item: Item, scene: Scene, draws: int) -> list[str]:
+    """The caption that each clean, compressed and noisy block of an item reads: its own of the scene."""
+    numbers = (*item.packed.full, *item.packed.compressed, *item.targets * draws)
+    return [scene.captions[item.scene[block]] for block in numbers]
 
 
 def compress(models: Models, latents: Tensor, lr: Tensor, blocks: tuple[int, ...]) -> Tensor:
@@ -195,6 +230,13 @@ def load_models(recipe: Finetune, source: ModelSource, device: torch.device) -> 
         manifest.schedule.shift,
         estimate.precision(recipe, device),
     )
+
+
+def shared_out(models: Models, recipe: Finetune, workers: loop.Workers) -> Models:
+    """The same models with their weights shared out among the processes, on their devices."""
+    mesh = shards.mesh_of(workers.device, workers.count)
+    root = shards.whole(mesh, models.transformer, models.compressor)
+    return replace(models, whole=root, precision=estimate.precision(recipe, workers.device))
 
 
 def trained_modules(models: Models, recipe: Finetune) -> dict[str, nn.Module]:
@@ -251,6 +293,7 @@ def train(
     out: Path,
     data: EncodedData,
     *,
+    share: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     log_every: int = loop.LOG_EVERY,
@@ -258,6 +301,7 @@ def train(
     """Run or resume the recipe in `out`; the result is the model package `out/package/`.
 
     Args:
+        share:       share the weights out among the processes (FSDP2) instead of keeping all of them in each.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -272,46 +316,47 @@ def train(
     data.require_fit(source)
     shape = estimate.shape_of(recipe.data)
     split = Split.of(data, shape, recipe.data.held_out)
-    models = load_models(recipe, source, workers.device)
+    models = load_models(recipe, source, torch.device("cpu") if share else workers.device)
+    if share:
+        models = shared_out(models, recipe, workers)
     modules = trained_modules(models, recipe)
     state = loop.TrainingState(
         modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
     )
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
-    _forget_lost_steps(log_path, out / "checkpoints")
+    known = [loop.step_of(path) for path in loop.checkpoints_of(out / "checkpoints")]
+    loop.forget_lost_steps(log_path, max(known, default=0))
     manifest = result_manifest(recipe, source, data, shape, split)
-    sampler = (
-        Sampler(recipe, source, manifest, models, data, split, out / "samples")
-        if recipe.samples.every
-        else None
-    )
+    maker = _Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
     last: dict[str, Any] = {}
+    bad: list[str] = []
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         scene = split.trained[int(torch.randint(len(split.trained), (), generator=generator))]
         value = item_loss(models, data, scene, shape, recipe, generator)
         if not math.isfinite(float(value.detach())):
-            raise WeightsError(
-                f"the loss became {float(value.detach())} at step {state.step}, on scene {scene.index} of"
-                f" {scene.clip}",
-                hint=f"The last good checkpoint is in {out / 'checkpoints'}. Look at that clip, or lower the"
-                " learning rate, and resume.",
-            )
+            bad.append(f"scene {scene.index} of {scene.clip}")
         return value, {}
 
     def evaluate() -> dict[str, Any]:
-        with averaged(state):
-            errors = evaluated(models, data, split, shape, recipe)
-            if sampler is not None and state.step % recipe.samples.every == 0 and state.step < settings.steps:
-                sampler.make(state.step)
-        last.clear()
-        last.update(errors)
-        draw_curve(log_path, out / "curve.png")
+        """Figures of the averaged weights, in the first process; the others give what it gathers."""
+        errors: dict[str, Any] = {}
+        with averaged_models(state, models, recipe, source) as current:
+            if current is not None:
+                errors = evaluated(current, data, split, shape, recipe)
+                last.clear()
+                last.update(errors)
+                if maker is not None and state.step % recipe.samples.every == 0:
+                    last["samples"] = errors["samples"] = maker.make(state.step, current)
+        if workers.rank == 0:
+            draw_curve(log_path, out / "curve.png")
         return errors
 
     with loop.Log(log_path, on_log) as log:
-        if workers.rank == 0 and sampler is not None and not (out / "checkpoints").is_dir():
-            sampler.make(0)
+        if maker is not None and not loop.checkpoints_of(out / "checkpoints"):
+            with averaged_models(state, models, recipe, source) as first:
+                if first is not None:
+                    log.write(event="samples", step=0, samples=maker.make(0, first))
         finished = loop.run(
             state,
             settings,
@@ -322,28 +367,68 @@ def train(
             log=log,
             evaluate=evaluate,
             should_stop=should_stop,
+            blame=lambda: "; ".join(bad),
             items=recipe.items,
             log_every=log_every,
         )
         figures: dict[str, Any] = {"steps": state.step}
-        if finished and workers.rank == 0:
-            with averaged(state):
-                if not last or state.step % settings.evaluate_every:
-                    last.update(evaluated(models, data, split, shape, recipe))
-                if sampler is not None:
-                    sampler.make(state.step)
-                network = models.transformer
-                own: Compressor | None = models.compressor
-                if isinstance(recipe, FinetuneLora):
-                    adapters.write(out / "lora", network, recipe)
-                    figures["lora"] = str(out / "lora")
-                    network, own = adapters.merged(network), None
-                write_result(out / "package", source, manifest, network, own, steps=state.step, metrics=last)
-            draw_curve(log_path, out / "curve.png")
-            figures["result"] = str(out / "package")
-            log.write(event="done", **figures)
+        if finished:
+            with averaged_models(state, models, recipe, source) as result:
+                if result is not None:
+                    if not last or state.step % settings.evaluate_every:
+                        last.clear()
+                        last.update(evaluated(result, data, split, shape, recipe))
+                    if maker is not None:
+                        if "samples" not in last:
+                            last["samples"] = maker.make(state.step, result)
+                            log.write(event="samples", step=state.step, samples=last["samples"])
+                        figures["pairs"] = [str(path) for path in maker.pairs(state.step)]
+                    network: WanTransformer = result.transformer
+                    own: Compressor | None = result.compressor
+                    if isinstance(recipe, FinetuneLora):
+                        adapters.write(out / "lora", network, recipe)
+                        figures["lora"] = str(out / "lora")
+                        network, own = adapters.merged(network), None
+                    if figures.get("pairs"):
+                        last["before and after"] = [f"samples/{Path(p).name}" for p in figures["pairs"]]
+                    write_result(
+                        out / "package", source, manifest, network, own, steps=state.step, metrics=last
+                    )
+                    draw_curve(log_path, out / "curve.png")
+                    figures["result"] = str(out / "package")
+                    log.write(event="done", **figures)
     workers.stop()
     return figures
+
+
+@contextmanager
+def averaged_models(
+    state: loop.TrainingState, models: Models, recipe: Finetune, source: ModelSource
+) -> Iterator[Models | None]:
+    """The models with their averaged weights, as long as the `with` lasts.
+
+    Where weights are shared out, a copy that has all of them, in the first process; None in the others, which must
+    ask, too, and go on at once.
+    """
+    if models.whole is None:
+        if dist.is_initialized() and dist.get_rank():
+            yield None
+            return
+        with averaged(state):
+            yield models
+        return
+    values = shards.gathered(state.average.values)
+    if dist.get_rank():
+        yield None
+        return
+    copy = replace(load_models(recipe, source, source.device), precision=models.precision)
+    for name, module in trained_modules(copy, recipe).items():
+        prefix = f"{name}/"
+        module.load_state_dict(
+            {key.removeprefix(prefix): v for key, v in values.items() if key.startswith(prefix)}
+        )
+    del values
+    yield copy
 
 
 @contextmanager
@@ -379,23 +464,6 @@ def evaluated(
     return {"held-out clips" if split.is_held_out else "trained clips": errors}
 
 
-def _forget_lost_steps(log: Path, checkpoints: Path) -> None:
-    """Drop the lines of steps that are made again because a kill came before their checkpoint."""
-    if not log.is_file():
-        return
-    steps = [int(path.stem.removeprefix("step-")) for path in checkpoints.glob("step-*.safetensors")]
-    last = max(steps, default=0)
-    kept = []
-    for line in log.read_bytes().splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # cut off by the kill
-        if int(record.get("step", 0)) <= last or record.get("event") == "start":
-            kept.append(line)
-    durable.write(log, b"".join(line + b"\n" for line in kept))
-
-
 def draw_curve(log: Path, path: Path) -> None:
     """Draw the losses and evaluations of a log as a PNG. Nothing is drawn before the second line."""
     from matplotlib.figure import Figure
@@ -411,7 +479,7 @@ def draw_curve(log: Path, path: Path) -> None:
             losses[int(record["step"])] = float(record["loss"])
         elif record.get("event") == "evaluate":
             for group, values in record.items():
-                if isinstance(values, dict):
+                if isinstance(values, dict) and group != "samples":
                     for name, value in values.items():
                         errors.setdefault(f"{group}, {name}", {})[int(record["step"])] = float(value)
     if len(losses) < 2:
@@ -511,65 +579,56 @@ def write_result(
     )
 
 
-class Sampler:
-    """Makes sample videos with the weights the modules have at the moment."""
+class _Maker:
+    """Sample videos of this run: the model they are made with, and its prompts."""
 
     def __init__(
         self,
         recipe: Finetune,
         source: ModelSource,
         manifest: Manifest,
-        models: Models,
         data: EncodedData,
         split: Split,
         folder: Path,
     ) -> None:
         self._recipe, self._source, self._manifest = recipe, source, manifest
-        self._models, self._data, self._folder = models, data, folder
-        captions = list(dict.fromkeys(scene.caption for scene in (*split.evaluated, *split.trained)))
-        self._prompts = recipe.samples.prompts or tuple(captions[: recipe.samples.count])
+        self._data, self._folder = data, folder
+        asked = [Script((text,)) for text in recipe.samples.prompts]
+        shown = list(dict.fromkeys(scene.script for scene in (*split.evaluated, *split.trained)))
+        self._scripts = asked or shown[: recipe.samples.count]
         self._codec: Codec | None = None
-        self._stories: list[Story] = []
+        self._sampler: Sampler | None = None
 
-    def make(self, step: int) -> list[Path]:
-        """Write samples/STEP-N.mp4 for every prompt, replacing those that are there."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+    def make(self, step: int, models: Models) -> dict[str, float]:
+        """Make and measure the videos of a step. Returns: figures, means over them."""
         if self._codec is None:
             place = packages.part_folder(self._source.folder, self._source.manifest, "vae")
-            self._codec = registry.load_codec(place, device=self._models.device, dtype=torch.float32)
-        if not self._stories:
-            self._stories = self._encoded()
+            self._codec = registry.load_codec(place, device=models.device, dtype=torch.float32)
         model = VideoModel(
             name=self._manifest.name,
             manifest=self._manifest,
             folder=self._source.folder,
-            transformer=self._models.transformer,
-            compressor=self._models.compressor,
+            transformer=models.transformer,
+            compressor=models.compressor,
             codec=self._codec,
             load_text_encoder=self._source.load_text_encoder,
             text=self._source.text,
-            device=self._models.device,
+            device=models.device,
             dtype=torch.float32,
         )
-        paths = []
-        for n, story in enumerate(self._stories):
-            path = self._folder / f"{step:07d}-{n}.mp4"
-            settings = self._recipe.samples
-            rollout.generate(
-                model,
-                story,
-                path,
-                seconds=settings.seconds,
-                seed=settings.seed + n,
-                metadata={"title": story.script.prompts[0], "comment": f"step {step}"},
-                overwrite=True,
-            )
-            paths.append(path)
-        return paths
+        if self._sampler is None:
+            self._sampler = Sampler(self._recipe.samples, self._encoded(models.device), self._folder)
+        return self._sampler.make(step, model)
 
-    def _encoded(self) -> list[Story]:
+    def pairs(self, step: int) -> list[Path]:
+        """Put the videos from before the first step and from this one side by side."""
+        return [] if self._sampler is None else self._sampler.pairs(step)
+
+    def _encoded(self, device: torch.device) -> list[Story]:
         guided = self._manifest.schedule.guidance != 1.0
-        texts = [*self._prompts, UNCONDITIONAL]
+        texts = list(
+            dict.fromkeys(text for script in self._scripts for text in (*script.prompts, UNCONDITIONAL))
+        )
         if self._recipe.samples.prompts:
             found = embeddings.encode(
                 texts, self._source.text, self._source.load_text_encoder, cache=EmbeddingCache.of_user()
@@ -577,9 +636,11 @@ class Sampler:
             embeds = {text: entry.embeds for text, entry in found.items()}
         else:
             embeds = {text: self._data.embedding(text) for text in texts}
-        device = self._models.device
         empty = embeds[UNCONDITIONAL].to(device).float() if guided else None
         return [
-            Story(Script((text,)), (Prompt(text, embeds[text].to(device).float(), empty),))
-            for text in self._prompts
+            Story(
+                script,
+                tuple(Prompt(text, embeds[text].to(device).float(), empty) for text in script.prompts),
+            )
+            for script in self._scripts
         ]

@@ -12,7 +12,7 @@ Integers and random draws only; knows no data, no model. Source: docs/method.md 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import torch
@@ -53,8 +53,14 @@ class Shape:
         """Blocks a scene must have."""
         return 2 if self.name == "strict" else max(self.sinks) + min(NEIGHBOURS)
 
-    def item(self, grid: Grid, scene_blocks: int, generator: torch.Generator) -> Item:
-        """Draw an item of a scene of `scene_blocks` blocks, at least `least_blocks`."""
+    def item(
+        self, grid: Grid, scene_blocks: int, generator: torch.Generator, *, cuts: tuple[int, ...] = ()
+    ) -> Item:
+        """Draw an item of a scene of `scene_blocks` blocks, at least `least_blocks`.
+
+        Args:
+            cuts: blocks of the scene that see no recent block: what was recent is compressed there already.
+        """
         sinks = self.sinks[_below(len(self.sinks), generator)]
         span = self.spans[_below(len(self.spans), generator)]
         layout = Layout(
@@ -67,8 +73,8 @@ class Shape:
             trained_frames=1_000_000,  # the layout's own limit is for inference; here the range is being trained
         )
         if self.name == "strict":
-            return self._strict(layout, min(self.blocks, scene_blocks), generator)
-        return self._long(layout, scene_blocks, generator)
+            return self._strict(replace(layout, cuts=cuts), min(self.blocks, scene_blocks), generator)
+        return self._long(layout, scene_blocks, generator, cuts)
 
     def _strict(self, layout: Layout, blocks: int, generator: torch.Generator) -> Item:
         views = []
@@ -82,7 +88,9 @@ class Shape:
         sinks = tuple(range(min(blocks, layout.sink_blocks)))
         return Item(PackedItem(numbers, used, tuple(views), sinks), numbers, numbers)
 
-    def _long(self, layout: Layout, scene_blocks: int, generator: torch.Generator) -> Item:
+    def _long(
+        self, layout: Layout, scene_blocks: int, generator: torch.Generator, cuts: tuple[int, ...]
+    ) -> Item:
         sinks = layout.sink_blocks
         possible = [n for n in NEIGHBOURS if sinks + n <= scene_blocks]
         near = possible[_below(len(possible), generator)]
@@ -96,8 +104,10 @@ class Shape:
         start = sinks + count
         views = [_view(layout, b, head[:b], (), ()) for b in head]
         for n in range(near):
-            recent = (start + n - 1,) if n else ()
-            older = tuple(range(start, start + n - 1))  # neighbours that left recent: compressed by now
+            recent = (start + n - 1,) if n and scene[start + n] not in cuts else ()
+            older = tuple(
+                range(start, start + n - len(recent))
+            )  # neighbours that left recent: compressed by now
             kept = (*mids, *older)[-self.max_mids :] if self.max_mids else ()
             views.append(_view(layout, start + n, head, kept, recent))
         full = (*head, *range(start, start + near))

@@ -1,8 +1,9 @@
 """The parts every training shares: checkpoints, the moving average, schedules, the log, several processes.
 
 Knows no model and no data. A checkpoint is one safetensors file written atomically (temporary file, fsync, rename),
-the last two are kept; a kill at any moment costs at most the steps since the newest one. Every random draw of a step
-comes from a generator made of (seed, step, rank), so a resumed run sees the batches and noise of an unbroken one.
+or a folder of them where the weights are shared out among processes (`shards`); the last two are kept; a kill at any
+moment costs at most the steps since the newest one. Every random draw of a step comes from a generator made of (seed,
+step, rank), so a resumed run sees the batches and noise of an unbroken one.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,9 +28,13 @@ from torch import Tensor, nn
 
 from packforcing_cli import durable
 from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.training import shards
 from packforcing_cli.training.recipes import Train
 
 LOG_EVERY = 10  # steps
+PATIENCE = timedelta(
+    hours=6
+)  # of processes that wait while the first one evaluates, makes samples or encodes clips
 CPU = torch.device("cpu")
 
 
@@ -51,7 +57,7 @@ class Workers:
         if count == 1:
             return cls(device=device)
         if not dist.is_initialized():
-            dist.init_process_group("gloo" if device.type == "cpu" else "nccl")
+            dist.init_process_group("gloo" if device.type == "cpu" else "nccl", timeout=PATIENCE)
         return cls(dist.get_rank(), count, device)
 
     def stop(self) -> None:
@@ -75,13 +81,24 @@ class Workers:
         dist.all_reduce(total)
         return float(total) / self.count
 
-    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Replace every gradient by its mean over the processes; a missing gradient counts as zero."""
+    def gather(self, text: str) -> list[str]:
+        """What every process says, in order; all of them must say something."""
         if self.count == 1:
-            return
+            return [text]
+        said: list[str] = [""] * self.count
+        dist.all_gather_object(said, text)
+        return said
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace every gradient by its mean over the processes; a missing gradient counts as zero.
+
+        Those of weights that are shared out are means already.
+        """
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if self.count == 1 or any(shards.is_shared(p) for p in parameters):
+            return
         flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
         dist.all_reduce(flat)
         flat /= self.count
@@ -124,7 +141,8 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         for name, module in modules.items():
             for key, value in module.state_dict().items():
-                self.values[f"{name}/{key}"].lerp_(value.detach(), 1 - decay)
+                average = shards.own_part(self.values[f"{name}/{key}"])
+                average.lerp_(shards.own_part(value.detach()), 1 - decay)
 
     def state_of(self, name: str) -> dict[str, Tensor]:
         """Averaged state dict of one module."""
@@ -142,34 +160,75 @@ class TrainingState:
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether the weights are shared out among the processes, so that all of them must save and load."""
+        return any(shards.is_shared(p) for module in self.modules.values() for p in module.parameters())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it but the step, by name."""
+        found: dict[str, Tensor] = {}
+        for name, module in self.modules.items():
+            found |= {f"module/{name}/{key}": value for key, value in module.state_dict().items()}
+        found |= {f"average/{key}": value for key, value in self.average.values.items()}
+        for i, optimizer in enumerate(self.optimizers):
+            for index, values in optimizer.state_dict()["state"].items():
+                for key, value in values.items():
+                    found[f"optimizer/{i}/{index}/{key}"] = torch.as_tensor(value)
+        return found
+
+    def parameter(self, optimizer: int, index: int) -> nn.Parameter:
+        """The weight that an optimiser counts as number `index`."""
+        known = [p for group in self.optimizers[optimizer].param_groups for p in group["params"]]
+        found: nn.Parameter = known[index]
+        return found
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """Checkpoints of a run, files and folders, the oldest first; whether they can be read is not looked at."""
+    found = [path for path in folder.glob("step-*") if path.suffix in ("", ".safetensors")]
+    return sorted(found, key=lambda path: step_of(path))
+
+
+def step_of(path: Path) -> int:
+    """The step in a checkpoint's name."""
+    return int(path.name.removeprefix("step-").removesuffix(".safetensors"))
+
 
 def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]) -> Path:
-    """Write `folder/step-NNNNNNN.safetensors` atomically and keep the newest two."""
-    tensors: dict[str, Tensor] = {}
-    for name, module in state.modules.items():
-        tensors |= {f"module/{name}/{key}": value for key, value in module.state_dict().items()}
-    tensors |= {f"average/{key}": value for key, value in state.average.values.items()}
-    for i, optimizer in enumerate(state.optimizers):
-        for index, values in optimizer.state_dict()["state"].items():
-            for key, value in values.items():
-                tensors[f"optimizer/{i}/{index}/{key}"] = torch.as_tensor(value)
-    path = folder / f"step-{state.step:07d}.safetensors"
-    folder.mkdir(parents=True, exist_ok=True)
-    with durable.replacing(path) as part:
-        save_file(
-            {
-                k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()
-            },  # copies: tied weights are kept twice
-            part,
-            {"step": str(state.step), "facts": json.dumps(dict(facts))},
-        )
-    for old in sorted(folder.glob("step-*.safetensors"))[:-2]:
-        old.unlink()
+    """Write `folder/step-NNNNNNN.safetensors` atomically and keep the newest two.
+
+    Where weights are shared out, all processes write a folder `step-NNNNNNN` together; otherwise one alone may ask.
+    """
+    tensors = state.tensors()
+    if state.is_shared:
+        path = folder / f"step-{state.step:07d}"
+        shards.save(path, tensors, state.step, facts)
+        is_first = dist.get_rank() == 0
+    else:
+        path, is_first = folder / f"step-{state.step:07d}.safetensors", True
+        folder.mkdir(parents=True, exist_ok=True)
+        with durable.replacing(path) as part:
+            save_file(
+                {
+                    k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()
+                },  # copies: tied weights are kept twice
+                part,
+                {"step": str(state.step), "facts": json.dumps(dict(facts))},
+            )
+    if is_first:
+        for old in checkpoints_of(folder)[:-2]:
+            if old.is_dir():
+                shards.remove(old)
+            else:
+                old.unlink()
     return path
 
 
 def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any] | None) -> bool:
     """Restore the newest readable checkpoint of `folder` into `state`; False if there is none.
+
+    It may have been written by another number of processes. Where there are several, all of them must ask.
 
     Args:
         facts: what must be as it was when the checkpoint was written; None = do not compare.
@@ -177,15 +236,20 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
         there are checkpoints and none can be read.
     """
     unreadable: list[str] = []
-    for path in sorted(folder.glob("step-*.safetensors"), reverse=True):
+    for path in reversed(checkpoints_of(folder)):
+        tensors: dict[str, Tensor] = {}
         try:
-            with safe_open(path, framework="pt") as handle:
-                metadata = handle.metadata() or {}
-                tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, OSError):
+            if path.is_dir():
+                said = shards.describe(path)
+                step, stored, shapes = int(said["step"]), said["facts"], shards.stored(path)
+            else:
+                with safe_open(path, framework="pt") as handle:
+                    metadata = handle.metadata() or {}
+                    tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 (not a dict)
+                step, stored = int(metadata["step"]), json.loads(metadata["facts"])
+        except (SafetensorError, OSError, ValueError, KeyError):
             unreadable.append(path.name)  # the file system lost its end in a crash: use the one before
             continue
-        stored = json.loads(metadata["facts"])
         facts = stored if facts is None else facts
         differing = sorted(k for k in {*stored, *facts} if stored.get(k) != facts.get(k))
         if differing:
@@ -194,10 +258,12 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
                 f"{path.name} was written by another recipe ({shown})",
                 hint="Use another --out folder, or the recipe of that run.",
             )
-        _restore(state, tensors)
-        state.step = int(metadata["step"])
-        for name in unreadable:
-            (folder / name).rename(folder / f"{name}.bad")
+        if path.is_dir():
+            _restore_parts(state, path, shapes)
+        else:
+            _restore(state, tensors)
+        state.step = step
+        _set_aside(folder, unreadable)
         return True
     if unreadable:
         raise WeightsError(
@@ -207,23 +273,65 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
     return False
 
 
+def _set_aside(folder: Path, unreadable: Sequence[str]) -> None:
+    """Rename checkpoints that cannot be read, by the first process, when all have looked at them."""
+    if dist.is_initialized():
+        dist.barrier()
+        if dist.get_rank():
+            return
+    for name in unreadable:
+        (folder / name).rename(folder / f"{name}.bad")
+
+
 def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
     for name, module in state.modules.items():
         prefix = f"module/{name}/"
         values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state.is_shared:
+            own = module.state_dict()
+            values = {k: shards.placed_like(v, own[k]) for k, v in values.items() if k in own}
         try:
             module.load_state_dict(values)
         except RuntimeError as error:
             raise WeightsError(f"the checkpoint does not fit the model: {error}") from error
     for key, value in state.average.values.items():
-        value.copy_(tensors[f"average/{key}"])
+        value.copy_(shards.placed_like(tensors[f"average/{key}"], value))
     for i, optimizer in enumerate(state.optimizers):
         prefix = f"optimizer/{i}/"
         entries: dict[int, dict[str, Tensor]] = {}
         for key, tensor in tensors.items():
             if key.startswith(prefix):
                 index, name = key.removeprefix(prefix).split("/", 1)
+                weight = state.parameter(i, int(index))
+                if shards.is_shared(weight) and tensor.shape == weight.shape:
+                    tensor = shards.placed_like(tensor, weight)
                 entries.setdefault(int(index), {})[name] = tensor
+        current = optimizer.state_dict()
+        optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
+
+
+@torch.no_grad()
+def _restore_parts(state: TrainingState, path: Path, shapes: Mapping[str, torch.Size]) -> None:
+    """Restore a checkpoint folder: weights and averages in place, what the optimisers keep in new tensors."""
+    into = {key: value for key, value in state.tensors().items() if not key.startswith("optimizer/")}
+    kept: list[dict[int, dict[str, Tensor]]] = [{} for _ in state.optimizers]
+    for key, shape in shapes.items():
+        if not key.startswith("optimizer/"):
+            continue
+        _, number, index, name = key.split("/", 3)
+        try:
+            weight = state.parameter(int(number), int(index)).detach()
+        except IndexError as error:
+            raise WeightsError(f"{path} does not fit the model: it has {key}") from error
+        # Numbers, such as AdamW's count of steps, are of one element there and of none here.
+        value = torch.zeros_like(weight) if shape == weight.shape and weight.numel() > 1 else torch.zeros(())
+        kept[int(number)].setdefault(int(index), {})[name] = into[key] = value
+    missing = sorted(into.keys() - shapes.keys())
+    wrong = sorted(k for k, v in into.items() if k in shapes and shapes[k] != (v.shape or torch.Size([1])))
+    if missing or wrong:
+        raise WeightsError(f"{path} does not fit the model: {', '.join([*missing, *wrong][:3])}")
+    shards.load(path, into)
+    for optimizer, entries in zip(state.optimizers, kept, strict=True):
         current = optimizer.state_dict()
         optimizer.load_state_dict({"state": entries, "param_groups": current["param_groups"]})
 
@@ -249,6 +357,21 @@ class Log:
 
     def __exit__(self, *_: object) -> None:
         self._handle.close()
+
+
+def forget_lost_steps(log: Path, last: int) -> None:
+    """Drop the lines of steps after `last`: they are made again, because a kill came before their checkpoint."""
+    if not log.is_file():
+        return
+    kept = []
+    for line in log.read_bytes().splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut off by the kill
+        if int(record.get("step", 0)) <= last or record.get("event") == "start":
+            kept.append(line)
+    durable.write(log, b"".join(line + b"\n" for line in kept))
 
 
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -277,6 +400,7 @@ def run(
     log: Log,
     evaluate: Callable[[], dict[str, Any]] | None = None,
     should_stop: Callable[[], bool] | None = None,
+    blame: Callable[[], str] | None = None,
     items: int | None = None,
     log_every: int = LOG_EVERY,
 ) -> bool:
@@ -285,12 +409,14 @@ def run(
     Args:
         out:         the run's folder; checkpoints go to `out/checkpoints/`.
         facts:       stored in checkpoints; a run with other facts cannot go on from them.
-        evaluate:    called every `settings.evaluate_every` steps by the first process; its figures are logged.
+        evaluate:    called every `settings.evaluate_every` steps by the first process, by all of them where weights are
+                     shared out; the first one's figures are logged.
         should_stop: asked after every step; True saves a checkpoint and ends.
+        blame:       says what a loss that is not finite came of, or ''; asked in every process.
         items:       losses a step, over all processes; the step follows their mean. The n-th of a step has the
                      generator (seed, step, n), whichever process it falls to. None = one a process.
         log_every:   steps between lines of the log.
-    Returns: whether all steps are done. Raises: WeightsError if the loss is not finite.
+    Returns: whether all steps are done. Raises: WeightsError if the loss is not finite, in every process.
     """
     checkpoints, saved = out / "checkpoints", time.monotonic()
     parameters = [p for module in state.modules.values() for p in module.parameters()]
@@ -327,7 +453,9 @@ def run(
             shown += float(value.detach()) / len(mine)
         workers.average_gradients(parameters)
         shown = workers.mean(shown)
-        require_finite(shown, state.step, checkpoints)
+        if not math.isfinite(shown):
+            said = "; ".join(filter(None, workers.gather(blame() if blame is not None else "")))
+            require_finite(shown, state.step, checkpoints, cause=said)
         norm = clip_gradients([p for p in parameters if p.grad is not None], settings.clip)
         require_finite(norm, state.step, checkpoints, what="gradient")
         for optimizer in state.optimizers:
@@ -342,28 +470,67 @@ def run(
                 factor=round(factor, 4),
                 **parts,
             )
-        if evaluate is not None and workers.rank == 0 and state.step % settings.evaluate_every == 0:
-            log.write(event="evaluate", step=state.step, **evaluate())
+        if evaluate is not None and state.step % settings.evaluate_every == 0:
+            figures = evaluate() if workers.rank == 0 or state.is_shared else {}
+            if workers.rank == 0:
+                log.write(event="evaluate", step=state.step, **figures)
         stop = should_stop is not None and workers.any_wants(should_stop())
-        if workers.rank == 0 and (stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
-            save_checkpoint(checkpoints, state, facts)
+        if save_if_due(workers, checkpoints, state, facts, saved, settings.checkpoint_minutes, now=stop):
             saved = time.monotonic()
         if stop:
             return state.step >= settings.steps
-    if workers.rank == 0:
-        save_checkpoint(checkpoints, state, facts)
+    save_if_due(workers, checkpoints, state, facts, saved, settings.checkpoint_minutes, now=True)
     return True
 
 
-def require_finite(value: float, step: int, checkpoints: Path, *, what: str = "loss") -> None:
-    """Raises: WeightsError if a loss or norm is NaN or infinite, naming the step and where the last good state is."""
+def save_if_due(
+    workers: Workers,
+    checkpoints: Path,
+    state: TrainingState,
+    facts: Mapping[str, Any],
+    saved: float,
+    minutes: float,
+    *,
+    now: bool,
+) -> bool:
+    """Save a checkpoint if the last one, at `saved` by the clock, is old; with `now` in any case.
+
+    All processes must ask, with the same `now`. Returns: whether it was due.
+    """
+    due = now or (workers.rank == 0 and time.monotonic() - saved > 60 * minutes)
+    if state.is_shared:
+        due = now or workers.any_wants(due)
+        if due:
+            save_checkpoint(checkpoints, state, facts)
+    elif due and workers.rank == 0:
+        save_checkpoint(checkpoints, state, facts)
+    return due
+
+
+def require_finite(
+    value: float, step: int, checkpoints: Path, *, what: str = "loss", cause: str = ""
+) -> None:
+    """Raises: WeightsError if a loss or norm is NaN or infinite, naming the step and where the last good state is.
+
+    Args:
+        cause: what it came of, for example the clips of the batch.
+    """
     if not math.isfinite(value):
         raise WeightsError(
-            f"the {what} became {value} at step {step}",
-            hint=f"The last good checkpoint is in {checkpoints}. Lower the learning rate and resume.",
+            f"the {what} became {value} at step {step}{', on ' if cause else ''}{cause}",
+            hint=f"The last good checkpoint is in {checkpoints}."
+            + (
+                " Look at that clip, or lower the learning rate, and resume."
+                if cause
+                else " Lower the learning rate and resume."
+            ),
         )
 
 
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> float:
     """Scale gradients to a total norm of at most `limit`; returns the norm before."""
-    return float(nn.utils.clip_grad_norm_(list(parameters), limit))
+    known = list(parameters)
+    gradients = [p.grad for p in known if p.grad is not None]
+    if any(shards.is_shared(gradient) for gradient in gradients):
+        return shards.clip_gradients(gradients, limit)
+    return float(nn.utils.clip_grad_norm_(known, limit))

@@ -193,7 +193,7 @@ class SelfForcing(_Strict):
     shift: float = 5.0
     guidance: float = Field(default=3.0, ge=0, description="of the teacher: c + w (c - u)")
     critic_updates: int = Field(default=5, ge=1, description="critic updates for one of the student")
-    batch: int = Field(default=1, ge=1, description="rollouts a step and process, one after another")
+    batch: int = Field(default=1, ge=1, description="rollouts a step, over all processes together")
     rollout: StudentRollout = StudentRollout()
     train: StudentTrain
 

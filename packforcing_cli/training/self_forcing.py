@@ -11,7 +11,8 @@ No data: prompts are all it takes, and rollouts go through the real cache. With 
 first, so that training meets as many mids, choices and slot shifts as inference does; the first graded block then only
 serves as context for teacher and critic, which take the clip's first latent frame for a still picture.
 
-Every draw is a function of (seed, iteration, process), so a resumed run goes on as the unbroken one would.
+Every draw is a function of (seed, iteration, number of the rollout), whichever process it falls to, so a resumed run
+goes on as the unbroken one would and several processes follow the curve of one.
 Source: PackForcing (arXiv 2603.25730) 4.1; Self-Forcing (model/dmd.py, pipeline/self_forcing_training.py).
 """
 
@@ -20,7 +21,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,14 +29,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import resolve, rope
+from packforcing_cli import packages, registry, resolve, rope
+from packforcing_cli.compressor import Compressor
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, encode
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.registry import Schedule as ScheduleRecord
 from packforcing_cli.registry import VideoModel, load_model, write_package
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, renoise_sigmas
-from packforcing_cli.training import dmd, loop, world
+from packforcing_cli.training import dmd, loop, shards, world
 from packforcing_cli.training.recipes import SelfForcing
 from packforcing_cli.training.student_rollout import Student, rollout
 from packforcing_cli.transformer import AloneContext, WanTransformer
@@ -48,12 +50,14 @@ BLOCKS_MASKED = 1  # blocks at the start of a clip with a prefix that get no gra
 class Roles:
     """The networks of a run.
 
+    wholes: role -> what gathers its weights, where they are shared out among processes.
     Raises: ValueError if two of them share storage: what one learns would leak into the other.
     """
 
     student: Student
     teacher: WanTransformer
     critic: WanTransformer
+    wholes: dict[str, shards.Whole] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         places: dict[int, str] = {}
@@ -89,6 +93,27 @@ class Roles:
         )
         return cls(student, _copy(source.transformer, learns=False), _copy(source.transformer, learns=True))
 
+    def share_out(self, workers: loop.Workers, *, checkpointing: bool) -> None:
+        """Share the weights of all networks out among the processes, on their devices.
+
+        Args:
+            checkpointing: run each layer again in the backward pass: a whole pass would gather all of its layers.
+        """
+        mesh = shards.mesh_of(workers.device, workers.count)
+        self.wholes = {
+            "student": shards.whole(mesh, self.student.transformer, self.student.compressor),
+            "teacher": shards.whole(mesh, self.teacher),
+            "critic": shards.whole(mesh, self.critic),
+        }
+        if checkpointing:
+            self.student.transformer.recompute_layers()
+            self.critic.recompute_layers()
+
+    def gathering(self, role: str, call: Callable[[], Tensor]) -> Tensor:
+        """What `call` returns while the weights of a role are there."""
+        found: Tensor = self.wholes[role](call) if role in self.wholes else call()
+        return found
+
     def learning(self) -> dict[str, nn.Module]:
         """The modules of a checkpoint."""
         return {
@@ -106,7 +131,7 @@ def _copy(module: M, *, learns: bool) -> M:
 
 @dataclass(frozen=True)
 class Draws:
-    """What one rollout is drawn from; the same in all processes but for noise and prompts."""
+    """What the rollouts of a step share, in all processes: everything but noise and prompts."""
 
     exit_step: int
     prefix: int
@@ -153,48 +178,58 @@ class Trainer:
         )
 
     def iteration(self, number: int) -> dict[str, float]:
-        """One iteration: the critic's step, and where it is due the student's. Returns: figures for the log."""
-        settings = self.recipe.train
-        shared = loop.step_generator(settings.seed, number)
-        own = loop.step_generator(settings.seed, number, self.workers.rank + 1)
-        figures = {"critic": self._critic_step(shared, own)}
-        if number % self.recipe.critic_updates == 0:
-            figures |= self._student_step(shared, own, number)
-        return figures
+        """One iteration: the critic's step, and where it is due the student's.
 
-    def _critic_step(self, shared: torch.Generator, own: torch.Generator) -> float:
+        Returns: figures for the log, means over all processes; all of them must ask.
+        """
+        shared = loop.step_generator(self.recipe.train.seed, number)
+        figures = {"critic": self._critic_step(shared, number)}
+        if number % self.recipe.critic_updates == 0:
+            figures |= self._student_step(shared, number)
+        return {name: self.workers.mean(value) for name, value in figures.items()}
+
+    def _mine(self, number: int, *, student: bool) -> list[torch.Generator]:
+        """A generator for each rollout of a step that falls to this process."""
+        return [
+            loop.step_generator(self.recipe.train.seed, number, 1 + 2 * n + student)
+            for n in range(self.workers.rank, self.recipe.batch, self.workers.count)
+        ]
+
+    def _critic_step(self, shared: torch.Generator, number: int) -> float:
         losses = []
         self.critic_optimizer.zero_grad(set_to_none=True)
-        for _ in range(self.recipe.batch):
+        draws, mine = self._draws(shared), self._mine(number, student=False)
+        for own in mine:
             chosen = self._prompt(own)
             with torch.no_grad():
-                clip = self._clip(self._draws(shared), chosen, own, graph=False).detach()
+                clip = self._clip(draws, chosen, own, graph=False).detach()
             sigma, noise = dmd.draw_sigma(own, shift=self.recipe.shift), self._noise(own, clip.shape)
-            loss = dmd.critic_loss(clip, noise, sigma, self._predictor(self.roles.critic, chosen))
-            (loss / self.recipe.batch).backward()
+            loss = dmd.critic_loss(clip, noise, sigma, self._predictor("critic", chosen))
+            (loss / len(mine)).backward()
             losses.append(float(loss.detach()))
         self._step(self.critic_optimizer, self.roles.critic.parameters())
         return sum(losses) / len(losses)
 
-    def _student_step(self, shared: torch.Generator, own: torch.Generator, number: int) -> dict[str, float]:
+    def _student_step(self, shared: torch.Generator, number: int) -> dict[str, float]:
         figures: list[dict[str, float]] = []
         updates = number // self.recipe.critic_updates
         through = "all" if updates >= self.recipe.train.compressor_alone else "compressor"
         self.student_optimizer.zero_grad(set_to_none=True)
-        for _ in range(self.recipe.batch):
-            chosen, draws = self._prompt(own), self._draws(shared)
+        draws, mine = self._draws(shared), self._mine(number, student=True)
+        for own in mine:
+            chosen = self._prompt(own)
             clip = self._clip(draws, chosen, own, graph=True, through=through)
             loss, parts = dmd.student_loss(
                 clip,
                 self._noise(own, clip.shape),
                 dmd.draw_sigma(own, shift=self.recipe.shift),
-                teacher=self._predictor(self.roles.teacher, chosen),
-                teacher_unconditional=self._predictor(self.roles.teacher, None),
-                critic=self._predictor(self.roles.critic, chosen),
+                teacher=self._predictor("teacher", chosen),
+                teacher_unconditional=self._predictor("teacher", None),
+                critic=self._predictor("critic", chosen),
                 guidance=self.recipe.guidance,
                 mask=self._mask(clip, draws),
             )
-            (loss / self.recipe.batch).backward()
+            (loss / len(mine)).backward()
             figures.append({"student": float(loss.detach()), "exit": draws.exit_step, **parts})
         parameters = [p for group in self.student_optimizer.param_groups for p in group["params"]]
         self._step(self.student_optimizer, parameters)
@@ -203,7 +238,7 @@ class Trainer:
     def _step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         known = [*parameters]
         self.workers.average_gradients(known)
-        loop.clip_gradients([p for p in known if p.grad is not None], self.recipe.train.clip)
+        loop.clip_gradients(known, self.recipe.train.clip)
         optimizer.step()
 
     def _draws(self, shared: torch.Generator) -> Draws:
@@ -241,22 +276,26 @@ class Trainer:
         shape = (1, channels, grid.frames_per_block, grid.latent_rows, grid.latent_cols)
         blocks = draws.prefix + self.recipe.rollout.blocks
         noise = [[self._noise(own, shape) for _ in self.sigmas] for _ in range(blocks)]
-        return rollout(
-            self.roles.student,
-            network.embed_text(embeds),
-            draws.layout,
-            noise=noise,
-            sigmas=self.sigmas,
-            exit_step=draws.exit_step,
-            graded=self.recipe.rollout.blocks,
-            gradient=through if graph else "none",
-            checkpointing=graph and self.recipe.train.checkpointing,
-        ).latents
 
-    def _predictor(self, network: WanTransformer, embeds: Tensor | None) -> dmd.Predictor:
-        """A network over a whole clip at once, each latent frame seeing all others."""
-        text = network.embed_text(self._unconditional if embeds is None else embeds)
-        grid = self.grid
+        def run() -> Tensor:
+            return rollout(
+                self.roles.student,
+                network.embed_text(embeds),
+                draws.layout,
+                noise=noise,
+                sigmas=self.sigmas,
+                exit_step=draws.exit_step,
+                graded=self.recipe.rollout.blocks,
+                gradient=through if graph else "none",
+                checkpointing=graph and self.recipe.train.checkpointing and not self.roles.wholes,
+            ).latents
+
+        return self.roles.gathering("student", run)
+
+    def _predictor(self, role: str, embeds: Tensor | None) -> dmd.Predictor:
+        """Teacher or critic over a whole clip at once, each latent frame seeing all others."""
+        network = self.roles.teacher if role == "teacher" else self.roles.critic
+        given, grid = self._unconditional if embeds is None else embeds, self.grid
 
         def predict(x_t: Tensor, sigma: float) -> Tensor:
             frames = x_t.shape[2]
@@ -264,8 +303,12 @@ class Trainer:
             timesteps = torch.full(
                 (x_t.shape[0], frames), NUM_TRAIN_TIMESTEPS * sigma, dtype=torch.float64, device=x_t.device
             )
-            velocity: Tensor = network(x_t, timesteps, text, AloneContext(positions))
-            return velocity
+
+            def run() -> Tensor:
+                velocity: Tensor = network(x_t, timesteps, network.embed_text(given), AloneContext(positions))
+                return velocity
+
+            return self.roles.gathering(role, run)
 
         return predict
 
@@ -280,12 +323,14 @@ def train(
     recipe: SelfForcing,
     out: Path,
     *,
+    share: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume the recipe in `out`; the result is the model package `out/package/`.
 
     Args:
+        share:       share the weights out among the processes (FSDP2) instead of keeping all of them in each.
         on_log:      told every line of the log.
         should_stop: asked after every iteration; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -295,11 +340,22 @@ def train(
     if settings.threads:
         torch.set_num_threads(settings.threads)
     workers = loop.Workers.start()
-    model = load_model(_place(recipe.student), device=workers.device, dtype="fp32")
-    teacher = None if recipe.teacher == recipe.student else _other(recipe.teacher, workers)
+    if recipe.batch % workers.count:
+        raise UsageError(
+            f"{recipe.batch} rollouts a step cannot be shared by {workers.count} processes",
+            hint=f"Use a multiple of {workers.count}, for example --set batch={workers.count}.",
+        )
+    # Three copies are made of what is loaded; those that will be shared out need not fit on the device.
+    place = torch.device("cpu") if share else workers.device
+    model = load_model(_place(recipe.student), device=place, dtype="fp32")
+    teacher = None if recipe.teacher == recipe.student else _other(recipe.teacher, place)
     roles = Roles.of(model, teacher)
     prompts = read_prompts(recipe.prompts)
-    embeds, unconditional = encode_prompts(model, prompts)
+    embeds, unconditional = (t.to(workers.device) for t in encode_prompts(model, prompts))
+    if share:
+        vae = packages.part_folder(model.folder, model.manifest, "vae")
+        roles.student.codec = registry.load_codec(vae, device=workers.device, dtype=torch.float32)
+        roles.share_out(workers, checkpointing=settings.checkpointing)
     trainer = Trainer(
         recipe,
         roles,
@@ -318,15 +374,16 @@ def train(
     facts = {
         "kind": recipe.kind,
         "recipe": recipe.model_dump_json(exclude={"train": {"steps", "checkpoint_minutes", "threads"}}),
-        "workers": workers.count,
         "student": model.hashes["transformer"],
         "teacher": (teacher or model).hashes["transformer"],
         "prompts": str(len(prompts)),
     }
     checkpoints, saved = out / "checkpoints", time.monotonic()
     loop.load_checkpoint(checkpoints, state, facts)
+    log_path = out / f"metrics{workers.rank or ''}.jsonl"
+    loop.forget_lost_steps(log_path, state.step)
     figures: dict[str, Any] = {}
-    with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
+    with loop.Log(log_path, on_log) as log:
         parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
         log.write(event="start", step=state.step, parameters=parameters, workers=workers.count)
         while state.step < settings.steps:
@@ -336,18 +393,20 @@ def train(
             state.step += 1
             _average(state, settings.average_start)
             if state.step % loop.LOG_EVERY == 0 or "student" in parts:
-                log.write(step=state.step, **{name: round(value, 5) for name, value in parts.items()})
+                log.write(step=state.step, **{name: float(f"{value:.9g}") for name, value in parts.items()})
             stop = should_stop is not None and workers.any_wants(should_stop())
-            if workers.rank == 0 and (stop or time.monotonic() - saved > 60 * settings.checkpoint_minutes):
-                loop.save_checkpoint(checkpoints, state, facts)
+            minutes = settings.checkpoint_minutes
+            if loop.save_if_due(workers, checkpoints, state, facts, saved, minutes, now=stop):
                 saved = time.monotonic()
             if stop:
                 break
         figures["steps"] = state.step
-        if state.step >= settings.steps and workers.rank == 0:
-            loop.save_checkpoint(checkpoints, state, facts)
-            figures |= write_result(recipe, state, roles, model, out)
-            log.write(event="done", **figures)
+        if state.step >= settings.steps:
+            loop.save_if_due(workers, checkpoints, state, facts, saved, settings.checkpoint_minutes, now=True)
+            values = shards.gathered(state.average.values) if share else state.average.values
+            if workers.rank == 0:
+                figures |= write_result(recipe, state.step, values, roles, model, out)
+                log.write(event="done", **figures)
     workers.stop()
     return figures
 
@@ -371,8 +430,8 @@ def _place(name: str) -> str:
     return "demo" if name == "package" else name
 
 
-def _other(name: str, workers: loop.Workers) -> VideoModel:
-    return load_model(_place(name), device=workers.device, dtype="fp32")
+def _other(name: str, device: torch.device) -> VideoModel:
+    return load_model(_place(name), device=device, dtype="fp32")
 
 
 def read_prompts(source: str) -> list[str]:
@@ -403,12 +462,24 @@ def encode_prompts(model: VideoModel, prompts: list[str]) -> tuple[Tensor, Tenso
 
 
 def write_result(
-    recipe: SelfForcing, state: loop.TrainingState, roles: Roles, model: VideoModel, out: Path
+    recipe: SelfForcing,
+    iterations: int,
+    values: Mapping[str, Tensor],
+    roles: Roles,
+    model: VideoModel,
+    out: Path,
 ) -> dict[str, Any]:
-    """Write `out/package/`: the averaged student with its few-step schedule, all else as in the model it began as."""
-    modules = _averaged(state.modules)
-    for name, module in modules.items():
-        module.load_state_dict(state.average.state_of(name))
+    """Write `out/package/`: the averaged student with its few-step schedule, all else as in the model it began as.
+
+    Args:
+        values: the averaged weights, whole: "transformer/NAME" and "compressor/NAME".
+    """
+    with torch.device("meta"):
+        transformer = WanTransformer(roles.student.transformer.config)
+        compressor = Compressor(roles.student.compressor.config)
+    for name, module in (("transformer", transformer), ("compressor", compressor)):
+        own = {k.removeprefix(f"{name}/"): v for k, v in values.items() if k.startswith(f"{name}/")}
+        module.load_state_dict(own, assign=True)
     steps = recipe.rollout.timesteps
     manifest = model.manifest.model_copy(
         update={
@@ -417,7 +488,7 @@ def write_result(
             ),
             "provenance": {
                 "recipe": recipe.kind,
-                "iterations": state.step,
+                "iterations": iterations,
                 "student": model.manifest.provenance,
                 "settings": recipe.model_dump(mode="json"),
                 "data": "none: the student's own rollouts; prompts only",
@@ -427,8 +498,8 @@ def write_result(
     write_package(
         out / "package",
         manifest,
-        transformer=roles.student.transformer,
-        compressor=roles.student.compressor,
+        transformer=transformer,
+        compressor=compressor,
         base=model.folder,
         dtype=torch.float16 if model.name == "demo" else torch.bfloat16,
         overwrite=True,

@@ -246,11 +246,15 @@ def _standing(
     cells = _cells(
         layout.compressed_positions(layout.context_start, grid.frames_per_block), context.positions
     )
-    seen = StandingContext(cells, sink_only)
-    made: dict[int, BlockKV] = {}
+    blocks = sorted(set(context.selected.flatten().tolist()))
+    # All in one pass: layers must run equally often in all processes, whatever is selected in each.
+    seen = StandingContext(cells, _repeated(sink_only, len(blocks)))
+    texts = TextKV(tuple((_rows(k, len(blocks)), _rows(v, len(blocks))) for k, v in text.layers))
     with _weights_fixed(student.transformer, gradient == "compressor"):
-        for block in sorted(set(context.selected.flatten().tolist())):
-            made[block] = student.transformer.commit_tokens(_tokens(student, past[block]), text, seen)
+        tokens = torch.cat([_tokens(student, past[block]) for block in blocks])
+        together = student.transformer.commit_tokens(tokens, texts, seen)
+    parts = zip(*(t.split(batch, 1) for t in (together.k, together.v, together.q_sum)), strict=True)
+    made = {block: BlockKV(*part) for block, part in zip(blocks, parts, strict=True)}
     slots = layout.slots(i)
     places = [cell for start in slots.mid_starts for cell in layout.compressed_positions(start, slots.span)]
     cos, sin = rope.angles(_cells(places, context.positions), grid.kv_dim // grid.heads)
@@ -259,6 +263,16 @@ def _standing(
         keys.append(rope.rotate(torch.cat([made[m].k[layer] for m in ids], 1), cos, sin))
         values.append(torch.cat([made[m].v[layer] for m in ids], 1))
     return StandingContext(context.positions, snapshot, _Snapshot(tuple(keys), tuple(values)))
+
+
+def _rows(tensor: Tensor, count: int) -> Tensor:
+    """[B,...] -> [count*B,...]."""
+    return tensor.repeat(count, *(1 for _ in tensor.shape[1:]))
+
+
+def _repeated(snapshot: _Snapshot, count: int) -> _Snapshot:
+    keys, values = (tuple(_rows(t, count) for t in side) for side in (snapshot.keys, snapshot.values))
+    return _Snapshot(keys, values)
 
 
 def _cells(cells: Sequence[Sequence[object]], like: Tensor) -> Tensor:
