@@ -445,8 +445,11 @@ def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any
         result = folder / "package"
         for pair in figures.get("pairs", ()):
             talk.say(f"before (left) and after (right): {pair}")
-        if isinstance(recipe, Finetune) and recipe.samples.every:
-            talk.say(f"samples: {folder / 'samples'}; curve: {folder / 'curve.png'}")
+        samples = getattr(recipe, "samples", None)
+        if samples is not None and samples.every:
+            talk.say(f"samples on the way: {folder / 'samples'}")
+        if isinstance(recipe, Finetune):
+            talk.say(f"curve: {folder / 'curve.png'}")
         if isinstance(recipe, FinetuneLora):
             talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
         talk.say(
