@@ -34,6 +34,7 @@ from packforcing_cli.compressor import Compressor
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, encode
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import Schedule as ScheduleRecord
 from packforcing_cli.registry import VideoModel, load_model, write_package
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, renoise_sigmas
@@ -519,14 +520,11 @@ def averaged_student(values: Mapping[str, Tensor], model: VideoModel, recipe: Se
     return replace(model, transformer=transformer, compressor=compressor, manifest=manifest)
 
 
-def stories(recipe: SelfForcing, prompts: Sequence[str], model: VideoModel) -> list[inference.Story]:
+def stories(recipe: SelfForcing, prompts: Sequence[str], model: VideoModel) -> list[Story]:
     """What samples are made of: the recipe's own prompts, or the first ones of the training."""
     chosen = list(dict.fromkeys(recipe.samples.prompts or prompts[: recipe.samples.count]))
     embeds, _ = encode_prompts(model, chosen)
-    return [
-        inference.Story(Script((text,)), (inference.Prompt(text, embeds[n : n + 1], None),))
-        for n, text in enumerate(chosen)
-    ]
+    return [Story(Script((text,)), (Prompt(text, embeds[n : n + 1], None),)) for n, text in enumerate(chosen)]
 
 
 def write_result(

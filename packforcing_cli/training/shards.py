@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -150,7 +150,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], step: int, facts: Mapping[st
         # A number without dimensions has no slices, and so no parts.
         values = {name: value.reshape(1) if value.ndim == 0 else value for name, value in tensors.items()}
         with _quiet():
-            dcp.save(
+            state_dict_saver.save(
                 values, storage_writer=HuggingFaceStorageWriter(path=str(temporary), save_distributed=True)
             )
         with _failing_together():
@@ -209,7 +209,7 @@ def load(path: Path, into: Mapping[str, Tensor]) -> None:
     values = {name: value.reshape(1) if value.ndim == 0 else value for name, value in into.items()}
     try:
         with _quiet():
-            dcp.load(
+            state_dict_loader.load(
                 dict(values),
                 storage_reader=HuggingFaceStorageReader(path=str(path)),
                 no_dist=not dist.is_initialized(),
