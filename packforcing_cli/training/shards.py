@@ -138,13 +138,14 @@ def _temporary(path: Path) -> Path:
 def save(path: Path, tensors: Mapping[str, Tensor], step: int, facts: Mapping[str, Any]) -> None:
     """Write a checkpoint folder; all processes must ask. A kill or a full disk leaves no part of it under `path`.
 
-    Raises: OSError, in every process if in one.
+    Raises: OSError, in every process if in one; what torch.distributed raises if another process is gone.
     """
     temporary, is_first = _temporary(path), dist.get_rank() == 0
     with _failing_together():
         if is_first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in path.parent.glob(".step-*"):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir()
     try:
         # A number without dimensions has no slices, and so no parts.
@@ -253,9 +254,9 @@ def _failing_together() -> Iterator[None]:
         raise OSError(first[0] or 0, f"another process: {first[1]}")
 
 
-def _cause(error: CheckpointException) -> OSError:
-    """The first failure of torch's checkpointing as an OSError, a full disk with its number."""
+def _cause(error: CheckpointException) -> Exception:
+    """The first failure of torch's checkpointing, a full disk as an OSError with its number."""
     cause, _ = next(iter(error.failures.values()))
     if durable.is_full_disk(cause):
         return OSError(28, f"no space left: {cause}")
-    return OSError(getattr(cause, "errno", None) or 5, f"{type(cause).__name__}: {cause}")
+    return cause if isinstance(cause, Exception) else OSError(5, f"{type(cause).__name__}: {cause}")
