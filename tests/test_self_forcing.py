@@ -21,6 +21,7 @@ SMALL = [
     "train.compressor_alone=1",
     "train.average_start=2",
     "train.learning_rate=1e-3",
+    "samples.every=0",
 ]
 
 

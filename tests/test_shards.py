@@ -55,6 +55,9 @@ FORCED = {
     "train.average_start": 1,
     "train.learning_rate": 1e-3,
     "train.checkpointing": True,
+    "samples.every": 2,
+    "samples.count": 1,
+    "samples.seconds": 1.0,
 }
 
 WORKER = """
@@ -185,7 +188,7 @@ def runs(encoded: EncodedData) -> Path:
     """Runs of one process, and the same of two, the first of which is killed while it saves."""
     folder = encoded.folder.parent
     prompts = folder / "prompts.txt"
-    prompts.write_text("a red square\na blue circle\n", "utf-8")
+    prompts.write_text("a red square moving left on a blue background\na blue circle\n", "utf-8")
     tuned = TUNED | {"model": str(folder / "small")}
     forced = FORCED | {"student": str(folder / "small"), "teacher": str(folder / "small")}
     forced |= {"prompts": str(prompts)}
@@ -267,6 +270,11 @@ def test_self_forcing_that_shares_the_weights_follows_the_curve_of_one(runs: Pat
         one, two = curve(runs / "one forced", name), curve(runs / "forced", name)
         assert list(one) == [1, 2]
         assert two == pytest.approx(one, rel=1e-5)
+    for run in ("one forced", "forced"):
+        names = sorted(path.name for path in (runs / run / "samples").iterdir())
+        assert names == ["0000000-0.mp4", "0000002-0.mp4", "before-after-0.mp4"]
+        figures = curve(runs / run, "samples")
+        assert list(figures) == [0, 2] and {"motion", "words", "colour"} <= set(figures[2])  # type: ignore[call-overload]
     written = [
         load_file(next((runs / run / "package").glob("transformer/*.safetensors")))
         for run in ("one forced", "forced")

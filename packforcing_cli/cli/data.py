@@ -19,7 +19,7 @@ Folder = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        help="Folder of clips, with captions in NAME.txt beside them or in metadata.jsonl.",
+        help="Folder of clips, with captions or timelines in NAME.txt beside them or in metadata.jsonl.",
     ),
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="The model that will be trained.")]

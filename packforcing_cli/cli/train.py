@@ -311,7 +311,7 @@ def _run(
 ) -> tuple[int, dict[str, Any]]:
     """Train. Returns: 0, or the exit code of a run that was stopped; and its figures. Raises: PackforcingError."""
     from packforcing_cli import durable
-    from packforcing_cli.errors import DiskFullError
+    from packforcing_cli.errors import DiskFullError, PackforcingError
 
     lines = _Lines(recipe.train.steps, talk)
     with _Stop() as stop:
@@ -328,11 +328,28 @@ def _run(
                     f"the disk is full: {folder} could not be written",
                     hint=f"Free some space, then go on: {again}",
                 ) from error
+            if _is_lost_partner(error):
+                raise PackforcingError(
+                    "another process of this training ended",
+                    hint=f"What it said is above. To go on from the newest checkpoint: {again}",
+                ) from error
             raise
     if figures["steps"] < recipe.train.steps:
         talk.say(f"Stopped at step {figures['steps']}, a checkpoint is saved. To go on: {again}")
         return stop.code or 130, figures
     return 0, figures
+
+
+def _is_lost_partner(error: Exception) -> bool:
+    """Whether torch.distributed failed because another process is gone; it has no error of its own for that."""
+    import torch
+
+    if isinstance(error, torch.distributed.DistBackendError | torch.distributed.DistNetworkError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        f"onnection {what} by peer" in said for what in ("closed", "reset")
+    )
 
 
 def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, fsdp: bool, force: bool) -> EncodedData | None:
@@ -445,8 +462,11 @@ def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any
         result = folder / "package"
         for pair in figures.get("pairs", ()):
             talk.say(f"before (left) and after (right): {pair}")
-        if isinstance(recipe, Finetune) and recipe.samples.every:
-            talk.say(f"samples: {folder / 'samples'}; curve: {folder / 'curve.png'}")
+        samples = getattr(recipe, "samples", None)
+        if samples is not None and samples.every:
+            talk.say(f"samples on the way: {folder / 'samples'}")
+        if isinstance(recipe, Finetune):
+            talk.say(f"curve: {folder / 'curve.png'}")
         if isinstance(recipe, FinetuneLora):
             talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
         talk.say(

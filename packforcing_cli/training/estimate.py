@@ -147,21 +147,37 @@ def estimate(
     Raises: UsageError or WeightsError if a model or size it names is not possible.
     """
     found = _of_one(recipe, device, scene_blocks)
-    return found if processes == 1 else dataclasses.replace(found, memory=_shared(recipe, found, processes))
+    if processes > 1 and isinstance(recipe, Finetune | SelfForcing):
+        return dataclasses.replace(found, memory=_shared(recipe, found.memory, processes))
+    return found
 
 
-def _shared(recipe: AnyRecipe, found: Estimate, processes: int) -> Memory:
-    """The memory of the first of several processes: its part of all, what is gathered, and a copy to evaluate with.
+def _shared(recipe: Finetune | SelfForcing, memory: Memory, processes: int) -> Memory:
+    """The memory of the first of several processes that share the weights out.
 
-    Gathered are two layers at a time and what is in no layer; a fifth of the weights is more than both.
+    Its part of all; what is gathered at a time, two layers and what is in no layer, with their gradients; and a whole
+    copy of what samples, evaluation and the result are made with.
     """
-    memory, whole = found.memory, found.memory.weights
-    copy = whole if isinstance(recipe, Finetune) else 0
+    folder = packages.find_package(_model_of(recipe))
+    manifest = packages.read_manifest(folder)
+    config = TransformerConfig.from_dict(
+        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
+    )
+    with torch.device("meta"):
+        network, compressor = WanTransformer(config), Compressor(compressor_config(manifest, config, folder))
+    layer, whole = _count(network.blocks[0]), _count(network) + _count(compressor)
+    gathered = 4 * (whole - layer * max(0, config.num_layers - 2))
     return dataclasses.replace(
         memory,
-        weights=-(-whole // processes) + whole // 5 + copy,
-        training=-(-memory.training // processes) + whole // 5,  # a gathered layer has a whole gradient
+        weights=-(-memory.weights // processes) + gathered + 4 * whole,
+        training=-(-memory.training // processes) + gathered,
     )
+
+
+def _model_of(recipe: Finetune | SelfForcing) -> str:
+    if isinstance(recipe, Finetune):
+        return recipe.model
+    return "demo" if recipe.student == "package" else recipe.student
 
 
 def _of_one(recipe: AnyRecipe, device: torch.device, scene_blocks: int | None) -> Estimate:
@@ -256,8 +272,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
 
 def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name: str) -> Estimate:
     """Three networks of one shape; the graph of a rollout is that of a strict item with as many blocks and mids."""
-    place = "demo" if recipe.student == "package" else recipe.student
-    folder = packages.find_package(place)
+    folder = packages.find_package(_model_of(recipe))
     manifest = packages.read_manifest(folder)
     config = TransformerConfig.from_dict(
         weights.read_config(packages.part_folder(folder, manifest, "transformer"))

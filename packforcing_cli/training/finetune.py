@@ -154,7 +154,9 @@ def _item_loss(
     sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
     wide = sigmas.view(1, count, 1, 1, 1, 1)
     texts = list(dict.fromkeys(captions))
-    rows = torch.tensor([[texts.index(caption) for caption in captions]]) if len(texts) > 1 else None
+    rows = None
+    if len(texts) > 1:
+        rows = torch.tensor([[texts.index(caption) for caption in captions]], device=device)
     noisy = (1 - wide) * x0 + wide * noise
     if models.whole is not None:
         noisy = shards.anchored(noisy, (models.transformer, models.compressor))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Train
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Samples, Train
 from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
 __all__ = [
@@ -195,6 +195,7 @@ class SelfForcing(_Strict):
     critic_updates: int = Field(default=5, ge=1, description="critic updates for one of the student")
     batch: int = Field(default=1, ge=1, description="rollouts a step, over all processes together")
     rollout: StudentRollout = StudentRollout()
+    samples: Samples = Samples()
     train: StudentTrain
 
 

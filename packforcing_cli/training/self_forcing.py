@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,11 +34,14 @@ from packforcing_cli.compressor import Compressor
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, encode
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import Schedule as ScheduleRecord
 from packforcing_cli.registry import VideoModel, load_model, write_package
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, renoise_sigmas
+from packforcing_cli.timeline import Script
 from packforcing_cli.training import dmd, loop, shards, world
 from packforcing_cli.training.recipes import SelfForcing
+from packforcing_cli.training.samples import Sampler
 from packforcing_cli.training.student_rollout import Student, rollout
 from packforcing_cli.transformer import AloneContext, WanTransformer
 
@@ -354,7 +357,9 @@ def train(
     embeds, unconditional = (t.to(workers.device) for t in encode_prompts(model, prompts))
     if share:
         vae = packages.part_folder(model.folder, model.manifest, "vae")
-        roles.student.codec = registry.load_codec(vae, device=workers.device, dtype=torch.float32)
+        codec = registry.load_codec(vae, device=workers.device, dtype=torch.float32)
+        roles.student.codec = codec
+        model = replace(model, codec=codec, device=workers.device)  # its own weights stay where they are
         roles.share_out(workers, checkpointing=settings.checkpointing)
     trainer = Trainer(
         recipe,
@@ -373,7 +378,9 @@ def train(
     )
     facts = {
         "kind": recipe.kind,
-        "recipe": recipe.model_dump_json(exclude={"train": {"steps", "checkpoint_minutes", "threads"}}),
+        "recipe": recipe.model_dump_json(
+            exclude={"samples": True, "train": {"steps", "checkpoint_minutes", "threads"}}
+        ),
         "student": model.hashes["transformer"],
         "teacher": (teacher or model).hashes["transformer"],
         "prompts": str(len(prompts)),
@@ -382,10 +389,31 @@ def train(
     loop.load_checkpoint(checkpoints, state, facts)
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
     loop.forget_lost_steps(log_path, state.step)
+    every = recipe.samples.every
+    sampler = (
+        Sampler(recipe.samples, stories(recipe, prompts, model), out / "samples")
+        if every and workers.rank == 0
+        else None
+    )
     figures: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
+
+    def student() -> VideoModel | None:
+        """The averaged student in the first process; the others give what it gathers."""
+        values = shards.gathered(state.average.values) if share else state.average.values
+        return averaged_student(values, model, recipe) if workers.rank == 0 else None
+
+    def sample(log: loop.Log) -> None:
+        made = student()
+        if sampler is not None and made is not None:
+            measured["samples"] = sampler.make(state.step, made)
+            log.write(event="samples", step=state.step, **measured)
+
     with loop.Log(log_path, on_log) as log:
         parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
         log.write(event="start", step=state.step, parameters=parameters, workers=workers.count)
+        if every and not state.step:
+            sample(log)
         while state.step < settings.steps:
             parts = trainer.iteration(state.step)
             for value in parts.values():
@@ -394,6 +422,8 @@ def train(
             _average(state, settings.average_start)
             if state.step % loop.LOG_EVERY == 0 or "student" in parts:
                 log.write(step=state.step, **{name: float(f"{value:.9g}") for name, value in parts.items()})
+            if every and state.step % every == 0 and state.step < settings.steps:
+                sample(log)
             stop = should_stop is not None and workers.any_wants(should_stop())
             minutes = settings.checkpoint_minutes
             if loop.save_if_due(workers, checkpoints, state, facts, saved, minutes, now=stop):
@@ -403,9 +433,15 @@ def train(
         figures["steps"] = state.step
         if state.step >= settings.steps:
             loop.save_if_due(workers, checkpoints, state, facts, saved, settings.checkpoint_minutes, now=True)
-            values = shards.gathered(state.average.values) if share else state.average.values
-            if workers.rank == 0:
-                figures |= write_result(recipe, state.step, values, roles, model, out)
+            if every:
+                sample(log)
+            result = student()
+            if result is not None:
+                if sampler is not None:
+                    pairs = sampler.pairs(state.step)
+                    figures["pairs"] = [str(path) for path in pairs]
+                    measured["before and after"] = [f"samples/{path.name}" for path in pairs]
+                figures |= write_result(recipe, state.step, result, measured, out)
                 log.write(event="done", **figures)
     workers.stop()
     return figures
@@ -461,47 +497,55 @@ def encode_prompts(model: VideoModel, prompts: list[str]) -> tuple[Tensor, Tenso
     return torch.cat(embeds[:-1]), embeds[-1]
 
 
-def write_result(
-    recipe: SelfForcing,
-    iterations: int,
-    values: Mapping[str, Tensor],
-    roles: Roles,
-    model: VideoModel,
-    out: Path,
-) -> dict[str, Any]:
-    """Write `out/package/`: the averaged student with its few-step schedule, all else as in the model it began as.
+def averaged_student(values: Mapping[str, Tensor], model: VideoModel, recipe: SelfForcing) -> VideoModel:
+    """The student with its averaged weights and its few-step schedule; all else is that of the model it began as.
 
     Args:
-        values: the averaged weights, whole: "transformer/NAME" and "compressor/NAME".
+        values: the averaged weights, whole: "transformer/NAME" and "compressor/NAME"; not copied where they are on the
+            model's device.
     """
+    assert model.compressor is not None
     with torch.device("meta"):
-        transformer = WanTransformer(roles.student.transformer.config)
-        compressor = Compressor(roles.student.compressor.config)
+        transformer = WanTransformer(model.transformer.config)
+        compressor = Compressor(model.compressor.config)
     for name, module in (("transformer", transformer), ("compressor", compressor)):
         own = {k.removeprefix(f"{name}/"): v for k, v in values.items() if k.startswith(f"{name}/")}
         module.load_state_dict(own, assign=True)
+        module.requires_grad_(False).to(model.device)
     steps = recipe.rollout.timesteps
-    manifest = model.manifest.model_copy(
-        update={
-            "schedule": ScheduleRecord(
-                kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps
-            ),
-            "provenance": {
-                "recipe": recipe.kind,
-                "iterations": iterations,
-                "student": model.manifest.provenance,
-                "settings": recipe.model_dump(mode="json"),
-                "data": "none: the student's own rollouts; prompts only",
-            },
-        }
+    schedule = ScheduleRecord(
+        kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps
     )
+    manifest = model.manifest.model_copy(update={"schedule": schedule})
+    return replace(model, transformer=transformer, compressor=compressor, manifest=manifest)
+
+
+def stories(recipe: SelfForcing, prompts: Sequence[str], model: VideoModel) -> list[Story]:
+    """What samples are made of: the recipe's own prompts, or the first ones of the training."""
+    chosen = list(dict.fromkeys(recipe.samples.prompts or prompts[: recipe.samples.count]))
+    embeds, _ = encode_prompts(model, chosen)
+    return [Story(Script((text,)), (Prompt(text, embeds[n : n + 1], None),)) for n, text in enumerate(chosen)]
+
+
+def write_result(
+    recipe: SelfForcing, iterations: int, student: VideoModel, metrics: Mapping[str, Any], out: Path
+) -> dict[str, Any]:
+    """Write `out/package/`: the averaged student, all else as in the model it began as."""
+    provenance = {
+        "recipe": recipe.kind,
+        "iterations": iterations,
+        "student": student.manifest.provenance,
+        "settings": recipe.model_dump(mode="json"),
+        "data": "none: the student's own rollouts; prompts only",
+        **({"metrics": dict(metrics)} if metrics else {}),
+    }
     write_package(
         out / "package",
-        manifest,
-        transformer=transformer,
-        compressor=compressor,
-        base=model.folder,
-        dtype=torch.float16 if model.name == "demo" else torch.bfloat16,
+        student.manifest.model_copy(update={"provenance": provenance}),
+        transformer=student.transformer,
+        compressor=student.compressor,
+        base=student.folder,
+        dtype=torch.float16 if student.name == "demo" else torch.bfloat16,
         overwrite=True,
     )
     return {"result": str(out / "package")}

@@ -29,8 +29,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -138,19 +138,20 @@ def _temporary(path: Path) -> Path:
 def save(path: Path, tensors: Mapping[str, Tensor], step: int, facts: Mapping[str, Any]) -> None:
     """Write a checkpoint folder; all processes must ask. A kill or a full disk leaves no part of it under `path`.
 
-    Raises: OSError, in every process if in one.
+    Raises: OSError, in every process if in one; what torch.distributed raises if another process is gone.
     """
     temporary, is_first = _temporary(path), dist.get_rank() == 0
     with _failing_together():
         if is_first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in path.parent.glob(".step-*"):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir()
     try:
         # A number without dimensions has no slices, and so no parts.
         values = {name: value.reshape(1) if value.ndim == 0 else value for name, value in tensors.items()}
         with _quiet():
-            dcp.save(
+            state_dict_saver.save(
                 values, storage_writer=HuggingFaceStorageWriter(path=str(temporary), save_distributed=True)
             )
         with _failing_together():
@@ -209,7 +210,7 @@ def load(path: Path, into: Mapping[str, Tensor]) -> None:
     values = {name: value.reshape(1) if value.ndim == 0 else value for name, value in into.items()}
     try:
         with _quiet():
-            dcp.load(
+            state_dict_loader.load(
                 dict(values),
                 storage_reader=HuggingFaceStorageReader(path=str(path)),
                 no_dist=not dist.is_initialized(),
@@ -253,9 +254,9 @@ def _failing_together() -> Iterator[None]:
         raise OSError(first[0] or 0, f"another process: {first[1]}")
 
 
-def _cause(error: CheckpointException) -> OSError:
-    """The first failure of torch's checkpointing as an OSError, a full disk with its number."""
+def _cause(error: CheckpointException) -> Exception:
+    """The first failure of torch's checkpointing, a full disk as an OSError with its number."""
     cause, _ = next(iter(error.failures.values()))
     if durable.is_full_disk(cause):
         return OSError(28, f"no space left: {cause}")
-    return OSError(getattr(cause, "errno", None) or 5, f"{type(cause).__name__}: {cause}")
+    return cause if isinstance(cause, Exception) else OSError(5, f"{type(cause).__name__}: {cause}")
