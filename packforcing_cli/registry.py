@@ -365,7 +365,7 @@ def _open_random(
             with torch.device("meta"):
                 wan = AutoencoderKLWan()
             weights.randomise(wan, device=device, dtype=dtype)
-            codec = WanCodec(wan)
+            codec = _wan_codec(wan, device)
         _check_codec(manifest, codec, facts.latent_channels, own=kind == facts.codec)
         return VideoModel(
             name=facts.name,
@@ -537,9 +537,14 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
         return TinyCodec(module)
     wan: Any = module  # diffusers gives its models no types
     try:
-        return WanCodec(wan)
+        return _wan_codec(wan, device)
     except ValueError as e:
         raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
+
+
+def _wan_codec(module: Any, device: torch.device) -> WanCodec:
+    """The Wan VAE as this kind of device runs it: the layout cuDNN's convolutions take, on a GPU."""
+    return WanCodec(module, channels_last=device.type == "cuda")
 
 
 def _empty_vae(folder: Path) -> nn.Module:

@@ -767,6 +767,8 @@ def report(
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
         f" peak memory {console.gb(result.peak_memory_bytes)}"
     )
+    if said := _timing(result):
+        shown.note(said)
     for line in _health(result, plan):
         shown.warn(line)
     if result.ended:
@@ -808,10 +810,8 @@ def report(
             "figures": {
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),
-                "first_frame_seconds": round(result.first_frame_seconds, 3),
-                "block_seconds_p50": round(_percentile(result.block_seconds, 50), 4),
-                "block_seconds_p95": round(_percentile(result.block_seconds, 95), 4),
-                "stall_seconds": round(result.stall_seconds, 3),
+                **result.timing,
+                "process_first_frame_seconds": _rounded(result.process_first_frame_seconds),
                 "fps": round(now / spent, 3),
                 "realtime_factor": round(made / spent, 3),
                 "kv_bytes": {
@@ -827,6 +827,23 @@ def report(
             },
             **(more or {}),
         }
+    )
+
+
+def _timing(result: Result) -> str:
+    """How soon and how steadily frames came, in one line; empty if none was made now."""
+    if not result.block_seconds:
+        return ""
+    whole = result.process_first_frame_seconds
+    return (
+        f"first frames in the file {result.first_frame_seconds:.2f} s after the model was there"
+        + ("" if whole is None else f", {whole:.2f} s after the command")
+        + f"; a block took {result.block_percentile(50):.3g} s (95 %: {result.block_percentile(95):.3g} s)"
+        + (
+            f"; {result.stall_seconds:.2f} s of waiting for the encoder"
+            if result.stall_seconds >= 0.01
+            else ""
+        )
     )
 
 
@@ -868,7 +885,5 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
-def _percentile(values: Iterable[float], percent: int) -> float:
-    """The smallest value that at least `percent` of the values do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)] if ordered else 0.0
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 3)

@@ -63,6 +63,7 @@ RESULT_SHAPE: dict[str, Any] = {
         "load_seconds": float,
         "total_seconds": float,
         "first_frame_seconds": float,
+        "process_first_frame_seconds": float,
         "block_seconds_p50": float,
         "block_seconds_p95": float,
         "stall_seconds": float,
@@ -851,7 +852,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, block: int, attempts: int) -> None:
         return denoise(*args, **options)
 
     monkeypatch.setattr(rollout, "denoise_block", spoilt)
-    monkeypatch.setattr(rollout, "to_uint8", lambda pixels: look(pixels) * (not state["bad"]))
+    monkeypatch.setattr(rollout, "to_uint8", lambda pixels, *to: look(pixels, *to) * (not state["bad"]))
 
 
 def test_guard_stop_ends_the_video_with_a_file_and_the_commands_to_go_on(

@@ -1,0 +1,175 @@
+"""Blocks that are finished while the next one is denoised: the same videos, in another order of work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import embeds, video_model
+
+from packforcing_cli import rollout
+from packforcing_cli.beside import ORDER, RUN, Faster
+from packforcing_cli.config import MemoryOptions
+from packforcing_cli.errors import GenerationError, UnhealthyError
+from packforcing_cli.past import PastBlock
+from packforcing_cli.prompts import Prompt, Story
+from packforcing_cli.registry import VideoModel
+from packforcing_cli.rollout import Block, stream_generate
+from packforcing_cli.timeline import Script
+
+torch.set_num_threads(1)
+
+BLOCKS = 8
+USUAL = {"mid_span": "block", "top_k": 2, "bank": 3}
+
+
+@pytest.fixture(scope="module")
+def model() -> VideoModel:
+    return video_model()
+
+
+def story(model: VideoModel, **options: Any) -> Story:
+    script = Script(("a", "b"), starts=(0, 5), blends=(0, 0), **options)
+    return Story(script, tuple(Prompt(text, embeds(n, model.dtype)) for n, text in enumerate(script.prompts)))
+
+
+def make(model: VideoModel, memory: dict[str, Any], *, overlap: bool, **options: Any) -> list[Block]:
+    told = options.pop("story", None) or story(model)
+    chosen = MemoryOptions(**{**USUAL, **memory})
+    return list(
+        stream_generate(model, told, num_blocks=BLOCKS, seed=1, memory=chosen, overlap=overlap, **options)
+    )
+
+
+def require_equal(some: list[Block], others: list[Block]) -> None:
+    assert len(some) == len(others)
+    for one, other in zip(some, others, strict=True):
+        assert one.index == other.index
+        assert torch.equal(one.frames, other.frames)
+        assert torch.equal(one.latents, other.latents)
+        assert torch.equal(one.selected, other.selected)
+        assert (one.cache, one.replayed, one.recalled) == (other.cache, other.replayed, other.recalled)
+        records = [{**block.record.to_json(), "seconds": {}, "memory": {}} for block in (one, other)]
+        assert records[0] == records[1]
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"select": "affinity"},
+        {"compressor": "lr", "recent_blocks": 2},
+        {"compressor": "pool"},
+        {"compressed_context": "history"},
+        {"rope_adjustment": False},
+        {"policy": "window"},
+    ],
+    ids=lambda memory: " ".join(f"{name}={value}" for name, value in memory.items()) or "usual",
+)
+def test_a_block_finished_late_is_the_same(model: VideoModel, memory: dict[str, Any]) -> None:
+    require_equal(make(model, memory, overlap=True), make(model, memory, overlap=False))
+
+
+def test_cuts_and_pins_are_the_same(model: VideoModel) -> None:
+    """The block before a cut is remembered at once: the next one's context needs it in the bank."""
+    told = story(model, cuts=(4, 6), pins=frozenset({2}))
+    require_equal(make(model, {}, overlap=True, story=told), make(model, {}, overlap=False, story=told))
+
+
+def test_each_block_is_finished_while_the_next_is_denoised(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for the first, whose frames somebody waits for, and the last."""
+    order: list[str] = []
+    denoise = rollout.denoise_block
+
+    def spy(*args: Any, **options: Any) -> Any:
+        order.append(f"denoise {options['block']}")
+        return denoise(*args, **options)
+
+    monkeypatch.setattr(rollout, "denoise_block", spy)
+    for late in (False, True):
+        order.clear()
+        for block in stream_generate(
+            model, story(model), num_blocks=4, seed=1, memory=MemoryOptions(**USUAL), overlap=late
+        ):
+            order.append(f"block {block.index}")
+        expected = [f"{what} {n}" for n in range(4) for what in ("denoise", "block")]
+        if late:
+            expected = ["denoise 0", "block 0", "denoise 1", "denoise 2", "block 1", "denoise 3", "block 2"]
+            expected += ["block 3"]
+        assert order == expected
+
+
+def test_the_state_of_a_late_block_goes_on_to_the_same_video(model: VideoModel) -> None:
+    whole, state = [], None
+    for block in stream_generate(
+        model, story(model), num_blocks=BLOCKS, seed=1, memory=MemoryOptions(**USUAL), overlap=True
+    ):
+        whole.append(block)
+        if block.index == 4:
+            state = block.state()
+    assert state is not None
+    rest = make(model, {}, overlap=True, state=state)
+    assert [block.index for block in rest] == [5, 6, 7]
+    require_equal(rest, whole[5:])
+    require_equal(make(model, {}, overlap=False, state=state), whole[5:])
+
+
+def test_blocks_that_are_there_already_are_the_same(model: VideoModel) -> None:
+    made = make(model, {}, overlap=False)
+    past = [PastBlock(block.latents, block.selected) for block in made[:5]]
+    again = make(model, {}, overlap=True, past=past)
+    assert [block.replayed for block in again] == [True] * 5 + [False] * 3
+    for one, other in zip(again, made, strict=True):
+        assert torch.equal(one.frames, other.frames)
+        assert torch.equal(one.latents, other.latents)
+
+
+def test_a_late_block_of_nan_ends_the_video_before_it(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoise = rollout.denoise_block
+
+    def spoilt(*args: Any, **options: Any) -> Any:
+        return denoise(*args, **options) / (0 if options["block"] == 3 else 1)
+
+    monkeypatch.setattr(rollout, "denoise_block", spoilt)
+    seen: list[int] = []
+    blocks = stream_generate(
+        model, story(model), num_blocks=BLOCKS, seed=1, memory=MemoryOptions(**USUAL), overlap=True
+    )
+    with pytest.raises(GenerationError, match="block 3"):
+        seen.extend(block.index for block in blocks)
+    assert seen == [0, 1, 2]
+
+
+def test_a_guard_that_rejects_blocks_never_waits(model: VideoModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoise = rollout.denoise_block
+    begun = []
+
+    def frozen(*args: Any, **options: Any) -> Any:
+        begun.append(options["block"])
+        made = denoise(*args, **options)
+        return made / 0 if options["block"] == 3 else made
+
+    monkeypatch.setattr(rollout, "denoise_block", frozen)
+    with pytest.raises(UnhealthyError):
+        make(model, {}, overlap=True, guard="stop")
+    assert begun == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("late_is_faster", [True, False])
+def test_the_faster_way_is_found_though_blocks_get_slower(late_is_faster: bool) -> None:
+    now, times = [0.0], {False: 1.0, True: 0.9 if late_is_faster else 1.1}
+    chooser = Faster(None, clock=lambda: now[0])
+    ways: list[bool] = []
+    for block in range(RUN * len(ORDER) + 3):
+        ways.append(chooser.choose())
+        now[0] += times[ways[-1]] * (1 + block / 50)
+        if block and ways[-1] != ways[-2]:
+            now[0] += 0.3  # a block of one way beside one of the other is no measure of either
+    assert ways[-3:] == [late_is_faster] * 3
+    assert {True, False} == set(ways[:-3])
+    assert [Faster(way).choose() for way in (True, False)] == [True, False]
