@@ -23,7 +23,7 @@ _packforcing() {
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing data"|"packforcing data check"|"packforcing data encode"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing recipes"|"packforcing recipes copy"|"packforcing recipes list"|"packforcing recipes show"|"packforcing recipes validate"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing bench stream"|"packforcing data"|"packforcing data check"|"packforcing data encode"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing recipes"|"packforcing recipes copy"|"packforcing recipes list"|"packforcing recipes show"|"packforcing recipes validate"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
         "packforcing") words="batch bench data doctor eval extend generate inspect-cache models recipes resume runs show train --version --help -h" ;;
@@ -33,13 +33,14 @@ _packforcing() {
         "packforcing batch run") words="--out --format --model --seconds --size --device --set --seed --workers --threads --engine --address --cpus-per-worker --ship-models --timeout --retries --auto-fit --max-failures --retry-failed --add --shard --dry-run --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing batch schema") words="--help -h" ;;
         "packforcing batch status") words="--json --help -h" ;;
-        "packforcing bench") words="all cache engine load scaling startup --help -h" ;;
-        "packforcing bench all") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
-        "packforcing bench cache") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
-        "packforcing bench engine") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
-        "packforcing bench load") words="--model --dtype --device --force --json --help -h" ;;
-        "packforcing bench scaling") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
+        "packforcing bench") words="all cache engine load scaling startup stream --help -h" ;;
+        "packforcing bench all") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
+        "packforcing bench cache") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
+        "packforcing bench engine") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
+        "packforcing bench load") words="--model --dtype --vae --device --force --json --help -h" ;;
+        "packforcing bench scaling") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
         "packforcing bench startup") words="--force --json --help -h" ;;
+        "packforcing bench stream") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
         "packforcing data") words="check encode --help -h" ;;
         "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;
         "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;

@@ -28,7 +28,7 @@ from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import pooled_kv
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import UnhealthyError
-from packforcing_cli.finishing import Encoding, Lead, close_run, note_end, open_writer
 from packforcing_cli.health import ATTEMPTS, Monitor, require_healthy
 from packforcing_cli.layout import Shown
 from packforcing_cli.machine import process_seconds, resident_bytes
@@ -58,11 +57,13 @@ from packforcing_cli.resolve import (
 )
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.source import History
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV
 from packforcing_cli.vae import encode_lr, lr_pixels
-from packforcing_cli.video import FrameFolder, VideoWriter, part_path
+
+if TYPE_CHECKING:
+    from packforcing_cli.source import History
+    from packforcing_cli.video import FrameFolder
 
 
 @dataclass(frozen=True)
@@ -142,13 +143,19 @@ class Result:
 
     @property
     def timing(self) -> dict[str, float]:
-        """How soon and how steadily frames came, as it stands in every account of a run; seconds."""
+        """How soon and how steadily frames came, as it stands in every account of a video; seconds."""
         return {
             "first_frame_seconds": round(self.first_frame_seconds, 3),
             "block_seconds_p50": round(self.block_percentile(50), 4),
             "block_seconds_p95": round(self.block_percentile(95), 4),
             "stall_seconds": round(self.stall_seconds, 3),
         }
+
+    @property
+    def process_timing(self) -> dict[str, float | None]:
+        """`timing` of a process that makes one video: from its start, None where the system does not say when."""
+        seconds = self.process_first_frame_seconds
+        return {"process_first_frame_seconds": None if seconds is None else round(seconds, 3)}
 
 
 @torch.no_grad()
@@ -693,6 +700,10 @@ def generate(
     Returns: what was made. Raises: as `stream_generate`, `video.VideoWriter` and `RunFolder`; what was written
         still plays. UnhealthyError only if there is no block before the unhealthy one.
     """
+    # Files need PyAV; whoever only streams blocks does not.
+    from packforcing_cli import finishing
+    from packforcing_cli.video import VideoWriter, part_path
+
     width, height = size or model.manifest.size
     grid = grid_for(model, (width, height))
     num_blocks, fps = grid.blocks_for(seconds, model.manifest.fps), model.manifest.fps
@@ -708,8 +719,10 @@ def generate(
     age, stalled, spent, replayed, made = process_seconds(), 0.0, list[float](), 0, 0
     last: Block | None = None
     shown = Shown(grid) if history is None else history.shown
-    encoding = Encoding.of(fps, (width, height), codec, crf, preset, metadata, story.script, shown, history)
-    with open_writer(output, run, encoding, overwrite=overwrite) as writer:
+    encoding = finishing.Encoding.of(
+        fps, (width, height), codec, crf, preset, metadata, story.script, shown, history
+    )
+    with finishing.open_writer(output, run, encoding, overwrite=overwrite) as writer:
         groups = writer.blocks_written
         written, start = shown.blocks_in(groups), 0
         known: Iterator[PastBlock] = iter(())
@@ -726,7 +739,7 @@ def generate(
         there = 0 if run is None else run.blocks
         past: Iterable[PastBlock] = known
         if history is not None and not start:
-            lead = Lead(writer, frames, groups=groups, is_new=run is None or not there, shown=shown)
+            lead = finishing.Lead(writer, frames, groups=groups, is_new=run is None or not there, shown=shown)
             past = history_blocks(model, history, known, kept=min(there, history.blocks), on_lead=lead)
         elif len(stills):
             past = chain(known, islice(still_blocks(model, stills, grid), there, None))
@@ -782,10 +795,10 @@ def generate(
             if run is None:
                 part_path(writer.path).unlink(missing_ok=True)
         elif run is not None:
-            note_end(run, writer)
+            finishing.note_end(run, writer)
         blocks = last.index + 1 if unfinished else max(last.index + 1, shown.blocks_in(writer.blocks_written))
     if run is not None and not unfinished:
-        close_run(run, writer)
+        finishing.close_run(run, writer)
     first = 0.0 if writer.first_at is None else writer.first_at - started
     return Result(
         path=writer.path,

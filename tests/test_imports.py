@@ -63,6 +63,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("continuation",),
     ("worker",),
     ("batch", "bench"),
+    ("bench_stream",),
     ("ray_engine",),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""

@@ -811,7 +811,7 @@ def report(
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),
                 **result.timing,
-                "process_first_frame_seconds": _rounded(result.process_first_frame_seconds),
+                **result.process_timing,
                 "fps": round(now / spent, 3),
                 "realtime_factor": round(made / spent, 3),
                 "kv_bytes": {
@@ -836,8 +836,8 @@ def _timing(result: Result) -> str:
         return ""
     whole = result.process_first_frame_seconds
     return (
-        f"first frames in the file {result.first_frame_seconds:.2f} s after the model was there"
-        + ("" if whole is None else f", {whole:.2f} s after the command")
+        f"first frames in the file after {result.first_frame_seconds:.2f} s"
+        + ("" if whole is None else f", {whole:.2f} s from the start of the command, loading included")
         + f"; a block took {result.block_percentile(50):.3g} s (95 %: {result.block_percentile(95):.3g} s)"
         + (
             f"; {result.stall_seconds:.2f} s of waiting for the encoder"
@@ -883,7 +883,3 @@ def _after_guard(result: Result, run_id: str | None, plan: Plan) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _rounded(seconds: float | None) -> float | None:
-    return None if seconds is None else round(seconds, 3)

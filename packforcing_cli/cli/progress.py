@@ -281,7 +281,11 @@ class _JsonLines(Display):
             path=str(result.path),
             frames=result.frames,
             stopped=result.stopped,
-            figures={"total_seconds": round(result.total_seconds, 3), **result.timing},
+            figures={
+                "total_seconds": round(result.total_seconds, 3),
+                **result.timing,
+                **result.process_timing,
+            },
         )
 
 
