@@ -242,6 +242,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from generate' -l metadata -l
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l run -x -d 'Where to keep what resume and extend need'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l no-run -d 'Keep nothing, the video cannot be resumed'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l guard -x -d 'What happens to a block that is frozen, black, saturated, jumps or is NaN, warn (default), retry (it is made up to three times in all, with other noise) or stop (the video ends before it)'
+complete -c packforcing -n '__fish_seen_subcommand_from generate' -l overlap -x -d 'Decode and compress a block while the next one is denoised, on, off, or auto (default, on a GPU, where it is faster and as much memory is free as is taken)'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l snapshot-every -x -d 'Save the exact state now and then, so that resuming is instant; it is as large as the memory'
 complete -c packforcing -n '__fish_seen_subcommand_from generate' -l help -s h -d 'Show this message and exit.'
 complete -c packforcing -n '__fish_seen_subcommand_from inspect-cache' -l at -x -d 'Explain the block there, 0,43, or 12.5'

@@ -44,6 +44,18 @@ class Mark:
             (stream or torch.cuda.current_stream(self._device)).wait_event(self._event)
 
 
+def memory_allows(device: torch.device) -> bool:
+    """Whether a GPU has room for a second line of work, which shares no freed memory with the first.
+
+    Asked before the first block: weights and cache are there, the work is not. At the shapes of Wan2.1-1.3B and its VAE
+    both lines together take about three quarters of what is there (planner.py's figures); as much must be free.
+    """
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return free >= torch.cuda.memory_allocated(device)
+
+
 class Beside:
     """A second line of work.
 

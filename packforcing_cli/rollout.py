@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packforcing_cli import __version__, config, trace
-from packforcing_cli.beside import Beside, Faster, Mark, Stopwatch
+from packforcing_cli.beside import Beside, Faster, Mark, Stopwatch, memory_allows
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import pooled_kv
 from packforcing_cli.config import MemoryOptions
@@ -184,8 +184,8 @@ def stream_generate(
         past:       blocks that are there already, from the first one, or from the one after `state`.
         state:      `Block.state()` of an earlier block, of the same video settings.
         guard:      of a new block with health flags: "warn" keeps it, "retry" makes it ATTEMPTS times, "stop" raises.
-        overlap:    decode a block and compress it while the next one is denoised, which is then later by that much; the
-                    results are the same. None = on a GPU, where that is faster. Only guard "warn" can wait.
+        overlap:    decode and compress a block while the next one is denoised; it is yielded then. The results are
+                    the same. None = on a GPU with room for it, where it is faster. Only guard "warn" can wait.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite; UnhealthyError.
     """
     schedule = schedule or schedule_for(model)
@@ -232,6 +232,7 @@ def stream_generate(
                 break
             video.decoder.load_state_dict(before)
         video.commit(made, kv, text, late=late)
+        del kv  # the memory has it; on a GPU this is more than a gigabyte
         if late:
             waiting = made
         else:
@@ -282,8 +283,9 @@ class Video:
         overlap: bool | None,
     ) -> None:
         self._model, self._script, self._cache, self._guard = model, script, cache, guard
-        on_gpu = model.device.type == "cuda"
-        self._faster = Faster(overlap if on_gpu or overlap else False)
+        if overlap is None and not (model.device.type == "cuda" and memory_allows(model.device)):
+            overlap = False
+        self._faster = Faster(overlap)
         self.beside = Beside(model.device, used=overlap is not False and guard == "warn")
         self._compress = BlockCompressor(model, compressor) if cache.layout.top_k else None
         self._monitor = Monitor(script)

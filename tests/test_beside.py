@@ -10,8 +10,8 @@ from tiny import embeds, video_model
 
 from packforcing_cli import rollout
 from packforcing_cli.beside import ORDER, RUN, Faster
-from packforcing_cli.config import MemoryOptions
-from packforcing_cli.errors import GenerationError, UnhealthyError
+from packforcing_cli.config import GenerateRequest, MemoryOptions
+from packforcing_cli.errors import GenerationError, UnhealthyError, UsageError
 from packforcing_cli.past import PastBlock
 from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import VideoModel
@@ -158,6 +158,17 @@ def test_a_guard_that_rejects_blocks_never_waits(model: VideoModel, monkeypatch:
     with pytest.raises(UnhealthyError):
         make(model, {}, overlap=True, guard="stop")
     assert begun == [0, 1, 2, 3]
+
+
+def test_waiting_contradicts_a_guard_that_rejects_blocks() -> None:
+    for guard in ("retry", "stop"):
+        with pytest.raises(
+            UsageError, match=f"--overlap on: guard {guard} must see a block before the next one begins"
+        ):
+            GenerateRequest(prompt="x", overlap="on", guard=guard)
+    assert GenerateRequest(prompt="x", overlap="on").overlap == "on"
+    with pytest.raises(UsageError, match="auto, on"):
+        GenerateRequest(prompt="x", overlap="yes")
 
 
 @pytest.mark.parametrize("late_is_faster", [True, False])

@@ -166,6 +166,7 @@ def generate(
     run: files.RunPlace = None,
     no_run: files.NoRun = False,
     guard: memory.Guard = None,
+    overlap: memory.Overlap = None,
     snapshot_every: files.SnapshotEvery = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
@@ -204,6 +205,7 @@ def generate(
         "keep_run": False if no_run or str(output) == "-" else None,  # a stream cannot be resumed
         "snapshot_every": snapshot_every,
         "guard": guard,
+        "overlap": overlap,
         "policy": policy,
         "sink_blocks": sink_blocks,
         "recent_blocks": recent_blocks,
@@ -404,6 +406,8 @@ def repeat_command(request: GenerateRequest) -> str:
             options += ["--" + name.replace("_", "-"), shown]
     if "guard" in request.model_fields_set:
         options += ["--guard", request.guard]
+    if "overlap" in request.model_fields_set:
+        options += ["--overlap", request.overlap]
     if request.snapshot_every is not None:
         options += ["--snapshot-every", str(request.snapshot_every)]
     options += [] if request.keep_run else ["--no-run"]
