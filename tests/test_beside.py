@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_runfolder import folder_of, latents, packets
+from test_runfolder import make as to_file
 from tiny import embeds, video_model
 
 from packforcing_cli import rollout
 from packforcing_cli.beside import ORDER, RUN, Faster
 from packforcing_cli.config import GenerateRequest, MemoryOptions
-from packforcing_cli.errors import GenerationError, UnhealthyError, UsageError
+from packforcing_cli.errors import DiskFullError, GenerationError, UnhealthyError, UsageError
 from packforcing_cli.past import PastBlock
 from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, stream_generate
+from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.timeline import Script
+from packforcing_cli.video import VideoReader, VideoWriter, part_path
 
 torch.set_num_threads(1)
 
@@ -158,6 +163,66 @@ def test_a_guard_that_rejects_blocks_never_waits(model: VideoModel, monkeypatch:
     with pytest.raises(UnhealthyError):
         make(model, {}, overlap=True, guard="stop")
     assert begun == [0, 1, 2, 3]
+
+
+# -- into a file --------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> tuple[list[tuple[bytes, int | None]], torch.Tensor]:
+    return packets(folder / "a.mp4"), latents(folder / "run")
+
+
+@pytest.fixture(scope="module")
+def in_order(model: VideoModel, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("in_order")
+    with folder_of(folder / "run", folder / "a.mp4") as run:
+        to_file(model, folder / "a.mp4", run, overlap=False)
+    return files_of(folder)
+
+
+def test_a_late_video_stopped_killed_and_resumed_has_the_same_file(
+    model: VideoModel, in_order: Any, tmp_path: Path
+) -> None:
+    """Stopped after block 2, killed (nothing is closed) after block 4, then made to its end."""
+    output = tmp_path / "a.mp4"
+    with folder_of(tmp_path / "run", output) as run:
+        _, result = to_file(model, output, run, overlap=True, stop_after=3)
+        assert result is not None
+        assert (result.blocks, run.blocks) == (3, 3)
+    with RunFolder.open(tmp_path / "run") as run:
+        assert to_file(model, output, run, overlap=True, fail_at=4)[1] is None
+        assert run.blocks == 5
+    with RunFolder.open(tmp_path / "run") as run:
+        _, result = to_file(model, output, run, overlap=True)
+        assert result is not None
+    ours, theirs = files_of(tmp_path), in_order
+    assert ours[0] == theirs[0]
+    assert torch.equal(ours[1], theirs[1])
+
+
+def test_a_full_disk_ends_a_late_video_as_such_and_loses_nothing_that_was_made(
+    model: VideoModel, in_order: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that encodes meets it; the error comes out of `generate`, and the run goes on later."""
+    output, append, written = tmp_path / "a.mp4", VideoWriter._append, []
+
+    def full(self: VideoWriter, data: bytes, **options: Any) -> None:
+        written.append(len(data))
+        if len(written) == 4:  # the header and two blocks before
+            raise DiskFullError("no space left")
+        append(self, data, **options)
+
+    with monkeypatch.context() as patch, folder_of(tmp_path / "run", output) as run:
+        patch.setattr(VideoWriter, "_append", full)
+        with pytest.raises(DiskFullError):
+            to_file(model, output, run, overlap=True)
+        assert run.blocks >= 3
+    assert VideoReader(part_path(output)).num_frames == 13 + 16
+    with RunFolder.open(tmp_path / "run") as run:
+        to_file(model, output, run, overlap=True)
+    ours, theirs = files_of(tmp_path), in_order
+    assert ours[0] == theirs[0]
+    assert torch.equal(ours[1], theirs[1])
 
 
 def test_waiting_contradicts_a_guard_that_rejects_blocks() -> None:
