@@ -318,7 +318,7 @@ class Video:
                 latents=to_host(x0),
                 # Of values in [0, 1] a sum says as much.
                 finite=to_host(x0.isfinite().all() & pixels.sum().isfinite()),
-                recall=Recall(*(None if part is None else to_host(part) for part in recall)),
+                recall=recall.on(to_host),
                 note=noted(self._cache, context, self._script, retry=retry),
                 done=self.beside.mark(),
                 watch=watch,
@@ -591,6 +591,11 @@ class Recall(NamedTuple):
     def of(cls, context: CacheContext) -> Recall:
         """That of a context of which all layers were read."""
         return cls(context.selected, context.scores, context.degenerate)
+
+    def on(self, place: Callable[[Tensor], Tensor]) -> Recall:
+        """The same, brought elsewhere."""
+        scores = None if self.scores is None else place(self.scores)
+        return Recall(place(self.selected), scores, place(self.degenerate))
 
 
 def record_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from test_runfolder import make as to_file
 from tiny import embeds, video_model
 
 from packforcing_cli import rollout
-from packforcing_cli.beside import ORDER, RUN, Faster
+from packforcing_cli.beside import ORDER, RUN, Beside, Faster, Stopwatch, memory_allows
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import DiskFullError, GenerationError, UnhealthyError, UsageError
 from packforcing_cli.past import PastBlock
@@ -163,6 +165,103 @@ def test_a_guard_that_rejects_blocks_never_waits(model: VideoModel, monkeypatch:
     with pytest.raises(UnhealthyError):
         make(model, {}, overlap=True, guard="stop")
     assert begun == [0, 1, 2, 3]
+
+
+class FakeGpu:
+    """torch.cuda's streams and events, which write down who waits for whom."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.stream = "model"
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        gpu = self
+
+        class Stream:
+            def __init__(self, device: Any = None, name: str = "beside") -> None:
+                self.name = name
+
+            def wait_event(self, event: Any) -> None:
+                gpu.said.append(f"{self.name} waits for {event.at}")
+
+        class Event:
+            def __init__(self, enable_timing: bool = False) -> None:
+                self.at = ""
+
+            def record(self, stream: Any) -> None:
+                self.at = f"{stream.name} {len(gpu.said)}"
+                gpu.said.append(f"mark {self.at}")
+
+            def synchronize(self) -> None:
+                gpu.said.append(f"host waits for {self.at}")
+
+            def elapsed_time(self, other: Any) -> float:
+                return 5.0
+
+        @contextmanager
+        def stream(chosen: Any) -> Iterator[None]:
+            before, gpu.stream = gpu.stream, chosen.name
+            yield
+            gpu.stream = before
+
+        patch.setattr(torch.cuda, "Stream", Stream)
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "stream", stream)
+        patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(name=gpu.stream))
+
+
+def test_who_waits_for_whom_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Work beside begins at the mark, not behind what the model was given since; the host waits only when asked to."""
+    gpu, device, x = FakeGpu(), torch.device("cuda", 0), torch.zeros(1)
+    gpu.install(monkeypatch)
+    beside, watch = Beside(device, used=True), Stopwatch(device)
+    clean = beside.mark()
+    gpu.said.append("the model goes on")
+    with beside.work(x, None, since=clean), watch.stage("decode"):
+        assert gpu.stream == "beside"
+        assert torch.equal(beside.to_host(x), x)
+        done = beside.mark()
+    assert gpu.stream == "model"
+    beside.hand_over(done, x, None)
+    with watch.stage("trace", on_host=True):
+        done.wait()
+    with beside.work():
+        pass
+    assert gpu.said == [
+        "mark model 0",
+        "the model goes on",
+        "beside waits for model 0",
+        "mark beside 3",
+        "mark beside 4",
+        "mark beside 5",
+        "model waits for beside 4",
+        "host waits for beside 4",
+        "mark model 8",
+        "beside waits for model 8",
+    ]
+    assert watch.seconds["decode"] == 0.005
+    assert gpu.said[-1] == "host waits for beside 5"
+    assert watch.seconds["decode"] == 0.005  # once
+
+
+def test_in_order_a_gpu_has_one_line_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, device = FakeGpu(), torch.device("cuda", 0)
+    gpu.install(monkeypatch)
+    beside = Beside(device, used=False)
+    with beside.work(torch.zeros(1), since=beside.mark()):
+        assert gpu.stream == "model"
+        done = beside.mark()
+    beside.hand_over(done)
+    assert gpu.said == ["mark model 0", "mark model 1"]
+
+
+def test_a_second_line_is_taken_only_where_as_much_memory_is_free_as_taken(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 10)
+    for free, wanted in ((9, False), (10, True)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free, 100))
+        assert memory_allows(torch.device("cuda", 0)) is wanted
 
 
 # -- into a file --------------------------------------------------------------------------------------------------
