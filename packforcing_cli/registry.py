@@ -362,7 +362,7 @@ def _open_random(
             with torch.device("meta"):
                 tiny = TinyAutoencoder(shape)
             weights.randomise(tiny, device=device, dtype=dtype)
-            codec = TinyCodec(tiny)
+            codec = _tiny_codec(tiny, device)
         else:
             with torch.device("meta"):
                 wan = _wan_class()()
@@ -536,7 +536,7 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
     """
     module = _filled(_empty_vae(folder), folder, device, dtype)
     if isinstance(module, TinyAutoencoder):
-        return TinyCodec(module)
+        return _tiny_codec(module, device)
     wan: Any = module  # diffusers gives its models no types
     try:
         return _wan_codec(wan, device)
@@ -554,6 +554,15 @@ def _wan_class() -> Any:
                 f"the Wan VAE needs diffusers: {error}", hint="pip install diffusers, or use --vae tiny."
             ) from error
     return AutoencoderKLWan
+
+
+def _tiny_codec(module: TinyAutoencoder, device: torch.device) -> TinyCodec:
+    """A tiny VAE as this kind of device runs it: channels innermost, as cuDNN takes them, on a GPU."""
+    if device.type == "cuda":
+        for weight in module.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return TinyCodec(module)
 
 
 def _wan_codec(module: Any, device: torch.device) -> WanCodec:
