@@ -769,10 +769,8 @@ def report(
         f"{count(result.blocks - result.replayed, 'block')}, {now} frames ({made:.2f} s) in {spent:.1f} s:"
         f" {now / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
-        f" peak memory {console.gb(result.peak_memory_bytes)}"
+        f" peak memory {console.gb(result.peak_memory_bytes)}{_timing(result)}"
     )
-    if said := _timing(result):
-        shown.note(said)
     for line in _health(result, plan):
         shown.warn(line)
     if result.ended:
@@ -835,16 +833,16 @@ def report(
 
 
 def _timing(result: Result) -> str:
-    """How soon and how steadily frames came, in one line; empty if none was made now."""
+    """How soon and how steadily frames came, as the end of a line; empty if none was made now."""
     if not result.block_seconds:
         return ""
     whole = result.process_first_frame_seconds
     return (
-        f"first frames in the file after {result.first_frame_seconds:.2f} s"
-        + ("" if whole is None else f", {whole:.2f} s from the start of the command, loading included")
-        + f"; a block took {result.block_percentile(50):.3g} s (95 %: {result.block_percentile(95):.3g} s)"
+        f"; first frames in the file after {result.first_frame_seconds:.2f} s"
+        + ("" if whole is None else f" ({whole:.2f} s from the start of the command)")
+        + f", a block {result.block_percentile(50):.3g} s (p95 {result.block_percentile(95):.3g} s)"
         + (
-            f"; {result.stall_seconds:.2f} s of waiting for the encoder"
+            f", {result.stall_seconds:.2f} s of waiting for the encoder"
             if result.stall_seconds >= 0.01
             else ""
         )
