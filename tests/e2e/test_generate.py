@@ -64,10 +64,10 @@ RESULT_SHAPE: dict[str, Any] = {
         "load_seconds": float,
         "total_seconds": float,
         "first_frame_seconds": float,
-        "process_first_frame_seconds": float,
         "block_seconds_p50": float,
         "block_seconds_p95": float,
         "stall_seconds": float,
+        "process_first_frame_seconds": float,
         "fps": float,
         "realtime_factor": float,
         "kv_bytes": {
