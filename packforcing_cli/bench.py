@@ -14,6 +14,7 @@ at one moment: compare those of one run with each other.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -606,7 +607,7 @@ from packforcing_cli import registry
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 ready, before = time.perf_counter(), peak()
-model = registry.open_model(sys.argv[1], device=sys.argv[2], dtype=sys.argv[3]).load()
+model = registry.open_model(sys.argv[1], device=sys.argv[2], dtype=sys.argv[3], vae=sys.argv[4] or None).load()
 size = sum(p.nbytes for m in (model.transformer, model.compressor) if m is not None for p in m.parameters())
 if model.device.type == "cuda":
     torch.cuda.synchronize()
@@ -617,14 +618,15 @@ print(json.dumps({"import_torch_seconds": imported - start, "import_packforcing_
 """
 
 
-def load(place: str, *, device: str, dtype: str, repeats: int = 3) -> dict[str, Any]:
+def load(place: str, *, device: str, dtype: str, vae: str | None = None, repeats: int = 3) -> dict[str, Any]:
     """Read a model in fresh processes: seconds, and the most memory beside that of its weights.
 
     Raises: EnvironmentProblem with what the process said if it fails.
     """
     import json
 
-    told = [json.loads(_run([sys.executable, "-c", _LOAD, place, device, dtype])) for _ in range(repeats)]
+    words = [sys.executable, "-c", _LOAD, place, device, dtype, vae or ""]
+    told = [json.loads(_run(words)) for _ in range(repeats)]
     last = told[-1]
     times = {
         name: Times(tuple(one[name] for one in told)).to_json() for name in last if name.endswith("_seconds")
@@ -642,7 +644,8 @@ def load(place: str, *, device: str, dtype: str, repeats: int = 3) -> dict[str, 
 def startup(*, repeats: int = 3) -> dict[str, Any]:
     """Commands from fresh processes: seconds, and the heavy libraries each imports; then the first frames.
 
-    `first block` is a one-second video of the demo: from the start of the process to its first block in the file.
+    `first frames` is a one-second video of the demo: from the start of the process until they are in the file, with the
+    prompt's embeddings in no cache (cold) and in the cache (known prompt); and from the loaded model on.
     """
     commands = {
         "python": ["-c", "pass"],
@@ -663,9 +666,13 @@ def startup(*, repeats: int = 3) -> dict[str, Any]:
     for name, words in commands.items():
         if words[0] == "-m":
             rows[name]["imports"] = _heavy_imports(words[2:])
-    firsts = [_first_block() for _ in range(repeats)]
-    rows["first block"] = Times(tuple(firsts)).to_json()
-    return {"commands": rows}
+    has_av = importlib.util.find_spec("av") is not None
+    for name, times in (_first_frames(repeats) if has_av else {}).items():
+        rows[f"first frames, {name}"] = times.to_json()
+    return {
+        "commands": rows,
+        "not measured": [] if has_av else ["first frames in a file: PyAV is not installed"],
+    }
 
 
 def _heavy_imports(words: Sequence[str]) -> list[str]:
@@ -679,42 +686,44 @@ def _heavy_imports(words: Sequence[str]) -> list[str]:
     return _run([sys.executable, "-c", code, *words]).splitlines()[-1].split()
 
 
-def _first_block() -> float:
-    """Seconds from the start of `generate` to the first block."""
+def _first_frames(repeats: int) -> dict[str, Times]:
+    """Seconds until a video of the demo has frames that play, from fresh processes."""
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        words = [
-            "generate",
-            "a red circle moving right on a blue background",
-            "--model",
-            "demo",
-            "--seconds",
-            "1",
-        ]
-        command = [sys.executable, "-m", "packforcing_cli", *words, "--no-run", "--progress", "json"]
-        start = time.perf_counter()
-        with subprocess.Popen(
-            [*command, "-o", f"{folder}/video.mp4"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        ) as process:
-            assert process.stderr is not None
-            said = ""
-            for line in process.stderr:
-                if '"event": "block"' in line:
-                    took = time.perf_counter() - start
-                    process.stderr.read()
-                    return took
-                said = line
-        raise EnvironmentProblem(f"generate made no block: {said.strip()}", hint="packforcing doctor")
+    cold, known, loaded = list[float](), list[float](), list[float]()
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            environment = {**os.environ, "XDG_CACHE_HOME": folder}  # where embeddings are kept
+            for seconds in (cold, known):
+                words = ["generate", "a red circle moving right on a blue background", "--model", "demo"]
+                words += [
+                    "--seconds",
+                    "1",
+                    "--no-run",
+                    "--json",
+                    "-o",
+                    f"{folder}/{len(cold)}{len(known)}.mp4",
+                ]
+                start = time.perf_counter()
+                said = _run([sys.executable, "-m", "packforcing_cli", *words], environment)
+                took = time.perf_counter() - start
+                figures = json.loads(said)["figures"]
+                process = figures["process_first_frame_seconds"]
+                if process is None:  # the system does not say when a process began
+                    process = took - figures["total_seconds"] + figures["first_frame_seconds"]
+                seconds.append(process)
+            loaded.append(figures["first_frame_seconds"])
+    return {
+        "cold": Times(tuple(cold)),
+        "known prompt": Times(tuple(known)),
+        "from the loaded model": Times(tuple(loaded)),
+    }
 
 
-def _run(command: Sequence[str]) -> str:
+def _run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
     """What a process prints. Raises: EnvironmentProblem with its last words if it fails."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     except subprocess.CalledProcessError as error:
         words = (error.stderr or error.stdout).strip().splitlines() or ["nothing"]
         raise EnvironmentProblem(f"{command[-1]} failed: {words[-1]}", hint="packforcing doctor") from error

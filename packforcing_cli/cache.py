@@ -231,6 +231,11 @@ class KVCache:
         """Numbers of the blocks in the bank, oldest first."""
         return sorted(self._bank_ids)
 
+    @property
+    def backup_may_wait(self) -> bool:
+        """Whether a block's compressed context outlives its own: `compressed_context` is "sinks"."""
+        return self._compressed_context == "sinks"
+
     def needs_backup(self, i: int) -> bool:
         """Whether block i is remembered in compressed form once it leaves recent (sinks never leave)."""
         return self.layout.top_k > 0 and i not in self.layout.view(i + 1).sink

@@ -48,6 +48,7 @@ OFFLOADS = ("none", "text", "all")
 CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")
 FITS = ("crop", "pad", "stretch")
 GUARDS = ("warn", "retry", "stop")
+OVERLAPS = ("auto", "on", "off")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -360,6 +361,8 @@ class GenerateRequest(PlanRequest):
     snapshot_every: blocks between two exact snapshots in it, which make resuming instant; None = none.
     guard:     what happens to a block that is frozen, black, saturated, jumps or is NaN: warn, retry it with other
                noise, or stop the video before it.
+    overlap:   on: decode and compress a block while the next one is denoised; auto: on a GPU, where that is faster and
+               as much memory is free as is taken; off: in order. The video is the same.
     """
 
     prompt: str
@@ -384,6 +387,15 @@ class GenerateRequest(PlanRequest):
     keep_run: bool = True
     snapshot_every: int | None = Field(None, ge=1, le=MAX_BLOCKS)
     guard: str = "warn"
+    overlap: str = "auto"
+
+    @field_validator("overlap")
+    @classmethod
+    def _overlap(cls, value: str, info: ValidationInfo) -> str:
+        value = _one_of(value, OVERLAPS)
+        if value == "on" and info.data.get("guard", "warn") != "warn":
+            raise ValueError(f"guard {info.data['guard']} must see a block before the next one begins")
+        return value
 
     @field_validator("guard")
     @classmethod

@@ -510,6 +510,7 @@ def make(
         snapshot_every=request.snapshot_every,
         frames=None if request.frames is None else FrameFolder(request.frames),
         guard=request.guard,
+        overlap={"auto": None, "on": True, "off": False}[request.overlap],
         on_block=on_block,
         should_stop=should_stop,
     )

@@ -20,7 +20,16 @@ from packforcing_cli.layout import Layout
 
 SCHEMA = 1
 TAG = "packforcing"
-NOT_REPEATED = ("output", "source", "frames", "overwrite", "metadata", "keep_run", "snapshot_every")
+NOT_REPEATED = (
+    "output",
+    "source",
+    "frames",
+    "overwrite",
+    "metadata",
+    "keep_run",
+    "snapshot_every",
+    "overlap",
+)
 """Of a request: where files went says nothing about the video."""
 
 

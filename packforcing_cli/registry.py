@@ -18,6 +18,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -261,14 +262,18 @@ def open_model(
         )
 
     def load() -> VideoModel:
-        transformer = load_transformer(
-            part_folder(folder, manifest, "transformer"),
-            device=chosen_device,
-            dtype=chosen_dtype,
-            quantize=quantize,
-            stream_layers=offload == "all",
-            loras=adapters,
-        )
+        # The VAE is read beside the transformer: the Wan VAE's code takes seconds to import.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load vae") as beside:
+            reading = beside.submit(load_codec, vae_folder, device=chosen_device, dtype=chosen_dtype)
+            transformer = load_transformer(
+                part_folder(folder, manifest, "transformer"),
+                device=chosen_device,
+                dtype=chosen_dtype,
+                quantize=quantize,
+                stream_layers=offload == "all",
+                loras=adapters,
+            )
+            codec = reading.result()
         network = None
         if other is not None:
             network = _other_compressor(other, transformer.config, chosen_device, chosen_dtype)
@@ -282,7 +287,6 @@ def open_model(
                     f"its transformer has {transformer.config.dim}",
                     hint=_AGAIN,
                 )
-        codec = load_codec(vae_folder, device=chosen_device, dtype=chosen_dtype)
         own = vae_folder == part_folder(folder, manifest, "vae")
         _check_codec(manifest, codec, transformer.config.in_channels, own=own)
         return VideoModel(
@@ -358,14 +362,12 @@ def _open_random(
             with torch.device("meta"):
                 tiny = TinyAutoencoder(shape)
             weights.randomise(tiny, device=device, dtype=dtype)
-            codec = TinyCodec(tiny)
+            codec = _tiny_codec(tiny, device)
         else:
-            with known_import_noise_dropped():
-                from diffusers import AutoencoderKLWan
             with torch.device("meta"):
-                wan = AutoencoderKLWan()
+                wan = _wan_class()()
             weights.randomise(wan, device=device, dtype=dtype)
-            codec = WanCodec(wan)
+            codec = _wan_codec(wan, device)
         _check_codec(manifest, codec, facts.latent_channels, own=kind == facts.codec)
         return VideoModel(
             name=facts.name,
@@ -534,12 +536,38 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
     """
     module = _filled(_empty_vae(folder), folder, device, dtype)
     if isinstance(module, TinyAutoencoder):
-        return TinyCodec(module)
+        return _tiny_codec(module, device)
     wan: Any = module  # diffusers gives its models no types
     try:
-        return WanCodec(wan)
+        return _wan_codec(wan, device)
     except ValueError as e:
         raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
+
+
+def _wan_class() -> Any:
+    """diffusers' class of the Wan VAE. Raises: EnvironmentProblem where diffusers is not installed."""
+    with known_import_noise_dropped():
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"the Wan VAE needs diffusers: {error}", hint="pip install diffusers, or use --vae tiny."
+            ) from error
+    return AutoencoderKLWan
+
+
+def _tiny_codec(module: TinyAutoencoder, device: torch.device) -> TinyCodec:
+    """A tiny VAE as this kind of device runs it: channels innermost, as cuDNN takes them, on a GPU."""
+    if device.type == "cuda":
+        for weight in module.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return TinyCodec(module)
+
+
+def _wan_codec(module: Any, device: torch.device) -> WanCodec:
+    """The Wan VAE as this kind of device runs it: the layout cuDNN's convolutions take, on a GPU."""
+    return WanCodec(module, channels_last=device.type == "cuda")
 
 
 def _empty_vae(folder: Path) -> nn.Module:
@@ -551,10 +579,9 @@ def _empty_vae(folder: Path) -> nn.Module:
             raise WeightsError(f"{folder / weights.CONFIG} is not valid: {e}", hint=_AGAIN) from e
         with torch.device("meta"):
             return TinyAutoencoder(config)
-    with known_import_noise_dropped():
-        from diffusers import AutoencoderKLWan
+    own = _wan_class()
     with torch.device("meta"):
-        wan: nn.Module = AutoencoderKLWan.from_config(values)
+        wan: nn.Module = own.from_config(values)
         return wan
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from test_vae import wan_module
+from tiny import embeds, video_model
 from typer.testing import CliRunner
 
-from packforcing_cli import bench, counting, prompts, registry, rollout
+from packforcing_cli import bench, bench_stream, counting, prompts, registry, rollout
 from packforcing_cli.cli import build_app
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.embeddings import EmbeddingCache
@@ -19,6 +24,7 @@ from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import TransformerConfig, attention
+from packforcing_cli.vae import WanCodec
 
 STEADY = 2 + 1 + 16 + 1
 
@@ -197,3 +203,69 @@ def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.M
     assert found["schema"] == 1
     assert found["cache"]["passes"] == 17
     assert found["conditions"]["torch"] == torch.__version__
+
+
+def test_decoding_and_whole_videos_are_measured_both_ways() -> None:
+    model = video_model(torch.float32)
+    found = bench_stream.stream(
+        model,
+        Prompt("made up", embeds(0, model.dtype)),
+        memory=MemoryOptions(sink_blocks=1, top_k=1, mid_span="block"),
+        repeats=2,
+    )
+    assert [row["way"] for row in found["decode"]] == ["tiny VAE, channels first", "tiny VAE, channels last"]
+    assert found["decode"][0]["largest_difference"] == 0
+    assert found["decode"][1]["largest_difference"] < 1e-5
+    video = found["video"]
+    assert video["files_are_equal"]
+    assert (video["from_block"], video["blocks"]) == (6, 8)
+    assert video["in order"]["n"] == video["beside"]["n"] == 2
+    assert all(video[way]["first_frame_seconds"] > 0 for way in ("in order", "beside"))
+
+
+def test_the_wan_vae_is_decoded_in_each_way() -> None:
+    wan = replace(video_model(torch.float32), codec=WanCodec(wan_module()))
+    rows = bench_stream.decoding(wan, size=(64, 64), repeats=1)
+    assert len({row["way"] for row in rows}) == len(rows) == 6
+    assert rows[0]["largest_difference"] == 0
+    assert all(row["largest_difference"] < 1e-5 for row in rows)
+
+
+def test_the_core_needs_neither_pyav_nor_diffusers_nor_torchao_nor_transformers() -> None:
+    """In one process: each of the four imports fails as it does where the library is absent."""
+    words = [
+        "--model",
+        "random:wan2.1-1.3b?layers=1",
+        "--size",
+        "64x64",
+        "--repeats",
+        "1",
+        "--force",
+        "--json",
+        "-",
+    ]
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('av', 'diffusers', 'torchao', 'transformers')))\n"
+        "from packforcing_cli.cli import main\n"
+        "for part in ('engine', 'cache', 'stream'):\n"
+        "    try:\n"
+        f"        main(['bench', part, *{words!r}, '--vae', 'tiny'])\n"
+        "    except SystemExit as stop:\n"
+        "        assert not stop.code\n"
+        f"main(['bench', 'engine', *{words!r}])\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 4, told.stderr
+    decoder, found = json.JSONDecoder(), []
+    rest = told.stdout.strip()
+    while rest:
+        values, end = decoder.raw_decode(rest)
+        found.append(values)
+        rest = rest[end:].strip()
+    engine, _, streamed = found
+    assert engine["engine"]["not measured"] == ["encode: PyAV is not installed"]
+    assert "encode" not in engine["engine"]["stages"]
+    assert streamed["stream"]["video"] is None
+    assert "the Wan VAE needs diffusers" in told.stderr
+    assert "use --vae tiny" in told.stderr

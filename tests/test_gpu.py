@@ -37,3 +37,16 @@ def test_cache_bytes_stay_flat_on_cuda() -> None:
     for _ in rollout.stream_generate(model, PROMPT, num_blocks=60, seed=1):
         allocated.append(torch.cuda.memory_allocated())
     assert max(allocated[30:]) <= allocated[25] * 1.02
+
+
+def test_a_second_stream_changes_nothing_on_cuda() -> None:
+    model = registry.load_model("demo", device="cuda", dtype="fp32")
+    made = [
+        list(rollout.stream_generate(model, PROMPT, num_blocks=12, seed=3, overlap=overlap))
+        for overlap in (False, True, None)
+    ]
+    for one, *others in zip(*made, strict=True):
+        for other in others:
+            assert torch.equal(one.latents.cpu(), other.latents.cpu())
+            assert torch.equal(one.frames, other.frames)
+            assert torch.equal(one.selected.cpu(), other.selected.cpu())

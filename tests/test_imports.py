@@ -29,7 +29,18 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "manifest",
     ),
-    ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle", "lora"),
+    (
+        "hub",
+        "rope",
+        "selection",
+        "sampler",
+        "compressor",
+        "quantize",
+        "weights",
+        "unpickle",
+        "lora",
+        "beside",
+    ),
     ("packages", "transformer", "cache", "text", "vae", "video"),
     (
         "bundle",
@@ -52,6 +63,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("continuation",),
     ("worker",),
     ("batch", "bench"),
+    ("bench_stream",),
     ("ray_engine",),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""

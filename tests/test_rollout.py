@@ -346,6 +346,12 @@ def test_generate_writes_whole_blocks_and_stops_when_asked(model: VideoModel, tm
         should_stop=lambda: len(seen) == 2,
     )
     assert (result.blocks, result.frames, result.stopped, result.seed) == (2, 29, True, 3)
+    assert 0 < result.first_frame_seconds < result.total_seconds
+    assert len(result.block_seconds) == 2
+    assert result.block_percentile(50) == min(result.block_seconds)
+    assert result.block_percentile(95) == max(result.block_seconds)
+    process = result.process_first_frame_seconds
+    assert process is None or process > result.first_frame_seconds
     assert seen == [0, 1]
     reader = VideoReader(result.path)
     assert (reader.num_frames, reader.width, reader.height) == (29, 64, 64)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packforcing_cli import registry
+from packforcing_cli import registry, resolve
 from packforcing_cli.errors import UsageError
 from packforcing_cli.training import loop, recipes, self_forcing
 
@@ -74,7 +74,7 @@ def test_the_first_updates_move_the_transformer_too_but_its_mids_stop_at_the_com
     trainer = self_forcing.Trainer(
         recipe,
         roles,
-        self_forcing.inference.grid_for(model, model.manifest.size),
+        resolve.grid_for(model, model.manifest.size),
         embeds,
         unconditional,
         trained_frames=model.manifest.trained_frames,

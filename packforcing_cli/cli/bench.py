@@ -36,6 +36,9 @@ Size = Annotated[
     str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")]
+Vae = Annotated[
+    str | None, typer.Option("--vae", help="tiny, wan, or a folder with a VAE of the same latents.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
 Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Times every call is measured.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine, too.")]
@@ -50,6 +53,7 @@ def engine(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     repeats: Repeats = 7,
     force: Force = False,
@@ -59,7 +63,7 @@ def engine(
 
     Example: packforcing bench engine --model random:wan2.1-1.3b --device cuda
     """
-    _bench(["engine"], model, size, dtype, device, repeats, force, json_file)
+    _bench(["engine"], model, size, dtype, vae, device, repeats, force, json_file)
 
 
 @app.command("cache")
@@ -67,13 +71,14 @@ def cache(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """What the memory costs beside the attention it serves, against two other ways to build the same context."""
-    _bench(["cache"], model, size, dtype, device, repeats, force, json_file)
+    _bench(["cache"], model, size, dtype, vae, device, repeats, force, json_file)
 
 
 @app.command("scaling")
@@ -81,31 +86,48 @@ def scaling(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """A block early and late in a video, up to an hour, for each policy."""
-    _bench(["scaling"], model, size, dtype, device, repeats, force, json_file)
+    _bench(["scaling"], model, size, dtype, vae, device, repeats, force, json_file)
+
+
+@app.command("stream")
+def stream(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    vae: Vae = None,
+    device: Device = "auto",
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Decoding in each way there is, and whole videos with blocks finished in order and beside the next one."""
+    _bench(["stream"], model, size, dtype, vae, device, repeats, force, json_file)
 
 
 @app.command("load")
 def load(
     model: Model = "demo",
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """Reading a model in a fresh process: time, peak memory."""
-    _bench(["load"], model, None, dtype, device, 3, force, json_file)
+    _bench(["load"], model, None, dtype, vae, device, 3, force, json_file)
 
 
 @app.command("startup")
 def startup(force: Force = False, json_file: JsonFile = None) -> None:
     """Commands from a fresh process: time, and which heavy libraries they import."""
-    _bench(["startup"], "demo", None, "auto", "cpu", 3, force, json_file)
+    _bench(["startup"], "demo", None, "auto", None, "cpu", 3, force, json_file)
 
 
 @app.command("all")
@@ -113,13 +135,14 @@ def everything(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """All of them."""
-    _bench(list(_TABLES), model, size, dtype, device, repeats, force, json_file)
+    _bench(list(_TABLES), model, size, dtype, vae, device, repeats, force, json_file)
 
 
 def _bench(
@@ -127,13 +150,14 @@ def _bench(
     model: str,
     size: str | None,
     dtype: str,
+    vae: str | None,
     device: str,
     repeats: int,
     force: bool,
     json_file: Path | None,
 ) -> None:
     """Measure, then show the tables, then write the JSON. Raises: PackforcingError."""
-    from packforcing_cli import bench, durable, machine, packages, prompts, registry, resolve
+    from packforcing_cli import bench, bench_stream, durable, machine, packages, prompts, registry, resolve
     from packforcing_cli.cli import console
     from packforcing_cli.config import PlanRequest
     from packforcing_cli.errors import PackforcingError, UsageError
@@ -154,7 +178,7 @@ def _bench(
     def ready() -> tuple[VideoModel, Prompt]:
         nonlocal loaded
         if loaded is None:
-            source = registry.open_model(model, device=where, dtype=dtype)
+            source = registry.open_model(model, device=where, dtype=dtype, vae=vae)
             guided = resolve.schedule_for(source).guidance != 1.0
             prompt = prompts.encode_prompt(source, PROMPT, guided=guided)
             loaded = source.load(), prompt
@@ -171,7 +195,8 @@ def _bench(
         "engine": lambda: bench.engine(*ready(), size=pixels, repeats=repeats),
         "cache": lambda: bench.cache(*ready(), size=pixels, repeats=repeats),
         "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
-        "load": lambda: bench.load(model, device=str(where), dtype=dtype),
+        "stream": lambda: bench_stream.stream(*ready(), size=pixels, repeats=repeats),
+        "load": lambda: bench.load(model, device=str(where), dtype=dtype, vae=vae),
         "startup": bench.startup,
     }
     for part in parts:
@@ -298,6 +323,49 @@ def _scaling_tables(found: list[dict[str, Any]]) -> list[Table]:
     return [table]
 
 
+def _stream_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    decode = _table(
+        f"decoding a block of {found['decode'][0]['frames']} frames",
+        "way",
+        "min ms",
+        "median ms",
+        "peak memory",
+        "largest difference",
+    )
+    for row in found["decode"]:
+        peak = console.gb(row["peak_memory_bytes"]) if row["peak_memory_bytes"] else ""
+        decode.add_row(row["way"], *_ms(row["seconds"]), peak, f"{row['largest_difference']:.1e}")
+    video = found["video"]
+    if video is None:
+        decode.caption = "whole videos were not measured: PyAV is not installed"
+        return [decode]
+    whole = _table(
+        f"whole videos of {video['blocks']} blocks, from block {video['from_block']} on",
+        "blocks finished",
+        "median ms",
+        "95 % ms",
+        "FPS",
+        "first frames s",
+        "waiting s",
+    )
+    for way in ("in order", "beside"):
+        row = video[way]
+        whole.add_row(
+            way if way == "in order" else "beside the next one",
+            f"{row['block_seconds'] * 1e3:.1f}",
+            f"{row['block_seconds_p95'] * 1e3:.1f}",
+            f"{row['fps']:.1f}",
+            f"{row['first_frame_seconds']:.2f}",
+            f"{row['stall_seconds']:.2f}",
+        )
+    equal = "the files are " + ("equal byte for byte" if video["files_are_equal"] else "NOT EQUAL: a fault")
+    ratio = f"beside to in order {video['ratio']:.2f} (in order again {video['again']:.2f})"
+    whole.caption = f"{ratio}; {equal}"
+    return [decode, whole]
+
+
 def _load_tables(found: dict[str, Any]) -> list[Table]:
     from packforcing_cli.cli import console
 
@@ -320,6 +388,8 @@ def _startup_tables(found: dict[str, Any]) -> list[Table]:
     for name, row in found["commands"].items():
         heavy = ", ".join(row["imports"]) or "nothing heavy" if "imports" in row else ""
         table.add_row(name, f"{row['min']:.2f}", f"{row['median']:.2f}", heavy)
+    for missing in found["not measured"]:
+        table.add_row("not measured", "", "", missing)
     return [table]
 
 
@@ -327,6 +397,7 @@ _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "engine": _engine_tables,
     "cache": _cache_tables,
     "scaling": _scaling_tables,
+    "stream": _stream_tables,
     "load": _load_tables,
     "startup": _startup_tables,
 }

@@ -166,6 +166,7 @@ def generate(
     run: files.RunPlace = None,
     no_run: files.NoRun = False,
     guard: memory.Guard = None,
+    overlap: memory.Overlap = None,
     snapshot_every: files.SnapshotEvery = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
@@ -204,6 +205,7 @@ def generate(
         "keep_run": False if no_run or str(output) == "-" else None,  # a stream cannot be resumed
         "snapshot_every": snapshot_every,
         "guard": guard,
+        "overlap": overlap,
         "policy": policy,
         "sink_blocks": sink_blocks,
         "recent_blocks": recent_blocks,
@@ -404,6 +406,8 @@ def repeat_command(request: GenerateRequest) -> str:
             options += ["--" + name.replace("_", "-"), shown]
     if "guard" in request.model_fields_set:
         options += ["--guard", request.guard]
+    if "overlap" in request.model_fields_set:
+        options += ["--overlap", request.overlap]
     if request.snapshot_every is not None:
         options += ["--snapshot-every", str(request.snapshot_every)]
     options += [] if request.keep_run else ["--no-run"]
@@ -765,7 +769,7 @@ def report(
         f"{count(result.blocks - result.replayed, 'block')}, {now} frames ({made:.2f} s) in {spent:.1f} s:"
         f" {now / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
-        f" peak memory {console.gb(result.peak_memory_bytes)}"
+        f" peak memory {console.gb(result.peak_memory_bytes)}{_timing(result)}"
     )
     for line in _health(result, plan):
         shown.warn(line)
@@ -808,10 +812,8 @@ def report(
             "figures": {
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),
-                "first_frame_seconds": round(result.first_frame_seconds, 3),
-                "block_seconds_p50": round(_percentile(result.block_seconds, 50), 4),
-                "block_seconds_p95": round(_percentile(result.block_seconds, 95), 4),
-                "stall_seconds": round(result.stall_seconds, 3),
+                **result.timing,
+                **result.process_timing,
                 "fps": round(now / spent, 3),
                 "realtime_factor": round(made / spent, 3),
                 "kv_bytes": {
@@ -827,6 +829,23 @@ def report(
             },
             **(more or {}),
         }
+    )
+
+
+def _timing(result: Result) -> str:
+    """How soon and how steadily frames came, as the end of a line; empty if none was made now."""
+    if not result.block_seconds:
+        return ""
+    whole = result.process_first_frame_seconds
+    return (
+        f"; first frames in the file after {result.first_frame_seconds:.2f} s"
+        + ("" if whole is None else f" ({whole:.2f} s from the start of the command)")
+        + f", a block {result.block_percentile(50):.3g} s (p95 {result.block_percentile(95):.3g} s)"
+        + (
+            f", {result.stall_seconds:.2f} s of waiting for the encoder"
+            if result.stall_seconds >= 0.01
+            else ""
+        )
     )
 
 
@@ -866,9 +885,3 @@ def _after_guard(result: Result, run_id: str | None, plan: Plan) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _percentile(values: Iterable[float], percent: int) -> float:
-    """The smallest value that at least `percent` of the values do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)] if ordered else 0.0

@@ -138,6 +138,16 @@ Guard = Annotated[
         " made up to three times in all, with other noise) or stop (the video ends before it).",
     ),
 ]
+Overlap = Annotated[
+    str | None,
+    typer.Option(
+        "--overlap",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="Decode and compress a block while the next one is denoised: on, off, or auto (default: on a GPU, where it"
+        " is faster and as much memory is free as is taken). The video is the same; its last block is later by one.",
+    ),
+]
 AutoFit = Annotated[
     bool,
     typer.Option(
