@@ -59,7 +59,8 @@ def score(q_sums: Tensor, key_sums: Tensor) -> Tensor:
     Returns: [L, M], dtype of the arguments.
     """
     batch, heads, head_dim = q_sums.shape[1:]
-    total: Tensor = torch.einsum("lbnd,lbmnd->lm", q_sums, key_sums)
+    keys = key_sums.transpose(1, 2).flatten(2)  # [L, M, B*N*D], for a batch of one without a copy
+    total = torch.bmm(keys, q_sums.flatten(1).unsqueeze(-1)).squeeze(-1)
     return total / (batch * heads * head_dim**0.5)
 
 

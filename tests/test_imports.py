@@ -30,7 +30,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "manifest",
     ),
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle", "lora"),
-    ("packages", "transformer", "cache", "text", "vae", "video"),
+    ("packages", "transformer", "bank", "text", "vae", "video"),
+    ("cache",),
     (
         "bundle",
         "install",
