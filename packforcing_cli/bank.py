@@ -26,8 +26,9 @@ from torch import Tensor
 
 from packforcing_cli import rope
 from packforcing_cli.errors import MemoryFitError
+from packforcing_cli.layout import NEAR_LAYERS
 
-DEPTH = 2  # layers whose chosen blocks a far bank has near at a time
+DEPTH = NEAR_LAYERS
 _KINDS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 

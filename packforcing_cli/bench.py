@@ -272,6 +272,7 @@ def prepare(
         device=model.device,
         select=memory.select,
         compressed_context=memory.compressed_context,
+        bank_device="cpu" if memory.bank_device == "host" else None,
     )
     fill(cache, block)
     with torch.no_grad():

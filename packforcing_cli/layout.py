@@ -61,6 +61,7 @@ POLICIES = ("packforcing", "sink", "window", "full")
 KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
 """Bytes of a kept number of a compressed block, by the name of its kind; "auto" is the grid's own."""
 SCALE_BYTES = 4  # of fp8 and int8: a float32 a token and head
+NEAR_LAYERS = 2  # whose recalled blocks are where the model runs at a time, when the bank is in host memory
 
 Span = Fraction | Literal["fit"]
 Position = tuple[Fraction, Fraction, Fraction]
@@ -663,6 +664,14 @@ class Layout:
             backups=len(view.recent) * compressed if has_bank else 0,
             bank=len(view.mid) * compressed + grid.summary_bytes if has_bank else 0,
         )
+
+    def far_bytes(self, num_blocks: int) -> tuple[int, int]:
+        """What a bank in host memory moves there, and what it has where the model runs instead."""
+        view = self.largest_view(num_blocks)
+        if not self.top_k:
+            return 0, 0
+        blocks, one = len(view.mid) + len(view.recent), self.compressed_block_bytes
+        return blocks * one, NEAR_LAYERS * min(view.active, blocks) * one // self.grid.layers
 
     def capacity_bytes(self, num_blocks: int) -> MemoryBytes:
         """Bytes of the cache's preallocated buffers: what the history of a whole video of num_blocks fills."""

@@ -173,6 +173,7 @@ def stream_generate(
         select=memory.select,
         seed=seed,
         compressed_context=memory.compressed_context,
+        bank_device="cpu" if memory.bank_device == "host" else None,
     )
     compress = BlockCompressor(model, compressor_kind(model, memory.compressor)) if layout.top_k else None
     decoder, transformer = model.codec.decoder(), model.transformer

@@ -130,6 +130,9 @@ def generate(
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
     rope_adjustment: memory.RopeAdjustment = None,
+    kv_dtype: memory.KVDtype = None,
+    bank_memory: memory.BankMemory = None,
+    bank_device: memory.BankDevice = None,
     quantize: memory.Quantize = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
@@ -214,6 +217,9 @@ def generate(
         "compressor": compressor,
         "compressed_context": compressed_context,
         "rope_adjustment": rope_adjustment,
+        "kv_dtype": kv_dtype,
+        "bank_memory": bank_memory,
+        "bank_device": bank_device,
     }
     shown = display.choose(progress, quiet=quiet, verbose=verbose)
     try:
