@@ -99,6 +99,11 @@ class CacheContext:
         self._on_host: list[list[int]] = [[]] * layers
         self._ready = [False] * layers
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that is attended is there already: reading a layer then writes the block's own tokens only."""
+        return all(self._ready)
+
     def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values this layer attends: the block's own and the context's.
 
@@ -366,7 +371,7 @@ class KVCache:
     def _score(self, layers: slice, q_sums: Tensor | None) -> Tensor:
         """[l, M] affinity of the bank, oldest first, to the last commit's queries plus `q_sums` [l,B,N,D]."""
         places = [self._place_of[block] for block in self.bank_blocks]
-        key_sums = self._bank.key_sums[layers, :, : max(places) + 1]
+        key_sums = self._bank.key_sums[layers, :, : 1 + max(self._place_of.values())]
         queries = self._q_sum[layers]
         scores = selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
         return scores[:, torch.tensor(places, device=self.device)]
