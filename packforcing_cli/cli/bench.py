@@ -267,7 +267,7 @@ def _cache_tables(found: dict[str, Any]) -> list[Table]:
         return [table]
     kinds = _table("--kv-dtype: what a compressed block takes", "kind", "bytes", "error of a pass")
     for name, row in found["kv_dtypes"].items():
-        kinds.add_row(name, console.gb(row["block_bytes"]), f"{row['error']:.3%}")
+        kinds.add_row(name, console.gb(row["block_bytes"]), f"{row['error']:.1e}")
     return [table, kinds]
 
 
