@@ -550,10 +550,10 @@ def kv_dtype_errors(
         many blocks make of it is not said.
     """
     memory = MemoryOptions(top_k=recalled, mid_span="1").with_defaults(model.manifest.cache.model_dump())
-    grid = rollout.grid_for(model, size or model.manifest.size)
+    grid = resolve.grid_for(model, size or model.manifest.size)
     last = memory.sink_blocks + memory.recent_blocks + recalled
     layouts = {
-        kind: rollout.layout_for(
+        kind: resolve.layout_for(
             model, memory.model_copy(update={"kv_dtype": kind}), grid, num_blocks=last + 1
         )
         for kind in KV_DTYPES
@@ -562,12 +562,12 @@ def kv_dtype_errors(
         kind: KVCache(layout, num_blocks=last + 1, dtype=model.dtype, device=model.device)
         for kind, layout in layouts.items()
     }
-    plain, schedule, text = caches["auto"], rollout.schedule_for(model), model.transformer.embed_text
-    alone, shape = text(prompt.conditional), rollout.latent_shape(model, layouts["auto"])
+    plain, schedule, text = caches["auto"], resolve.schedule_for(model), model.transformer.embed_text
+    alone, shape = text(prompt.conditional), resolve.latent_shape(model, layouts["auto"])
     guided = alone
     if prompt.unconditional is not None:
         guided = text(torch.cat((prompt.conditional, prompt.unconditional)))
-    compress = rollout.BlockCompressor(model, rollout.compressor_kind(model, memory.compressor))
+    compress = rollout.BlockCompressor(model, resolve.compressor_kind(model, memory.compressor))
     decoder = model.codec.decoder()
     for i in range(last):
         context = plain.context(i)

@@ -114,7 +114,8 @@ def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x [B,S,N,D] turned by cos and sin [S,1,D/2], all of one dtype."""
-    turn = turn_complex if x.device.type == "cpu" else turn_real
+    as_complex = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    turn = turn_complex if as_complex else turn_real
     return turn(x.unflatten(-1, (-1, 2)), cos, sin).flatten(-2)
 
 

@@ -482,7 +482,9 @@ def _downloads_text(job: Job) -> str:
 def _memory_text(job: Job) -> str:
     options, layout = job.plan.options, job.plan.layout
     bank = "unlimited" if layout.bank is None else layout.bank
-    mids = f"top-k {layout.top_k} of a bank of {bank}, {options.select}, mid-span {layout.mid_span}"
+    kept = "" if layout.kv_dtype == "auto" else f" in {layout.kv_dtype}"
+    kept += ", in host memory" if job.plan.bank_device == "host" else ""
+    mids = f"top-k {layout.top_k} of a bank of {bank}{kept}, {options.select}, mid-span {layout.mid_span}"
     return f"{options.policy}: sink {layout.sink_blocks}, recent {layout.recent_blocks}" + (
         f", {mids}, compressor {options.compressor}" if layout.top_k else " blocks"
     )
