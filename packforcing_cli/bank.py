@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from packforcing_cli import rope
+from packforcing_cli import rope, turning
 from packforcing_cli.errors import MemoryFitError
 from packforcing_cli.layout import NEAR_LAYERS
 
@@ -258,6 +258,9 @@ def _recall_into(
     kept: Tensor, scale: Tensor | None, places: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
 ) -> None:
     """kept [B,P,N_c,N,D], scale [B,P,N_c,N], places [K], cos and sin [K*N_c, D/2] -> out [B, K*N_c, N, D]."""
+    if turning.can_turn(kept, out):
+        turning.turn(kept, out, cos=cos, sin=sin, places=places, scale=scale)
+        return
     batch, _, tokens, heads, head_dim = kept.shape
     piece = rope.PIECE.get(kept.device.type, rope.PIECE_OF_OTHERS)
     some = max(1, piece // max(1, batch * tokens * heads * head_dim))

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from packforcing_cli import turning
 from packforcing_cli.errors import LayoutError
 
 THETA = 10_000.0  # Wan 2.1, wan/modules/model.py: rope_params
@@ -100,6 +101,9 @@ def rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
 
 
 def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    if turning.can_turn(x, out):
+        turning.turn(x, out, cos=cos, sin=sin)
+        return
     rows, tokens, heads, head_dim = x.shape
     cos, sin, compute = cos.unsqueeze(-2), sin.unsqueeze(-2), cos.dtype
     row, token = tokens * heads * head_dim, heads * head_dim

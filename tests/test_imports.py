@@ -29,6 +29,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "manifest",
     ),
+    ("turning_kernel",),
+    ("turning",),
     ("hub", "rope", "selection", "sampler", "compressor", "quantize", "weights", "unpickle", "lora"),
     ("packages", "transformer", "bank", "text", "vae", "video"),
     ("cache",),
