@@ -185,19 +185,22 @@ class Bank:
             for n, place in enumerate(places):
                 near[:, n].copy_(_as_bytes(of)[layer, :, place], non_blocking=True)
 
-    def recall(self, layer: int, places: Tensor, turns: tuple[Tensor, Tensor], k: Tensor, v: Tensor) -> None:
-        """Write the blocks in places [K] of a layer one after the other into k (turned) and v [B, K*N_c, N, D].
+    def recall(
+        self, layers: range, places: Tensor, turns: tuple[Tensor, Tensor], k: Tensor, v: Tensor
+    ) -> None:
+        """Write the blocks in places [l, K] of layers, one after the other, into k (turned) and v [l, B, K*N_c, N, D].
 
         turns: cosines and sines [K*N_c, D/2], in `rope.compute_dtype`.
-        A far bank gives what was fetched, in that order.
+        A far bank gives one layer at a time, what was fetched of it, in that order.
         """
-        parts = {name: tensor[layer] for name, tensor in self._parts().items()}
+        part = slice(layers.start, layers.stop)
+        parts = {name: tensor[part] for name, tensor in self._parts().items()}
         if self.is_far:
-            at = layer % DEPTH
+            (layer,), at = layers, layers.start % DEPTH
             assert self.has_near(layer), "fetch comes before recall"
             self._fetched[at] = None
-            parts = {name: tensor[at] for name, tensor in self._near.items()}
-            places = torch.arange(len(places), device=self.device)
+            parts = {name: tensor[at : at + 1] for name, tensor in self._near.items()}
+            places = torch.arange(places.shape[1], device=self.device)[None]
             if self._stream is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._ready[at])
         recall = torch.ops.packforcing.recall_into
@@ -257,22 +260,40 @@ def _quantize_into(x: Tensor, kept: Tensor, scale: Tensor) -> None:
 def _recall_into(
     kept: Tensor, scale: Tensor | None, places: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
 ) -> None:
-    """kept [B,P,N_c,N,D], scale [B,P,N_c,N], places [K], cos and sin [K*N_c, D/2] -> out [B, K*N_c, N, D]."""
-    if turning.can_turn(kept, out):
-        turning.turn(kept, out, cos=cos, sin=sin, places=places, scale=scale)
-        return
-    batch, _, tokens, heads, head_dim = kept.shape
+    """kept [l,B,P,N_c,N,D], scale [l,B,P,N_c,N], places [l,K], cos and sin [K*N_c, D/2] -> out [l, B, K*N_c, N, D]."""
+    layers, batch, all_places, tokens = kept.shape[:4]
     piece = rope.PIECE.get(kept.device.type, rope.PIECE_OF_OTHERS)
-    some = max(1, piece // max(1, batch * tokens * heads * head_dim))
-    for first in range(0, len(places), some):
-        part = places[first : first + some]
-        to = slice(first * tokens, (first + len(part)) * tokens)
-        x = _as_bytes(kept).index_select(1, part).view(kept.dtype).flatten(1, 2)
-        if scale is not None:
-            x = dequantize(x, scale.index_select(1, part).flatten(1, 2))
-        if cos is not None and sin is not None:
-            x = rope.turned(x.to(cos.dtype), cos[to].unsqueeze(-2), sin[to].unsqueeze(-2))
-        out[:, to].copy_(x)
+    by_kernel = turning.can_turn(kept, out)
+    if batch == 1 and layers > 1 and out.numel() <= piece and not by_kernel and kept.is_contiguous():
+        # Small: the places of all layers at once.
+        first = torch.arange(layers, device=places.device)[:, None] * all_places
+        flat = None if scale is None else scale.flatten(0, 2)[None]
+        x = _picked(kept.flatten(0, 2)[None], flat, (places + first).flatten())
+        out.copy_(_turned(x.view(out.shape), cos, sin))
+        return
+    some = max(1, piece // max(1, kept[0, :, 0].numel()))
+    for layer in range(layers):
+        of_layer = None if scale is None else scale[layer]
+        if by_kernel:
+            turning.turn(kept[layer], out[layer], cos=cos, sin=sin, places=places[layer], scale=of_layer)
+            continue
+        for first_place in range(0, places.shape[1], some):
+            part = places[layer, first_place : first_place + some]
+            to = slice(first_place * tokens, (first_place + len(part)) * tokens)
+            turns = (None, None) if cos is None or sin is None else (cos[to], sin[to])
+            out[layer, :, to].copy_(_turned(_picked(kept[layer], of_layer, part), *turns))
+
+
+def _picked(kept: Tensor, scale: Tensor | None, places: Tensor) -> Tensor:
+    """kept [B,P,N_c,N,D], scale [B,P,N_c,N], places [K] -> [B, K*N_c, N, D]."""
+    x = _as_bytes(kept).index_select(1, places).view(kept.dtype).flatten(1, 2)
+    return x if scale is None else dequantize(x, scale.index_select(1, places).flatten(1, 2))
+
+
+def _turned(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    if cos is None or sin is None:
+        return x
+    return rope.turned(x.to(cos.dtype), cos.unsqueeze(-2), sin.unsqueeze(-2))
 
 
 _OPERATORS = torch.library.Library("packforcing", "FRAGMENT")

@@ -95,9 +95,9 @@ class CacheContext:
         self._num_tokens = cache.layout.tokens(view).stored
         self._view = view
         self._shared_angles = self._mid_angles(slots) if cache.layout.rope_adjustment else None
-        self._places: list[Tensor | None] = [None] * layers
+        self._places = torch.zeros_like(self.selected)  # where in the bank they are
         self._on_host: list[list[int]] = [[]] * layers
-        self._ready = [False] * layers
+        self._chosen, self._ready = [False] * layers, [False] * layers
 
     @property
     def is_complete(self) -> bool:
@@ -115,9 +115,10 @@ class CacheContext:
         """
         self._check_open()
         if not self._ready[layer]:
-            if self._places[layer] is None:
-                self._choose(range(layer, layer + 1), q_sum.unsqueeze(0))
-            self._recall(layer)
+            one = range(layer, layer + 1)
+            if not self._chosen[layer]:
+                self._choose(one, q_sum.unsqueeze(0))
+            self._recall(one)
         return self._cache._beside_own(layer, k, v, self._num_tokens)
 
     @torch.no_grad()
@@ -140,12 +141,10 @@ class CacheContext:
             )
             forced, self.degenerate[part] = choice.ids, choice.degenerate
         self.selected[part] = forced
-        places = cache._places_of(forced)
-        for layer, of_layer in zip(layers, places, strict=True):
-            self._places[layer] = of_layer
+        self._places[part] = cache._places_of(forced)
+        self._chosen[part] = [True] * len(layers)
         if cache._bank.is_far:  # the host copies, so it has to know
-            for layer, on_host in zip(layers, places.tolist(), strict=True):
-                self._on_host[layer] = on_host
+            self._on_host[part] = self._places[part].tolist()
             for layer in layers[:DEPTH]:
                 self._fetch(layer)
 
@@ -154,23 +153,28 @@ class CacheContext:
             self._cache._bank.fetch(layer, self._on_host[layer])
 
     @torch.no_grad()
-    def _recall(self, layer: int) -> None:
-        """Bring a layer's chosen mids into the buffer, behind all that is valid there."""
-        cache, places = self._cache, self._places[layer]
-        assert places is not None
-        self._ready[layer] = True
-        if not len(places):
+    def _recall(self, layers: range) -> None:
+        """Bring these layers' chosen mids into the buffer, behind all that is valid there."""
+        cache, count = self._cache, self.selected.shape[1]
+        bank = cache._bank
+        if len(layers) > 1 and (bank.is_far or self._shared_angles is None):
+            for layer in layers:
+                self._recall(range(layer, layer + 1))
             return
-        end = cache._n + self._num_tokens
-        start = end - len(places) * cache.layout.grid.compressed_tokens
+        part, first = slice(layers.start, layers.stop), layers.start
+        self._ready[part] = [True] * len(layers)
+        if not count:
+            return
         turns = self._shared_angles
         if turns is None:
-            turns = self._mid_angles(cache.layout.slots(self._view, self.selected[layer].tolist()))
-        if cache._bank.is_far and not cache._bank.has_near(layer):
-            self._fetch(layer)
-        cache._bank.recall(layer, places, turns, cache._k[layer, :, start:end], cache._v[layer, :, start:end])
-        if layer + DEPTH < cache.layers and self._places[layer + DEPTH] is not None:
-            self._fetch(layer + DEPTH)
+            turns = self._mid_angles(cache.layout.slots(self._view, self.selected[first].tolist()))
+        if bank.is_far and not bank.has_near(first):
+            self._fetch(first)
+        end = cache._n + self._num_tokens
+        to = slice(end - count * cache.layout.grid.compressed_tokens, end)
+        bank.recall(layers, self._places[part], turns, cache._k[part, :, to], cache._v[part, :, to])
+        if bank.is_far and first + DEPTH < cache.layers and self._chosen[first + DEPTH]:
+            self._fetch(first + DEPTH)
 
     def _mid_angles(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """Rotations of the active mids; without RoPE adjustment each layer has its own."""
@@ -319,8 +323,7 @@ class KVCache:
             forced = None if selected is None else selected.to(self.device)
             context._choose(range(self.layers), forced=forced)
             if not self._bank.is_far:
-                for layer in range(self.layers):
-                    context._recall(layer)
+                context._recall(range(self.layers))
         return context
 
     @torch.no_grad()

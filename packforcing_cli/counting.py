@@ -56,8 +56,8 @@ def _recalled(
     kept: Tensor, scale: Tensor | None, places: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
 ) -> int:
     """What `packforcing::recall_into` reads: of the kept only the places it is told, and the turns."""
-    numbers = sum(tensor[:, :1].nbytes for tensor in (kept, scale) if tensor is not None) * len(places)
-    return numbers + sum(tensor.nbytes for tensor in (places, cos, sin) if tensor is not None)
+    numbers = sum(tensor[:1, :, :1].nbytes for tensor in (kept, scale) if tensor is not None) * places.numel()
+    return numbers + places.nbytes + len(kept) * sum(turn.nbytes for turn in (cos, sin) if turn is not None)
 
 
 _READS: dict[str, Callable[..., int]] = {"recall_into.default": _recalled}

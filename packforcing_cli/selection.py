@@ -108,8 +108,9 @@ def choose(
         if len(candidates) > 1:
             degenerate = degenerate | (scores == scores[:, :1]).all(1)
         preference = torch.where(degenerate[:, None], newest, scores.to(device, torch.float64))
-    pins = torch.tensor([block_id in pinned for block_id in candidates], dtype=torch.bool, device=device)
-    preference = torch.where(pins, float("inf"), preference)
+    if pinned:
+        pins = torch.tensor([block_id in pinned for block_id in candidates], dtype=torch.bool, device=device)
+        preference = torch.where(pins, float("inf"), preference)
     order = preference.argsort(dim=1, stable=True)  # stable: of equals the newer comes later and wins
     best = order[:, len(candidates) - count :].sort(dim=1).values  # [L, K]
     return Choice(ids[best], degenerate)

@@ -1,4 +1,4 @@
-"""The GPU's kernel against PyTorch's operators: by Triton's interpreter if it is installed, on a GPU if there is one."""
+"""The GPU's kernel against PyTorch's operators: in Triton's interpreter if installed, on a GPU if there is one."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ for dtype in (torch.float32, torch.float16):
             kept, scale = bank.quantize(kept, torch.int8)
         for turns in ((cos, sin), (None, None)):
             slow, fast = torch.zeros(2, 12, 3, 24, dtype=dtype), torch.ones(2, 12, 3, 24, dtype=dtype)
-            bank._recall_into(kept, scale, places, *turns, slow)
+            layer = (kept[None], None if scale is None else scale[None], places[None])
+            bank._recall_into(*layer, *turns, slow[None])
             turning.turn(kept, fast, cos=turns[0], sin=turns[1], places=places, scale=scale)
             assert torch.equal(slow, fast), (dtype, kind)
 print("equal")
@@ -61,13 +62,13 @@ def test_other_devices_and_kinds_are_left_to_the_operators() -> None:
 def test_on_a_gpu_the_kernel_gives_what_the_operators_give(
     dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kept, scale = torch.randn(2, 5, 182, 12, 128, device="cuda", dtype=dtype), None
+    kept, scale = torch.randn(3, 2, 5, 182, 12, 128, device="cuda", dtype=dtype), None
     if kind != "auto":
         kept, scale = bank.quantize(kept, bank.kept_dtype(kind, dtype))
-    places = torch.tensor([3, 0, 4], device="cuda")
+    places = torch.tensor([[3, 0, 4], [0, 1, 2], [1, 2, 4]], device="cuda")
     positions = torch.rand(3 * 182, 3, dtype=torch.float64, device="cuda") * 50
     cos, sin = (t.float() for t in rope.angles(positions, 128))
-    outs = [torch.zeros(2, 3 * 182, 12, 128, device="cuda", dtype=dtype) for _ in range(2)]
+    outs = [torch.zeros(3, 2, 3 * 182, 12, 128, device="cuda", dtype=dtype) for _ in range(2)]
     assert turning.can_turn(kept, outs[0])
     bank._recall_into(kept, scale, places, cos, sin, outs[0])
     monkeypatch.setattr(turning, "can_turn", lambda x, out: False)
