@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from packforcing_cli import __version__, counting, resolve, rollout, rope
-from packforcing_cli.cache import KVCache
-from packforcing_cli.config import MemoryOptions
+from packforcing_cli.cache import CacheContext, KVCache
+from packforcing_cli.config import KV_DTYPES, MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem
 from packforcing_cli.health import Monitor
 from packforcing_cli.layout import Grid, Layout
@@ -273,6 +273,7 @@ def prepare(
         device=model.device,
         select=memory.select,
         compressed_context=memory.compressed_context,
+        bank_device="cpu" if memory.bank_device == "host" else None,
     )
     fill(cache, block)
     with torch.no_grad():
@@ -446,8 +447,15 @@ def cache(
 ) -> dict[str, Any]:
     """What the memory costs beside the attention it serves: bytes moved, counted; seconds, as shares.
 
+    Counted is all that the memory's code reads and writes for a block: choosing, recalling and turning mids, turning
+    and storing the clean block, its compressed form. What a pass writes of the block's own keys and values beside the
+    context is an input of its attention; it is `own_bytes_per_block` and not counted with the memory's.
+
     Compared with two other ways to give every pass the same keys and values: joining the partitions with torch.cat in
     each layer and pass, and choosing, gathering and turning them afresh in each pass.
+
+    Returns: bytes and operators a block, seconds, shares; `again` is the same work measured a second time, over the
+        first; `kv_dtypes` see `kv_dtype_errors`.
     """
     stage = prepare(model, prompt, block=EARLY, memory=memory, size=size, extra_blocks=4 * repeats + 8)
     kept, grid, layout, device = stage.cache, stage.grid, stage.layout, stage.device
@@ -456,17 +464,30 @@ def cache(
     full = random_kv(grid, grid.block_tokens, dtype=model.dtype, device=device)
     small = random_kv(grid, grid.compressed_tokens, dtype=model.dtype, device=device)
 
+    def read(context: CacheContext) -> None:
+        for layer in range(grid.layers):
+            context.layer(layer, full.k[layer], full.v[layer], full.q_sum[layer])
+
     def manage() -> None:
         i = kept.blocks
         context = kept.context(i)
-        for layer in range(grid.layers):  # `affinity` chooses when it is read
-            context.layer(layer, full.k[layer], full.v[layer], full.q_sum[layer])
+        if (
+            not context.is_complete
+        ):  # `affinity` chooses, and a bank in host memory gives, when a layer is read
+            read(context)
         kept.commit(i, full)
         if kept.needs_backup(i):
             kept.add_backup(i, small)
 
+    manage()
+    context = kept.context(kept.blocks)
+    read(context)
+    with counting.moved_bytes() as own:
+        read(context)
+    was_complete = kept.context(kept.blocks).is_complete
     with counting.moved_bytes() as moved:
         manage()
+    bytes_per_block = moved.bytes - (0 if was_complete else own.bytes)
     attended = layout.tokens(kept.blocks).active
     shape = (1, attended, grid.heads, grid.kv_dim // grid.heads)
     keys, values = (torch.randn(shape, dtype=model.dtype, device=device) for _ in range(2))
@@ -491,7 +512,8 @@ def cache(
             torch.cat((rope.rotate(past, cos, sin), query), 1)
             torch.cat(parts_v, 1)
 
-    took = measure({"manage": manage, "attend": attend, "join": join, "turn": turn}, device, repeats=repeats)
+    calls = {"manage": manage, "attend": attend, "join": join, "turn": turn, "manage again": manage}
+    took = measure(calls, device, repeats=repeats)
     with counting.moved_bytes() as by_join:
         join()
     with counting.moved_bytes() as by_turn:
@@ -502,16 +524,82 @@ def cache(
         "model": model.name,
         "attended_tokens": attended,
         "passes": passes,
-        "bytes_per_block": moved.bytes,
+        "bytes_per_block": bytes_per_block,
+        "own_bytes_per_block": own.bytes * passes,
         "operators_per_block": moved.operators,
         "attention_bytes_per_block": one,
-        "share_of_attention_bytes": moved.bytes / one,
+        "share_of_attention_bytes": bytes_per_block / one,
         "seconds": {name: times.to_json() for name, times in took.items()},
         "share_of_attention": took["manage"].median / attend_seconds,
+        "again": took["manage again"].median / took["manage"].median,
         "share_with_cat_in_every_pass": took["join"].median * passes / attend_seconds,
         "share_with_rotation_in_every_pass": took["turn"].median * passes / attend_seconds,
         "bytes_with_cat_in_every_pass": by_join.bytes * passes,
         "bytes_with_rotation_in_every_pass": by_turn.bytes * passes,
+        "kv_dtypes": kv_dtype_errors(model, prompt, size=size) if layout.top_k else {},
+    }
+
+
+@torch.no_grad()
+def kv_dtype_errors(
+    model: VideoModel, prompt: Prompt, *, size: tuple[int, int] | None = None, recalled: int = 4
+) -> dict[str, dict[str, float | int]]:
+    """What each kind of bank costs and saves: the same video up to a block that recalls some, then one pass over it.
+
+    Returns: for each kv_dtype `block_bytes`, of a compressed block, and `error`: how far the velocity is off that with
+        the model's own dtype, root mean square over root mean square. Values of the model's own blocks, one pass; what
+        many blocks make of it is not said.
+    """
+    memory = MemoryOptions(top_k=recalled, mid_span="1").with_defaults(model.manifest.cache.model_dump())
+    grid = resolve.grid_for(model, size or model.manifest.size)
+    last = memory.sink_blocks + memory.recent_blocks + recalled
+    layouts = {
+        kind: resolve.layout_for(
+            model, memory.model_copy(update={"kv_dtype": kind}), grid, num_blocks=last + 1
+        )
+        for kind in KV_DTYPES
+    }
+    caches = {
+        kind: KVCache(layout, num_blocks=last + 1, dtype=model.dtype, device=model.device)
+        for kind, layout in layouts.items()
+    }
+    plain, schedule, text = caches["auto"], resolve.schedule_for(model), model.transformer.embed_text
+    alone, shape = text(prompt.conditional), resolve.latent_shape(model, layouts["auto"])
+    guided = alone
+    if prompt.unconditional is not None:
+        guided = text(torch.cat((prompt.conditional, prompt.unconditional)))
+    compress = rollout.BlockCompressor(model, resolve.compressor_kind(model, memory.compressor))
+    decoder = model.codec.decoder()
+    for i in range(last):
+        context = plain.context(i)
+        x0 = denoise_block(
+            partial(rollout.velocity, model, guided, context),
+            schedule,
+            seed=0,
+            block=i,
+            shape=shape,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        kv = model.transformer.commit(x0, alone, context)
+        backup = compress(plain, i, x0, decoder.decode(x0), kv, alone)
+        for cache in caches.values():
+            cache.context(i)
+            cache.commit(i, kv)
+            if backup is not None:
+                cache.add_backup(i, backup)
+    noisy = block_noise(0, last, 0, shape).to(model.device, model.dtype)
+    seen = {
+        kind: rollout.velocity(model, alone, cache.context(last), noisy, 0.5).double()
+        for kind, cache in caches.items()
+    }
+    size_of = seen["auto"].square().mean().sqrt()
+    return {
+        kind: {
+            "block_bytes": layouts[kind].compressed_block_bytes,
+            "error": float((velocity - seen["auto"]).square().mean().sqrt() / size_of),
+        }
+        for kind, velocity in seen.items()
     }
 
 

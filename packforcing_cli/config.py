@@ -16,6 +16,7 @@ import difflib
 import json
 import math
 import random
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,12 +37,14 @@ from pydantic import (
 
 from packforcing_cli import catalog
 from packforcing_cli.errors import ConfigError, UsageError
-from packforcing_cli.layout import POLICIES, Grid, Layout, Lengths, Shown, Span
+from packforcing_cli.layout import KV_BYTES, POLICIES, Grid, Layout, Lengths, Shown, Span
 from packforcing_cli.timeline import Timeline
 
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
 COMPRESSORS = ("auto", "none", "hr+lr", "hr", "lr", "pool", "identity")
 COMPRESSED_CONTEXTS = ("sinks", "history")
+KV_DTYPES = ("auto", *KV_BYTES)
+BANK_DEVICES = ("auto", "device", "host")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
 OFFLOADS = ("none", "text", "all")
@@ -64,6 +67,7 @@ _EXAMPLES = {
     "seconds": "For example --seconds 60.",
     "mid_span": "For example --mid-span 1, --mid-span 9/16, --mid-span block or --mid-span fit.",
     "bank": f"For example --bank 256, or --bank {UNLIMITED}.",
+    "bank_memory": "For example --bank-memory 8GB, or --bank-memory 500MB.",
     "prompt": 'For example packforcing generate "a red circle moving right on a blue background".',
     "crf": "0 is lossless, 18 looks lossless, 51 is the smallest file.",
     "device": "Use auto, cpu, cuda or cuda:1.",
@@ -101,6 +105,11 @@ class MemoryOptions(Options):
     compressed_context: what a compressed block saw when its keys were made: the sinks, or the block's history.
     rope_adjustment:    what attends takes contiguous temporal slots; False = every block keeps those of its own time,
                         so distances grow with the video (an ablation: docs/method.md 9.6).
+    kv_dtype:           how compressed blocks are kept: auto as the model computes, bf16, fp8 or int8. What attention
+                        reads is of the model's dtype in any case.
+    bank_memory:        bytes the bank may take ("8GB"); it has fewer blocks then, never more. None = as `bank` says.
+    bank_device:        where the bank is: device, where the model runs; host memory; or auto: host memory where it does
+                        not fit on the device. The video is the same.
     """
 
     policy: str = "packforcing"
@@ -113,6 +122,24 @@ class MemoryOptions(Options):
     compressor: str = "auto"
     compressed_context: str = "sinks"
     rope_adjustment: bool = True
+    kv_dtype: str = "auto"
+    bank_memory: int | None = Field(None, ge=1)
+    bank_device: str = "auto"
+
+    @field_validator("kv_dtype")
+    @classmethod
+    def _kv_dtype(cls, value: str) -> str:
+        return _one_of(value, KV_DTYPES)
+
+    @field_validator("bank_device")
+    @classmethod
+    def _bank_device(cls, value: str) -> str:
+        return _one_of(value, BANK_DEVICES)
+
+    @field_validator("bank_memory", mode="before")
+    @classmethod
+    def _bank_memory(cls, value: object) -> object:
+        return _size_bytes(value) if isinstance(value, str) else value
 
     @field_validator("policy")
     @classmethod
@@ -174,7 +201,7 @@ class MemoryOptions(Options):
             default_span:   the model's own mid_span.
         Raises: LayoutError if the numbers describe no possible context.
         """
-        return Layout.from_policy(
+        layout = Layout.from_policy(
             self.policy,
             grid=replace(grid, identity=self.compressor == "identity"),
             num_blocks=num_blocks,
@@ -185,7 +212,12 @@ class MemoryOptions(Options):
             mid_span=self.span(grid.frames_per_block, default_span),
             trained_frames=trained_frames,
             rope_adjustment=self.rope_adjustment,
+            kv_dtype=self.kv_dtype,
         )
+        if self.bank_memory is None or not layout.top_k:
+            return layout
+        most = layout.bank_within(self.bank_memory)
+        return replace(layout, bank=most if layout.bank is None else min(most, layout.bank))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> MemoryOptions:
         """Take a package's values for everything that was not set explicitly, and for the compressor "auto".
@@ -573,6 +605,20 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- messages
+
+
+_SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _size_bytes(text: str) -> int:
+    """Bytes of "8GB", "500 MB", "1.5GiB" or "8000000000". Raises: ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError("must be a size such as 8GB, 500MB or 2GiB")
+    unit = _SIZE_UNITS[found[2].upper()]
+    if found[3]:
+        unit = 1 << (10 * "KMGT".index(found[2].upper()) + 10)
+    return int(Fraction(found[1]) * unit)
 
 
 def _one_of(value: str, choices: Sequence[str]) -> str:

@@ -497,7 +497,7 @@ def make(
         seed=request.seed,
         size=job.plan.size,
         schedule=schedule_of(job, model),
-        memory=request.memory,
+        memory=request.memory.model_copy(update={"bank_device": job.plan.bank_device}),
         first_latent=None if job.image is None else past.encode_image(model, job.image),
         stills=job.stills,
         history=job.history,

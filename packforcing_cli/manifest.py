@@ -26,10 +26,12 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from packforcing_cli import timeline as timelines
 from packforcing_cli.config import (
+    BANK_DEVICES,
     CODECS,
     COMPRESSED_CONTEXTS,
     DTYPES,
     FITS,
+    KV_DTYPES,
     OFFLOADS,
     QUANTIZATIONS,
     SELECTIONS,
@@ -64,6 +66,8 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "policy": POLICIES,
     "select": SELECTIONS,
     "compressed_context": COMPRESSED_CONTEXTS,
+    "kv_dtype": KV_DTYPES,
+    "bank_device": BANK_DEVICES,
     "quantize": QUANTIZATIONS,
     "quantize_text": TEXT_QUANTIZATIONS,
     "offload": OFFLOADS,

@@ -163,6 +163,7 @@ def layout_values(layout: Layout) -> dict[str, Any]:
         "bank": layout.bank,
         "mid_span": str(layout.mid_span),
         "rope_adjustment": layout.rope_adjustment,
+        "kv_dtype": layout.kv_dtype,
         "trained_frames": layout.trained_frames,
         "cuts": list(layout.cuts),
         "pins": sorted(layout.pins),

@@ -202,6 +202,7 @@ def stream_generate(
         select=memory.select,
         seed=seed,
         compressed_context=memory.compressed_context,
+        bank_device="cpu" if memory.bank_device == "host" else None,
     )
     video = Video(model, story.script, cache, compressor_kind(model, memory.compressor), guard, overlap)
     if state is not None:

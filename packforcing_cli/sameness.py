@@ -101,6 +101,8 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
     layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
     if layout["rope_adjustment"]:
         del layout["rope_adjustment"]  # older runs do not name it and are equal
+    if layout["kv_dtype"] == "auto":
+        del layout["kv_dtype"]
     pictures = request.pin_images if request.image is None else (request.image,)
     files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
     if request.embeddings is not None:

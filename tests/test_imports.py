@@ -29,6 +29,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "manifest",
     ),
+    ("turning_kernel",),
+    ("turning",),
     (
         "hub",
         "rope",
@@ -41,7 +43,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "lora",
         "beside",
     ),
-    ("packages", "transformer", "cache", "text", "vae", "video"),
+    ("packages", "transformer", "bank", "text", "vae", "video"),
+    ("cache",),
     (
         "bundle",
         "install",

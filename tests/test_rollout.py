@@ -454,6 +454,37 @@ def test_a_pinned_block_is_recalled_by_every_later_block_and_never_dropped(
     assert torch.equal(unpinned[4].latents, made[True][4].latents)
 
 
+@pytest.mark.parametrize("select", ["affinity-recent", "affinity"])
+def test_a_bank_in_host_memory_gives_the_same_video(model: VideoModel, select: str) -> None:
+    memory = MemoryOptions(top_k=2, bank=3, mid_span="1", select=select)
+    for options in ({}, {"kv_dtype": "int8"}):
+        near, far = (
+            latents(model, memory.model_copy(update={**options, "bank_device": place}), num_blocks=8)
+            for place in ("device", "host")
+        )
+        assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_video_with_a_quantized_bank_continues_identically(model: VideoModel, kv_dtype: str) -> None:
+    memory = MemoryOptions(top_k=2, bank=3, mid_span="1", kv_dtype=kv_dtype)
+    whole, state = [], {}
+    for block in stream(model, memory, num_blocks=8):
+        whole.append(block.latents)
+        if block.index == 5:
+            state = block.state()
+    rest = [block.latents for block in stream(model, memory, num_blocks=8, state=state)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[6:], rest, strict=True))
+    plain = latents(model, memory.model_copy(update={"kv_dtype": "auto"}), num_blocks=8)
+    assert not torch.equal(torch.cat(whole), plain)
+    request = GenerateRequest(prompt="made up", model="tiny", seconds=5)
+    usual = sameness.must_be_same(model, request)
+    other = sameness.must_be_same(model, request.changed(kv_dtype=kv_dtype))
+    assert "layout kv_dtype" not in usual and other["layout kv_dtype"] == kv_dtype
+    assert sameness.is_other_memory(usual, other)
+    assert sameness.must_be_same(model, request.changed(bank_device="host")) == usual
+
+
 def test_chapters_are_where_the_prompts_change(model: VideoModel, tmp_path: Path) -> None:
     result = rollout.generate(model, story(model, SCENES), tmp_path / "a.mp4", seconds=9, memory=WIDE)
     chapters = VideoReader(result.path).chapters

@@ -876,6 +876,7 @@ def test_a_snapshot_is_a_file_of_the_safetensors_library(tmp_path: Path) -> None
         "c": torch.randn(3, 4).T,
         "d": torch.empty(0, 4),
         "e": torch.tensor([True, False]),
+        "f": torch.tensor([-128, 127], dtype=torch.int8),
     }
     data = b"".join(runfolder._safetensors(state, {"blocks": "3"}))
     assert len(data) == len(

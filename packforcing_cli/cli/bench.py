@@ -284,8 +284,16 @@ def _cache_tables(found: dict[str, Any]) -> list[Table]:
     ):
         table.add_row(name, f"{found[share]:.2%}", console.gb(found[size]))
     moved = found["share_of_attention_bytes"]
-    table.caption = f"{found['operators_per_block']} operators a block; {moved:.2%} of attention's own bytes"
-    return [table]
+    table.caption = (
+        f"{found['operators_per_block']} operators a block; {moved:.2%} of attention's own bytes;"
+        f" the first row measured again: {found['again']:.2f} of it"
+    )
+    if not found["kv_dtypes"]:
+        return [table]
+    kinds = _table("--kv-dtype: what a compressed block takes", "kind", "bytes", "error of a pass")
+    for name, row in found["kv_dtypes"].items():
+        kinds.add_row(name, console.gb(row["block_bytes"]), f"{row['error']:.1e}")
+    return [table, kinds]
 
 
 def _scaling_tables(found: list[dict[str, Any]]) -> list[Table]:

@@ -130,6 +130,9 @@ def generate(
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
     rope_adjustment: memory.RopeAdjustment = None,
+    kv_dtype: memory.KVDtype = None,
+    bank_memory: memory.BankMemory = None,
+    bank_device: memory.BankDevice = None,
     quantize: memory.Quantize = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
@@ -216,6 +219,9 @@ def generate(
         "compressor": compressor,
         "compressed_context": compressed_context,
         "rope_adjustment": rope_adjustment,
+        "kv_dtype": kv_dtype,
+        "bank_memory": bank_memory,
+        "bank_device": bank_device,
     }
     shown = display.choose(progress, quiet=quiet, verbose=verbose)
     try:
@@ -480,7 +486,9 @@ def _downloads_text(job: Job) -> str:
 def _memory_text(job: Job) -> str:
     options, layout = job.plan.options, job.plan.layout
     bank = "unlimited" if layout.bank is None else layout.bank
-    mids = f"top-k {layout.top_k} of a bank of {bank}, {options.select}, mid-span {layout.mid_span}"
+    kept = "" if layout.kv_dtype == "auto" else f" in {layout.kv_dtype}"
+    kept += ", in host memory" if job.plan.bank_device == "host" else ""
+    mids = f"top-k {layout.top_k} of a bank of {bank}{kept}, {options.select}, mid-span {layout.mid_span}"
     return f"{options.policy}: sink {layout.sink_blocks}, recent {layout.recent_blocks}" + (
         f", {mids}, compressor {options.compressor}" if layout.top_k else " blocks"
     )

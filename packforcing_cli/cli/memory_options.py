@@ -92,6 +92,35 @@ RopeAdjustment = Annotated[
         " time, so that distances grow with the video.",
     ),
 ]
+KVDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="How compressed blocks are kept: auto (default, as the model computes), bf16, fp8 or int8; what is smaller"
+        " lets more of them fit.",
+    ),
+]
+BankMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--bank-memory",
+        metavar="SIZE",
+        rich_help_panel=PANEL,
+        help="The most memory the bank of compressed blocks may take, for example 8GB; it keeps fewer blocks then.",
+    ),
+]
+BankDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--bank-device",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="Where the bank is: device, host, or auto (default): host memory where it does not fit on the GPU. The"
+        " video is the same.",
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
