@@ -66,7 +66,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
     pairs = x.to(compute).unflatten(-1, (-1, 2))
-    turn = turn_complex if x.device.type == "cpu" else turn_real
+    as_complex = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    turn = turn_complex if as_complex else turn_real
     return turn(pairs, cos, sin).flatten(-2).to(x.dtype)
 
 

@@ -1,0 +1,436 @@
+"""Fused projections, attention kernels, compiled regions, recorded passes: each gives the numbers of the plain pass."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import recorded
+import tiny
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from packforcing_cli import attention, bench, catalog, compiling, counting, graphs, registry, rollout
+from packforcing_cli.cache import KVCache
+from packforcing_cli.config import MemoryOptions
+from packforcing_cli.errors import EnvironmentProblem, UsageError
+from packforcing_cli.rollout import Prompt, Story
+from packforcing_cli.sampler import Schedule
+from packforcing_cli.timeline import Script
+from packforcing_cli.transformer import Attention, WanTransformer
+
+CPU = torch.device("cpu")
+STEADY = 2 + 1 + 16 + 1
+
+
+@cache
+def demo() -> registry.VideoModel:
+    return registry.load_model("demo", device="cpu")
+
+
+def fresh(**changes: Any) -> registry.VideoModel:
+    """The demo with a transformer of its own."""
+    model = demo()
+    return replace(model, transformer=copy.deepcopy(model.transformer), **changes)
+
+
+def prompt(model: registry.VideoModel) -> Prompt:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(1, model.text.length, model.text.width, generator=generator) for _ in range(2))
+    return Prompt("a", a.to(model.dtype), b.to(model.dtype))
+
+
+def passes(model: registry.VideoModel, stage: bench.Stage) -> tuple[Tensor, ...]:
+    """A guided denoising pass, a clean and a compressed one over the same block."""
+    context = stage.cache.context(stage.block)
+    noisy = stage.noisy()
+    with torch.no_grad():
+        velocity = rollout.velocity(model, stage.guided, context, noisy, 0.7)
+        kv = model.transformer.commit(noisy, stage.text, context)
+        tokens = model.transformer.patch(noisy)[:, : stage.grid.compressed_tokens]
+        small = model.transformer.commit_tokens(
+            tokens, stage.text, stage.cache.compressed_context(stage.block)
+        )
+    return velocity, kv.k, kv.v, kv.q_sum, small.k, small.v
+
+
+def relative_error(a: Tensor, b: Tensor) -> float:
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def projections(network: WanTransformer) -> list[Attention]:
+    found = [layer.attn1 for layer in network.blocks]
+    assert all(isinstance(one, Attention) for one in found)
+    return found  # type: ignore[return-value]
+
+
+# -- fused projections --------------------------------------------------------------------------------------------
+
+
+def unfused(model: registry.VideoModel) -> registry.VideoModel:
+    network = copy.deepcopy(model.transformer)
+    for one in projections(network):
+        one._joined, one._rows = None, ()
+    return replace(model, transformer=network)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_one_product_gives_what_three_give(dtype: str) -> None:
+    model = registry.load_model("demo", device="cpu", dtype=dtype)
+    assert all(one.joined is not None for one in projections(model.transformer))
+    apart = unfused(model)
+    stage = bench.prepare(model, prompt(model), block=STEADY)
+    together, separate = passes(model, stage), passes(apart, stage)
+    bound = 1e-5 if dtype == "fp32" else 2e-2
+    for a, b in zip(together, separate, strict=True):
+        assert relative_error(a, b) < bound
+
+
+def test_in_double_precision_every_number_is_the_same_to_the_last_bits() -> None:
+    network = tiny.transformer(3)
+    x = torch.randn(1, 24, network.config.dim, dtype=torch.float64)
+    with torch.no_grad():
+        apart = [one.own(x) for one in projections(network)]
+        network.fuse_projections()
+        for one, parts in zip(projections(network), apart, strict=True):
+            assert one.joined is not None
+            for a, b in zip(one.own(x), parts, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-14)
+
+
+def test_names_and_values_of_the_weights_stay_and_they_take_no_more_memory(tmp_path: Path) -> None:
+    network = tiny.transformer(4, torch.float32)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    network.fuse_projections()
+    after = network.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    storages = {
+        value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in after.values()
+    }
+    assert sum(storages.values()) == sum(value.nbytes for value in before.values())
+    from packforcing_cli import weights
+
+    weights.save(tmp_path / "transformer", network.config.to_dict(), after)
+    loaded = registry.load_transformer(tmp_path / "transformer", device=CPU, dtype=torch.float32)
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in before.items())
+
+
+def test_weights_that_are_replaced_moved_or_adapted_are_the_ones_that_count() -> None:
+    x = torch.randn(1, 5, 24, dtype=torch.float64)
+
+    def q_of(one: Attention) -> Tensor:
+        return one.own(x.to(one.to_q.weight.dtype))[0].double()
+
+    with torch.no_grad():
+        for change in ("replaced", "in place", "cast", "wrapped", "copied"):
+            network = tiny.transformer(5)
+            network.fuse_projections()
+            one = projections(network)[0]
+            old = q_of(one)
+            if change == "replaced":
+                one.to_q.weight = torch.nn.Parameter(one.to_q.weight * 2 + 1)
+            elif change == "in place":
+                one.to_q.weight.mul_(2).add_(1)
+            elif change == "cast":
+                network.half().double()
+                one.to_q.weight.mul_(2).add_(1)
+            elif change == "wrapped":
+                inner = one.to_q
+
+                class Wrapped(torch.nn.Module):
+                    weight = inner.weight
+
+                    def forward(self, y: Tensor) -> Tensor:
+                        return inner(y) + y  # noqa: B023
+
+                one.to_q = Wrapped()  # type: ignore[assignment]
+            else:
+                network = copy.deepcopy(network)
+                one = projections(network)[0]
+                one.to_q.weight.mul_(2).add_(1)
+            assert relative_error(q_of(one), old) > 0.1, change
+            q = one.to_q(x.to(one.to_q.weight.dtype))
+            torch.testing.assert_close(
+                q_of(one), one.norm_q(q).unflatten(2, (one.heads, -1)).double(), rtol=1e-6, atol=1e-6
+            )
+
+
+def test_gradients_flow_through_the_separate_projections() -> None:
+    network = tiny.transformer(6)
+    network.fuse_projections()
+    one = projections(network)[0]
+    one.requires_grad_(True)
+    one.own(torch.randn(1, 5, 24, dtype=torch.float64))[0].sum().backward()
+    assert one.to_q.weight.grad is not None
+    assert one.to_q.weight.grad.abs().sum() > 0
+
+
+def test_layers_that_are_copied_to_the_device_arrive_fused_with_the_same_numbers() -> None:
+    model = fresh()
+    stage = bench.prepare(model, prompt(model), block=STEADY)
+    there = passes(model, stage)
+    model.transformer.stream_layers(CPU)
+    assert model.transformer._seat is not None
+    streamed = passes(model, stage)
+    assert model.transformer._seat._layer.attn1.joined is not None
+    assert all(torch.equal(a, b) for a, b in zip(there, streamed, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["int8", "int8-dynamic", "fp8-weight"])
+def test_quantized_projections_give_the_same_together_or_apart(mode: str) -> None:
+    model = registry.load_model("demo", device="cpu", dtype="bf16", quantize=mode)
+    stage = bench.prepare(model, prompt(model), block=STEADY)
+    for a, b in zip(passes(model, stage), passes(unfused(model), stage), strict=True):
+        assert relative_error(a, b) < 2e-2
+
+
+# -- attention kernels --------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_that_is_asked_for_runs_and_is_named() -> None:
+    found = {
+        name: attention.choose(name, device=CPU, dtype=torch.float32) for name in ("auto", "flash", "math")
+    }
+    assert {name: kernel.taken for name, kernel in found.items()} == {
+        "auto": "flash (CPU)",
+        "flash": "flash (CPU)",
+        "math": "math",
+    }
+    assert attention.kind(attention.profiled(found["flash"], CPU)) == "PyTorch's CPU kernel"
+    assert attention.kind(attention.profiled(found["math"], CPU)) == "plain matrix products"
+
+
+@pytest.mark.parametrize("name", ["cudnn", "efficient"])
+def test_a_kernel_that_cannot_run_here_is_refused_with_those_that_can(name: str) -> None:
+    with pytest.raises(EnvironmentProblem, match=f"--attention {name} cannot run here, on the CPU") as caught:
+        attention.choose(name, device=CPU, dtype=torch.float32)
+    assert caught.value.hint == "What can: auto, flash, math."
+
+
+def test_a_kernel_of_a_library_is_refused_on_a_cpu_and_without_the_library(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("fa3", "sage"):
+        with pytest.raises(EnvironmentProblem, match="needs an NVIDIA GPU"):
+            attention.choose(name, device=CPU, dtype=torch.bfloat16)
+        with pytest.raises(EnvironmentProblem, match="which is not installed") as caught:
+            attention._require_package(name, torch.device("cuda"))
+        assert caught.value.hint.startswith("pip install ")
+    with pytest.raises(UsageError, match="--attention fast: there is no such kernel"):
+        attention.choose("fast", device=CPU, dtype=torch.bfloat16)
+
+
+def test_a_kernel_with_wrong_numbers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = attention.Kernel.__call__
+
+    def wrong(self: attention.Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = real(self, q, k, v)
+        return out.roll(1, 1) if self.asked == "flash" else out
+
+    monkeypatch.setattr(attention.Kernel, "__call__", wrong)
+    with pytest.raises(EnvironmentProblem, match="--attention flash gives wrong numbers here") as caught:
+        attention.choose("flash", device=CPU, dtype=torch.float32)
+    assert caught.value.hint == "What can: auto, math."
+
+
+def test_hopper_prefers_cudnn_where_it_is_right_and_says_what_helps_where_it_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    assert attention.prefers_cudnn(gpu)
+    assert attention._warning("cudnn", gpu) == ""
+    assert "leave --attention away" in attention._warning("flash", gpu)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    assert not attention.prefers_cudnn(gpu)
+    monkeypatch.setenv("LD_LIBRARY_PATH", "/usr/lib")
+    said = attention._warning("flash", gpu)
+    assert "about half as fast on a Hopper GPU" in said
+    assert "cuDNN 9.15.1 or newer (here: 9.10.2, and no other cuDNN on LD_LIBRARY_PATH)" in said
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert not attention.prefers_cudnn(gpu)
+    assert attention._warning("flash", gpu) == ""
+
+
+def test_passes_take_the_chosen_kernel_for_self_and_cross_attention() -> None:
+    model = fresh()
+    stage = bench.prepare(model, prompt(model), block=STEADY)
+    context, noisy = stage.cache.context(STEADY), stage.noisy()
+
+    def operators() -> set[str]:
+        with torch.no_grad(), counting.moved_bytes() as moved:
+            rollout.velocity(model, stage.text, context, noisy, 0.5)
+        return set(moved.by_operator)
+
+    plain = passes(model, stage)
+    context = stage.cache.context(STEADY)
+    assert "_scaled_dot_product_flash_attention_for_cpu" in operators()
+    model.transformer.use_attention(attention.choose("math", device=CPU, dtype=torch.float32))
+    assert "_scaled_dot_product_flash_attention_for_cpu" not in operators()
+    for a, b in zip(passes(model, stage), plain, strict=True):
+        assert relative_error(a, b) < 1e-5
+    q = torch.randn(1, 2, 8, 16)
+    with counting.moved_bytes() as moved:  # nothing is left switched off
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert "_scaled_dot_product_flash_attention_for_cpu" in moved.by_operator
+
+
+# -- recorded passes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["affinity-recent", "affinity"])
+def test_a_video_of_recorded_passes_is_the_same_video(select: str) -> None:
+    """The prompt changes on the way; the memory fills up in the first blocks."""
+    plain, model = fresh(), fresh()
+    model.transformer.record_passes(recorded.record)
+    recordings = model.transformer._recordings
+    assert recordings is not None
+    script = Script(("a", "b"), starts=(0, 8), blends=(0, 2))
+    one = prompt(plain)
+    story = Story(script, (one, replace(one, text="b", conditional=one.conditional.flip(1))))
+    options: dict[str, Any] = {
+        "num_blocks": 11,
+        "seed": 0,
+        "schedule": Schedule.build("euler", steps=2, shift=5.0, guidance=2.0),
+        "memory": MemoryOptions(select=select, sink_blocks=1, top_k=2, bank=3),
+    }
+    blocks = list(rollout.stream_generate(plain, story, **options))
+    counts = []
+    for block, expected in zip(rollout.stream_generate(model, story, **options), blocks, strict=True):
+        assert torch.equal(block.latents, expected.latents), block.index
+        assert torch.equal(block.selected, expected.selected)
+        counts.append(recordings.replays)
+    new = [b - a for a, b in zip([0, *counts], counts)]
+    # Blocks 0 to 5 meet a length for the first time; then two denoising passes, the clean and the compressed one.
+    # `affinity` chooses in the first denoising pass, which stays eager.
+    steady = 4 if select == "affinity-recent" else 3
+    assert new[:4] == [0, 0, 0, 1] if select == "" else all(n <= steady for n in new)
+    assert new[6:] == [steady] * 5
+
+
+def test_a_context_at_other_addresses_is_not_replayed() -> None:
+    model = fresh()
+    model.transformer.record_passes(recorded.record)
+    recordings = model.transformer._recordings
+    assert recordings is not None
+    one = bench.prepare(model, prompt(model), block=STEADY)
+    other = bench.prepare(model, prompt(model), block=STEADY)
+    for _ in range(3):
+        passes(model, one)
+    assert recordings.replays == 2 * 3
+    expected, replayed = passes(fresh(), other), passes(model, other)
+    assert recordings.replays == 2 * 3
+    assert all(torch.equal(a, b) for a, b in zip(expected, replayed, strict=True))
+    context = one.cache.context(STEADY)
+    one.cache.context(STEADY)
+    with pytest.raises(ValueError, match="is closed"), torch.no_grad():
+        rollout.velocity(model, one.text, context, one.noisy(), 0.5)
+
+
+def test_cuda_graphs_are_refused_on_a_cpu_and_with_layers_that_come_and_go() -> None:
+    with pytest.raises(EnvironmentProblem, match="needs an NVIDIA GPU"):
+        graphs.require_graphs(CPU, offload="none")
+    with pytest.raises(EnvironmentProblem, match="--offload all"):
+        graphs.require_graphs(torch.device("cuda"), offload="all")
+
+
+# -- compiled regions ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_it_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiling.shutil, "which", lambda *_: None)
+    with pytest.raises(EnvironmentProblem, match="needs a C\\+\\+ compiler"):
+        compiling.require_compiler(CPU)
+
+
+# -- exact counts -------------------------------------------------------------------------------------------------
+
+
+class _Waits(TorchDispatchMode):
+    """Notes operators that read a number back, for which a GPU would have to be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__.startswith(
+            ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero")
+        ):
+            self.seen.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_pass_reads_a_number_back() -> None:
+    model = fresh()
+    stage = bench.prepare(model, prompt(model), block=STEADY)
+    context, noisy = stage.cache.context(STEADY), stage.noisy()
+    tokens = model.transformer.patch(noisy)[:, : stage.grid.compressed_tokens]
+    with torch.no_grad(), _Waits() as waits:
+        torch.ones(1).item()
+        assert waits.seen == ["_local_scalar_dense.default"]  # it would be seen
+        waits.seen.clear()
+        rollout.velocity(model, stage.guided, context, noisy, 0.5)
+        kv = model.transformer.commit(noisy, stage.text, context)
+        small = model.transformer.commit_tokens(tokens, stage.text, stage.cache.compressed_context(STEADY))
+        stage.cache.commit(STEADY, kv)
+        stage.cache.add_backup(STEADY, small)
+        stage.cache.context(STEADY + 1)
+    assert waits.seen == []
+
+
+@torch.no_grad()
+def test_a_whole_block_runs_on_tensors_without_values() -> None:
+    """On the meta device nothing can be read back: neither .item() nor .tolist(), nor a decision in Python."""
+    facts = catalog.of_random("random:wan2.1-1.3b")
+    assert facts is not None
+    model = demo()
+    grid = rollout.grid_for(model, model.manifest.size)
+    layout = rollout.layout_for(
+        model, MemoryOptions().with_defaults(model.manifest.cache.model_dump()), grid, num_blocks=40
+    )
+    meta = torch.device("meta")
+    with meta:
+        network = WanTransformer(model.transformer.config)
+    network.fuse_projections()
+    held = KVCache(layout, num_blocks=40, dtype=torch.float32, device=meta)
+    text = network.embed_text(torch.empty(2, model.text.length, model.text.width, device=meta))
+    noisy = torch.empty(rollout.latent_shape(model, layout), device=meta)
+    times = torch.empty(1, grid.frames_per_block, dtype=torch.float64, device=meta)
+    for block in range(24):
+        context = held.context(block)
+        network(noisy, times, text, context)
+        kv = network.commit(
+            noisy, replace(text, layers=tuple((k[:1], v[:1]) for k, v in text.layers)), context
+        )
+        held.commit(block, kv)
+        if held.needs_backup(block):
+            tokens = network.patch(noisy)[:, : grid.compressed_tokens]
+            one = replace(text, layers=tuple((k[:1], v[:1]) for k, v in text.layers))
+            held.add_backup(block, network.commit_tokens(tokens, one, held.compressed_context(block)))
+
+
+@torch.no_grad()
+def test_operations_of_a_pass_are_constant_once_the_memory_is_full() -> None:
+    model = fresh()
+    stage = bench.prepare(model, prompt(model), block=STEADY - 4, extra_blocks=40)
+    counted = []
+    for block in range(STEADY - 4, STEADY + 6):
+        context, noisy = stage.cache.context(block), stage.noisy()
+        counted.append(
+            counting.flops_of(
+                lambda context=context, noisy=noisy: rollout.velocity(  # type: ignore[misc]
+                    model, stage.text, context, noisy, 0.5
+                )
+            )
+        )
+        bench.fill(stage.cache, block + 1)
+    assert len(set(counted[4:])) == 1
+    assert counted[0] < counted[4]
