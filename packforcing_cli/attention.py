@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from packforcing_cli import catalog
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.quiet import known_import_noise_dropped
 
@@ -131,6 +132,8 @@ def choose(
             f"--attention {asked}: there is no such kernel",
             hint=f"Use auto, {', '.join((*BACKENDS, *PACKAGES))}.",
         )
+    if device.type == "cpu":
+        catalog.check_cpu("none", "none", asked)
     if asked in PACKAGES:
         _require_package(asked, device)
     backends: tuple[SDPBackend, ...] = ()
@@ -224,10 +227,8 @@ def runnable(
 def _require_package(name: str, device: torch.device) -> None:
     """Raises: EnvironmentProblem if the library of a kernel, or a GPU for it, is not there."""
     package = PACKAGES[name]
-    if device.type != "cuda":
-        raise EnvironmentProblem(
-            f"--attention {name} needs an NVIDIA GPU, and the model runs on the CPU", hint="Leave it away."
-        )
+    if device.type == "cpu":
+        catalog.check_cpu("none", "none", name)
     if importlib.util.find_spec(package.module) is None:
         cuda = (torch.version.cuda or "12.8").replace(".", "")
         raise EnvironmentProblem(

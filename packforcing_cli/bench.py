@@ -200,6 +200,21 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, *, repeats: int = REPE
     return 2 * side**3 / took.median
 
 
+def expected_seconds(model: VideoModel, layout: Layout, schedule: Schedule, *, blocks: int) -> float:
+    """About how long the transformer will take over a video: its operations at half the machine's matmul rate."""
+    grid, prompts = layout.grid, 1 if schedule.guidance == 1 else 2
+    flops = partial(
+        counting.pass_flops,
+        model.transformer.config,
+        tokens=grid.block_tokens,
+        attended=layout.tokens(blocks - 1).active,
+        text_tokens=model.text.length,
+        frames=grid.frames_per_block,
+    )
+    block = schedule.passes // prompts * flops(prompts=prompts) + flops(is_commit=True)
+    return 2 * blocks * block / matmul_rate(model.dtype, model.device, repeats=1)
+
+
 @dataclass
 class Stage:
     """A memory filled up to a block, and all that the block needs."""

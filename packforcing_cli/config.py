@@ -45,6 +45,7 @@ COMPRESSED_CONTEXTS = ("sinks", "history")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
 OFFLOADS = ("none", "text", "all")
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "fa3", "sage")
 CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")
 FITS = ("crop", "pad", "stretch")
 GUARDS = ("warn", "retry", "stop")
@@ -347,6 +348,9 @@ class GenerateRequest(PlanRequest):
     steps:     denoising steps; None = the package's.
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
+    attention: the kernel of attention: auto, or a name of `attention.choose`.
+    compile:   compile parts of the transformer's layers; the first block waits for it.
+    cuda_graphs: record the passes of a full memory and replay them, on a GPU.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
     loras:     folders of adapters as PATH or PATH:WEIGHT, added to the model's weights.
     auto_fit:  make the smallest change that lets a request fit, and say so.
@@ -372,6 +376,9 @@ class GenerateRequest(PlanRequest):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
+    attention: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     embeddings: Path | None = None
     loras: tuple[str, ...] = ()
     auto_fit: bool = False
@@ -384,6 +391,11 @@ class GenerateRequest(PlanRequest):
     keep_run: bool = True
     snapshot_every: int | None = Field(None, ge=1, le=MAX_BLOCKS)
     guard: str = "warn"
+
+    @field_validator("attention")
+    @classmethod
+    def _attention(cls, value: str) -> str:
+        return _one_of(value, ATTENTIONS)
 
     @field_validator("guard")
     @classmethod

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from packforcing_cli import catalog
 from packforcing_cli.errors import EnvironmentProblem
 
 Pass = Callable[..., tuple[Tensor, ...]]
@@ -30,10 +31,8 @@ Recorder = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Callable[[], None]
 
 def require_graphs(device: torch.device, *, offload: str) -> None:
     """Raises: EnvironmentProblem if passes cannot be recorded."""
-    if device.type != "cuda":
-        raise EnvironmentProblem(
-            "--cuda-graphs needs an NVIDIA GPU, and the model runs on the CPU", hint="Leave it away."
-        )
+    if device.type == "cpu":
+        catalog.check_cpu("none", "none", cuda_graphs=True)
     if offload == "all":
         raise EnvironmentProblem(
             "--cuda-graphs and --offload all: layers that come and go have no fixed addresses",

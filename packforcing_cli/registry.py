@@ -25,7 +25,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, durable, lora, packages, weights
+from packforcing_cli import attention as kernels
+from packforcing_cli import catalog, compiling, durable, lora, packages, weights
+from packforcing_cli.attention import Kernel
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.config import COMPRESSORS
@@ -37,6 +39,7 @@ from packforcing_cli.errors import (
     UsageError,
     WeightsError,
 )
+from packforcing_cli.graphs import CudaRecorder, require_graphs
 from packforcing_cli.packages import (
     MANIFEST,
     REQUIRED_PARTS,
@@ -120,6 +123,8 @@ class VideoModel:
     text: what its embeddings depend on.
     quantize: of the transformer's linears, "none" or a mode of `quantize`.
     hashes: part -> sha256 over the files it was loaded from.
+    attention: the kernel, and which one it really is.
+    compiled: whether parts of the transformer's layers are; graphs: whether its passes are recorded.
     """
 
     name: str
@@ -133,6 +138,9 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
+    attention: Kernel = field(default_factory=Kernel)
+    compiled: bool = False
+    graphs: bool = False
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -166,6 +174,10 @@ def load_model(
     offload: str = "none",
     compressor: str = "auto",
     loras: Sequence[str] = (),
+    attention: str = "auto",
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
+    fuse: bool = True,
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
     return open_model(
@@ -178,6 +190,10 @@ def load_model(
         offload=offload,
         compressor=compressor,
         loras=loras,
+        attention=attention,
+        compile_layers=compile_layers,
+        cuda_graphs=cuda_graphs,
+        fuse=fuse,
     ).load()
 
 
@@ -192,6 +208,10 @@ def open_model(
     offload: str = "none",
     compressor: str = "auto",
     loras: Sequence[str] = (),
+    attention: str = "auto",
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
+    fuse: bool = True,
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
 
@@ -206,6 +226,10 @@ def open_model(
         compressor:    a kind, which loads the package's own weights where it has any, or the weights to use instead:
                        an installed package's name, a package's folder or a part's folder.
         loras:         folders of adapters as PATH or PATH:WEIGHT, added to the transformer's weights one after another.
+        attention:     "auto", or a kernel of `attention.choose`.
+        compile_layers: compile parts of the transformer's layers.
+        cuda_graphs:   record passes and replay them.
+        fuse:          make q, k and v of a layer one product; not for a model that will be trained.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
     """
@@ -216,6 +240,12 @@ def open_model(
     if chosen_device.type == "cpu":
         catalog.check_cpu(quantize, offload)
     require_support(quantize, chosen_device)
+    if compile_layers:
+        compiling.require_compiler(chosen_device)
+    if cuda_graphs:
+        require_graphs(chosen_device, offload=offload)
+    kernel = kernels.choose(attention, device=chosen_device, dtype=chosen_dtype)
+    speed = _Speed(kernel, compile_layers, cuda_graphs, fuse)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
     other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
     adapters = [lora.read(*lora.parse(text)) for text in loras]
@@ -232,6 +262,7 @@ def open_model(
             quantize=quantize,
             stream_layers=offload == "all",
             compressor=other,
+            speed=speed,
         )
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
@@ -269,6 +300,7 @@ def open_model(
             stream_layers=offload == "all",
             loras=adapters,
         )
+        speed.apply(transformer, chosen_device)
         network = None
         if other is not None:
             network = _other_compressor(other, transformer.config, chosen_device, chosen_dtype)
@@ -297,6 +329,9 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            attention=kernel,
+            compiled=compile_layers,
+            graphs=cuda_graphs,
             hashes=hashes,
         )
 
@@ -312,6 +347,25 @@ def open_model(
     )
 
 
+@dataclass(frozen=True)
+class _Speed:
+    """How a transformer computes, beside what it computes."""
+
+    kernel: Kernel
+    compiled: bool
+    graphs: bool
+    fuse: bool
+
+    def apply(self, transformer: WanTransformer, device: torch.device) -> None:
+        if self.fuse:
+            transformer.fuse_projections()
+        transformer.use_attention(self.kernel)
+        if self.compiled:
+            transformer.compile_layers()
+        if self.graphs:
+            transformer.record_passes(CudaRecorder(device))
+
+
 def _open_random(
     facts: ModelFacts,
     device: torch.device,
@@ -321,6 +375,7 @@ def _open_random(
     quantize: str,
     stream_layers: bool,
     compressor: CompressorPlace | None,
+    speed: _Speed,
 ) -> ModelSource:
     """A model of true shape with random weights made on the device, and random embeddings: for bench and tests."""
     if vae is not None:
@@ -349,6 +404,7 @@ def _open_random(
         weights.randomise(transformer, device=device, dtype=dtype, change=change)
         if stream_layers:
             transformer.stream_layers(device)
+        speed.apply(transformer, device)
         network = None if compressor is None else _other_compressor(compressor, config, device, dtype)
         codec: Codec
         if kind not in ("tiny", "wan"):
@@ -379,6 +435,9 @@ def _open_random(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            attention=speed.kernel,
+            compiled=speed.compiled,
+            graphs=speed.graphs,
             hashes=hashes,
         )
 

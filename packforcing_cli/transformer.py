@@ -261,6 +261,9 @@ class Attention(nn.Module):
         now = [getattr(one, name) for one in linears for name in ("weight", "bias")]
         return self._joined if all(a is b for a, b in zip(now, self._rows, strict=True)) else None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None, "_rows": ()}  # a copy's parameters share no memory
+
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Attention:
         self._joined, self._rows = None, ()  # what is moved or cast is no longer one matrix
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
