@@ -136,17 +136,19 @@ def choose(
         catalog.check_cpu("none", "none", asked)
     if asked in PACKAGES:
         _require_package(asked, device)
-    backends: tuple[SDPBackend, ...] = ()
-    if asked in BACKENDS:
-        backends = (BACKENDS[asked],)
-    elif asked == "auto" and prefers_cudnn(device):
-        backends = tuple(BACKENDS.values())
-    kernel = Kernel(asked, backends=backends)
-    if asked == "auto" and not backends:
+    kernel = usual(device)
+    if asked != "auto":
+        kernel = Kernel(asked, backends=(BACKENDS[asked],) if asked in BACKENDS else ())
+    if asked == "auto" and not kernel.backends:
         found = taken(kernel, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
     else:
         found = _tried(kernel, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
-    return Kernel(asked, found, backends, _warning(found, device))
+    return Kernel(asked, found, kernel.backends, _warning(found, device))
+
+
+def usual(device: torch.device) -> Kernel:
+    """What `auto` means on a device; it was not run."""
+    return Kernel("auto", backends=tuple(BACKENDS.values()) if prefers_cudnn(device) else ())
 
 
 def prefers_cudnn(device: torch.device) -> bool:

@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packforcing_cli import __version__, counting, resolve, rollout, rope
+from packforcing_cli import __version__, attention, counting, resolve, rollout, rope
+from packforcing_cli.attention import Kernel
 from packforcing_cli.cache import KVCache
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem
@@ -43,7 +44,8 @@ from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule, block_noise, denoise_block
 from packforcing_cli.timeline import Script
-from packforcing_cli.transformer import BlockKV, TextKV, attention
+from packforcing_cli.transformer import BlockKV, TextKV
+from packforcing_cli.transformer import attention as attend_to
 
 QUIET_LOAD = 1.0  # load average a core above which nothing is recorded
 REPEATS = 7
@@ -70,8 +72,12 @@ class Times:
         return {"min": self.least, "median": self.median, "n": len(self.seconds)}
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and load: what a figure has to be read with."""
+def conditions(device: torch.device, kernel: Kernel | None = None) -> dict[str, Any]:
+    """Hardware, versions, load, and the attention kernel of a profiled call: what a figure has to be read with.
+
+    Args:
+        kernel: that models are loaded with; None = the usual one.
+    """
     values: dict[str, Any] = {
         "packforcing": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -84,6 +90,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "load average": load_average(),
         "device": str(device),
+        "attention": attention.kind(attention.profiled(kernel or attention.usual(device), device)),
     }
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
@@ -93,7 +100,6 @@ def conditions(device: torch.device) -> dict[str, Any]:
             "compute capability": f"{facts.major}.{facts.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "attention": attention_kernel(device),
             **_nvidia_smi(device),
         }
     return values
@@ -138,26 +144,6 @@ def _nvidia_smi(device: torch.device) -> dict[str, Any]:
     parts = [part.strip() for part in told.stdout.strip().split(",")]
     names = ("driver", "sm clock", "memory clock", "clock limits", "power")
     return dict(zip(names, parts, strict=False))
-
-
-def attention_kernel(device: torch.device) -> str:
-    """The kernel scaled_dot_product_attention really takes at the model's shapes, from a profile of one call."""
-    from torch.profiler import ProfilerActivity, profile
-
-    q = torch.randn(1, 12, 1024, 128, dtype=torch.bfloat16, device=device)
-    torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        torch.cuda.synchronize(device)
-    names = [event.key for event in seen.key_averages()]
-    for name, signs in {
-        "cudnn": ("cudnn_generated", "cudnn_attention", "_cudnn"),
-        "flash": ("flash_fwd", "flash_attention"),
-        "efficient": ("fmha", "efficient_attention"),
-    }.items():
-        if any(sign in seen_name for sign in signs for seen_name in names):
-            return name
-    return "math"
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------
@@ -414,6 +400,10 @@ def engine(
     return {
         "model": model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.attention.taken,
+        "quantize": model.quantize,
+        "compiled": model.compiled,
+        "cuda_graphs": model.graphs,
         "size": [width, height],
         "attended_tokens": attended,
         "passes": {"denoise": steps, "prompts": prompts, "clean": 1},
@@ -493,7 +483,7 @@ def cache(
 
     def attend() -> None:
         for _ in range(grid.layers):
-            attention(query, keys, values)
+            attend_to(query, keys, values)
 
     def join() -> None:
         for _ in range(grid.layers):

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from packforcing_cli.cli import memory_options as memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,6 +40,10 @@ Size = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Attention = memory.Attention
+Compile = memory.Compile
+CudaGraphs = memory.CudaGraphs
+Quantize = memory.Quantize
 Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Times every call is measured.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine, too.")]
 JsonFile = Annotated[
@@ -51,6 +58,10 @@ def engine(
     size: Size = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    quantize: Quantize = None,
+    compile_layers: Compile = None,
+    cuda_graphs: CudaGraphs = None,
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
@@ -59,7 +70,36 @@ def engine(
 
     Example: packforcing bench engine --model random:wan2.1-1.3b --device cuda
     """
-    _bench(["engine"], model, size, dtype, device, repeats, force, json_file)
+    how = How(attention, quantize, compile_layers, cuda_graphs)
+    _bench(["engine"], model, size, dtype, device, repeats, force, json_file, how)
+
+
+@app.command("kernels")
+def kernels(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    compile_layers: Compile = None,
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Every attention kernel that runs here, the parts of a layer, and the machine's own ceilings."""
+    how = How(compile_layers=compile_layers)
+    _bench(["kernels"], model, size, dtype, device, repeats, force, json_file, how)
+
+
+@app.command("precision")
+def precision(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "bf16",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """How far each quantization moves a pass's output; nothing is timed."""
+    _bench(["precision"], model, size, dtype, device, 1, True, json_file)
 
 
 @app.command("cache")
@@ -114,12 +154,27 @@ def everything(
     size: Size = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
+    attention: Attention = None,
+    quantize: Quantize = None,
+    compile_layers: Compile = None,
+    cuda_graphs: CudaGraphs = None,
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """All of them."""
-    _bench(list(_TABLES), model, size, dtype, device, repeats, force, json_file)
+    how = How(attention, quantize, compile_layers, cuda_graphs)
+    _bench(list(_TABLES), model, size, dtype, device, repeats, force, json_file, how)
+
+
+@dataclass(frozen=True)
+class How:
+    """How the model of a measurement is loaded; None = as usual."""
+
+    attention: str | None = None
+    quantize: str | None = None
+    compile_layers: bool | None = None
+    cuda_graphs: bool | None = None
 
 
 def _bench(
@@ -131,9 +186,21 @@ def _bench(
     repeats: int,
     force: bool,
     json_file: Path | None,
+    how: How = How(),
 ) -> None:
     """Measure, then show the tables, then write the JSON. Raises: PackforcingError."""
-    from packforcing_cli import bench, durable, machine, packages, prompts, registry, resolve
+    from packforcing_cli import (
+        attention,
+        bench,
+        bench_kernels,
+        compiling,
+        durable,
+        machine,
+        packages,
+        prompts,
+        registry,
+        resolve,
+    )
     from packforcing_cli.cli import console
     from packforcing_cli.config import PlanRequest
     from packforcing_cli.errors import PackforcingError, UsageError
@@ -145,16 +212,28 @@ def _bench(
         )
     packages.facts(model)  # refused before anything is measured when there is no such model
     where = registry.resolve_device(device)
-    warning = bench.require_quiet(force=force)
+    speed = {name: value for name, value in asdict(how).items() if value is not None}
+    kernel = attention.choose(
+        how.attention or "auto", device=where, dtype=registry.resolve_dtype(dtype, where)
+    )
+    if kernel.warning:
+        console.warn(kernel.warning)
+    if how.compile_layers:
+        compiling.require_compiler(where)
+    warning = "" if parts == ["precision"] else bench.require_quiet(force=force)
     if warning:
         console.warn(warning)
-    found: dict[str, Any] = {"schema": SCHEMA, "conditions": bench.conditions(where), "warning": warning}
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "conditions": bench.conditions(where, kernel),
+        "warning": warning,
+    }
     loaded: tuple[VideoModel, Prompt] | None = None
 
     def ready() -> tuple[VideoModel, Prompt]:
         nonlocal loaded
         if loaded is None:
-            source = registry.open_model(model, device=where, dtype=dtype)
+            source = registry.open_model(model, device=where, dtype=dtype, **speed)
             guided = resolve.schedule_for(source).guidance != 1.0
             prompt = prompts.encode_prompt(source, PROMPT, guided=guided)
             loaded = source.load(), prompt
@@ -173,6 +252,12 @@ def _bench(
         "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
         "load": lambda: bench.load(model, device=str(where), dtype=dtype),
         "startup": bench.startup,
+        "kernels": lambda: bench_kernels.kernels(
+            ready()[0], size=pixels, repeats=repeats, compiled=bool(how.compile_layers)
+        ),
+        "precision": lambda: bench_kernels.precision(
+            model, ready()[1], device=where, dtype=dtype, size=pixels
+        ),
     }
     for part in parts:
         console.say(f"measuring {part} …")
@@ -315,6 +400,57 @@ def _load_tables(found: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def _kernel_tables(found: dict[str, Any]) -> list[Table]:
+    top = _table(f"ceilings, {found['dtype']}", "what", "figure")
+    for name, value in found["ceilings"].items():
+        what, _, _ = name.partition("_per_second")
+        unit = "GB/s" if what.endswith("bytes") else "TFLOP/s"
+        scale = 1e9 if unit == "GB/s" else 1e12
+        top.add_row(what.rpartition("_")[0].replace("_", " "), f"{value / scale:.4g} {unit}")
+    rows = _table(
+        f"attention of {found['tokens']:,} tokens to {found['attended_tokens']:,}, one layer",
+        *("--attention", "takes", "min ms", "median ms", "TFLOP/s", "error"),
+    )
+    for row in found["attention"]:
+        if "seconds" not in row:
+            rows.add_row(row["kernel"], row["not measured"], "", "", "", "")
+            continue
+        rate = f"{row['flops_per_second'] / 1e12:.4g}"
+        rows.add_row(row["kernel"], row["taken"], *_ms(row["seconds"]), rate, f"{row['error']:.1e}")
+    parts = _table("a layer beside attention", "what", "min ms", "median ms")
+    for title, values in (("q, k, v", found["projections"]), ("layer", found["layer"])):
+        for name, times in values.items():
+            if isinstance(times, dict):
+                parts.add_row(f"{title} {name}", *_ms(times))
+        if "not measured" in values:
+            parts.add_row(f"{title}: {values['not measured']}", "", "")
+    if "eager_operators" in found["layer"]:
+        from packforcing_cli.cli import console
+
+        parts.caption = (
+            f"eager, a layer: {found['layer']['eager_operators']} operators move"
+            f" {console.gb(found['layer']['eager_bytes'])}"
+        )
+    return [top, rows, parts]
+
+
+def _precision_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    table = _table(
+        f"a pass's output against {found['dtype']}, {found['model']}",
+        *("--quantize", "error", "worst", "weights"),
+    )
+    for row in found["rows"]:
+        if "error" not in row:
+            table.add_row(row["mode"], row["not measured"], "", "")
+            continue
+        name = row["mode"] + (f" ({row['how']})" if "how" in row else "")
+        size = console.gb(row["weight_bytes"]) if "weight_bytes" in row else ""
+        table.add_row(name, f"{row['error']:.2%}", f"{row['worst']:.3f} sd", size)
+    return [table]
+
+
 def _startup_tables(found: dict[str, Any]) -> list[Table]:
     table = _table("from a fresh process", "command", "min s", "median s", "imports")
     for name, row in found["commands"].items():
@@ -325,6 +461,8 @@ def _startup_tables(found: dict[str, Any]) -> list[Table]:
 
 _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "engine": _engine_tables,
+    "kernels": _kernel_tables,
+    "precision": _precision_tables,
     "cache": _cache_tables,
     "scaling": _scaling_tables,
     "load": _load_tables,
