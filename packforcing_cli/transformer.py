@@ -725,7 +725,10 @@ class WanTransformer(nn.Module):
                     whole[layer] = tensor
 
             angles = (cos, sin)
-            self._through(tokens, self.modulation(still), text, context, angles, batch=batch, keep=keep)
+            # A slice is made whole, so that compiled layers meet one memory format.
+            self._through(
+                tokens.contiguous(), self.modulation(still), text, context, angles, batch=batch, keep=keep
+            )
             return tuple(kept)
 
         inputs = (tokens, *self._angles(context, tokens.dtype))
