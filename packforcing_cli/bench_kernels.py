@@ -23,8 +23,8 @@ from packforcing_cli.attention import Kernel
 from packforcing_cli.config import QUANTIZATIONS
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.layout import Layout
-from packforcing_cli.registry import LAYERS, VideoModel
 from packforcing_cli.prompts import Prompt
+from packforcing_cli.registry import LAYERS, VideoModel
 from packforcing_cli.transformer import Layer, Modulation, _after_attention, _before_attention
 
 COPIED_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,26 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from packforcing_cli import attention, bench, catalog, compiling, config, counting, graphs, registry, rollout
+from packforcing_cli import (
+    attention,
+    bench,
+    catalog,
+    compiling,
+    config,
+    counting,
+    graphs,
+    quantize,
+    registry,
+    resolve,
+    rollout,
+    runfolder,
+    sameness,
+)
 from packforcing_cli.cache import KVCache
+from packforcing_cli.cli import generate
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import ConfigError, EnvironmentProblem, UsageError
-from packforcing_cli.rollout import Prompt, Story
+from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.sampler import Schedule
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import Attention, TextKV, WanTransformer
@@ -369,6 +385,148 @@ def test_without_a_compiler_it_is_refused_before_anything_is_loaded(monkeypatch:
         compiling.require_compiler(CPU)
 
 
+@pytest.fixture
+def compiler_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of its own for compiled code, and counters at zero."""
+    compiling.require_compiler(CPU)
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(tmp_path))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    return tmp_path
+
+
+def test_compiled_layers_give_the_eager_numbers_without_breaks_or_recompiles(compiler_cache: Path) -> None:
+    """Regions are compiled once for all layers, and for all lengths of the context."""
+    torch.set_num_threads(1)
+    model = tiny.video_model(torch.float32, num_layers=3)
+    model.transformer.fuse_projections()
+
+    def velocities() -> list[Tensor]:
+        found = []
+        for block in (0, 2, STEADY):
+            torch.manual_seed(block)
+            stage = stage_of(model, block=block)
+            with torch.no_grad():
+                context = stage.cache.context(block)
+                found.append(rollout.velocity(model, stage.text, context, stage.noisy(), 0.7))
+        return found
+
+    eager = velocities()
+    model.transformer.compile_layers()
+    compiled = velocities()
+    for a, b in zip(compiled, eager, strict=True):
+        assert 0 < relative_error(a, b) < 2e-6
+    once = compiling.compilations()
+    assert (once.graphs, once.graph_breaks) == (2, 0)
+    velocities()
+    assert compiling.compilations() == once
+    assert any(compiler_cache.rglob("*.so"))
+
+
+def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv(compiling.CACHE_VARIABLE, raising=False)
+    assert compiling.cache_folder().parts[-2:] == ("packforcing", "compiled")
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, "/elsewhere")
+    assert compiling.cache_folder() == Path("/elsewhere")
+
+
+def test_what_results_depend_on_is_in_the_record_of_a_run() -> None:
+    request = config.GenerateRequest(prompt="a", model="demo", seed=0, attention="math")
+    model = registry.load_model("demo", device="cpu", attention="math")
+    facts = sameness.must_be_same(model, request)
+    assert (facts["attention"], facts["compile"]) == ("math", "none")
+    facts = sameness.must_be_same(replace(model, compiled=True), request)
+    assert facts["compile"] == "layers"
+
+
+# -- precision ----------------------------------------------------------------------------------------------------
+
+
+def test_rounding_to_fp8_keeps_three_bits_and_the_largest_number_of_a_row() -> None:
+    x = torch.randn(6, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-4, 4, 6)[:, None]
+    rounded = quantize.fp8_rounded(x)
+    top = x.abs().argmax(-1, keepdim=True)
+    torch.testing.assert_close(rounded.gather(1, top), x.gather(1, top))
+    normal = x.abs() > x.abs().amax(-1, keepdim=True) * 2**-6 / 448 * 2
+    assert ((rounded - x).abs() <= x.abs() * 2**-4 * 1.001)[normal].all()
+    assert not torch.equal(rounded, x)
+    assert torch.equal(quantize.fp8_rounded(torch.zeros(2, 8)), torch.zeros(2, 8))
+
+
+def test_simulated_fp8_rounds_inputs_and_weights_of_the_layers_alone() -> None:
+    network, x = tiny.transformer(7, torch.float32), torch.randn(1, 5, 24)
+    linear, head = network.blocks[0].attn1.to_q, network.proj_out.weight.clone()  # type: ignore[union-attr]
+    assert isinstance(linear, torch.nn.Linear)
+    weight = linear.weight.clone()
+    quantize.simulate_fp8(network, "blocks.")
+    expected = torch.nn.functional.linear(quantize.fp8_rounded(x), quantize.fp8_rounded(weight), linear.bias)
+    assert torch.equal(linear(x), expected)
+    assert torch.equal(network.proj_out.weight, head)
+    assert not network.proj_out._forward_pre_hooks
+
+
+def test_bench_tells_the_error_of_every_quantization_and_kernel(
+    run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "load_average", lambda: 0.0)
+    file = tmp_path / "f.json"
+    shown = run_command("bench", "precision", "--json", str(file))
+    assert shown.code == 0, shown.err
+    assert "fp8 (simulated)" in shown.out
+    found = json.loads(file.read_text())["precision"]
+    errors = {row["mode"]: row["error"] for row in found["rows"]}
+    assert set(errors) == set(config.QUANTIZATIONS)
+    assert errors["none"] == 0
+    assert 0 < errors["int8"] < errors["fp8"] < 0.1
+    assert 0 < errors["fp8-weight"] < errors["fp8"]  # its activations are not rounded
+    shown = run_command("bench", "kernels", "--repeats", "1", "--json", str(file))
+    assert shown.code == 0, shown.err
+    found = json.loads(file.read_text())
+    assert found["conditions"]["attention"] == "PyTorch's CPU kernel"
+    rows = {row["kernel"]: row for row in found["kernels"]["attention"]}
+    assert list(rows) == ["auto", "flash", "math"]
+    assert all(row["error"] < 1e-5 and row["flops_per_second"] > 0 for row in rows.values())
+
+
+# -- on the command line ------------------------------------------------------------------------------------------
+
+
+def test_generate_takes_the_kernel_records_it_and_repeats_it(run_command: Any, tmp_path: Path) -> None:
+    words = ["a red circle", "--model", "demo", "--seconds", "1", "--steps", "1", "--seed", "1"]
+    made = run_command(
+        "generate", *words, "--attention", "math", "--json", "-v", "-o", str(tmp_path / "v.mp4")
+    )
+    assert made.code == 0, made.err
+    assert "attention: math" in made.err
+    said = json.loads(made.out)
+    assert "--attention math" in said["command"]
+    record = json.loads((runfolder.default_root() / said["run"] / "run.json").read_text())
+    assert record["must"]["attention"] == "math"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--attention", "cudnn"], 4, "--attention cudnn needs an NVIDIA GPU"),
+        (["--attention", "fast"], 2, "--attention fast: must be one of"),
+        (["--cuda-graphs"], 4, "--cuda-graphs needs an NVIDIA GPU"),
+    ],
+)
+def test_what_cannot_run_here_is_refused_in_the_plan(
+    run_command: Any, words: list[str], code: int, said: str
+) -> None:
+    told = run_command("generate", "a fox", "--model", "demo", "--dry-run", "--device", "cpu", *words)
+    assert (told.code, said in told.err) == (code, True), told.err
+
+
+def test_a_long_run_on_a_gpu_is_told_of_compile_and_never_switched() -> None:
+    assert generate.compile_tip(30) == ""
+    assert "--compile --cuda-graphs" in generate.compile_tip(1200)
+    assert "20 minutes" in generate.compile_tip(1200)
+
+
 # -- exact counts -------------------------------------------------------------------------------------------------
 
 
@@ -409,15 +567,15 @@ def test_no_pass_reads_a_number_back() -> None:
 def test_a_whole_block_runs_on_tensors_without_values() -> None:
     """On the meta device nothing can be read back: neither .item() nor .tolist(), nor a decision in Python."""
     model, meta, blocks = fresh(), torch.device("meta"), STEADY + 3
-    grid = rollout.grid_for(model, model.manifest.size)
-    layout = rollout.layout_for(model, MEMORY, grid, num_blocks=blocks)
+    grid = resolve.grid_for(model, model.manifest.size)
+    layout = resolve.layout_for(model, MEMORY, grid, num_blocks=blocks)
     with meta:
         network = WanTransformer(model.transformer.config)
     network.fuse_projections()
     held = KVCache(layout, num_blocks=blocks, dtype=torch.float32, device=meta)
     guided = network.embed_text(torch.empty(2, model.text.length, model.text.width, device=meta))
     text = TextKV(tuple((k[:1], v[:1]) for k, v in guided.layers))
-    noisy = torch.empty(rollout.latent_shape(model, layout), device=meta)
+    noisy = torch.empty(resolve.latent_shape(model, layout), device=meta)
     times = torch.empty(1, grid.frames_per_block, dtype=torch.float64, device=meta)
     for block in range(blocks):
         context = held.context(block)
