@@ -9,6 +9,7 @@ Source: PyTorch's regional compilation; TORCHINDUCTOR_CACHE_DIR.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -62,12 +63,27 @@ def require_compiler(device: torch.device) -> None:
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, compiled at its first call for each shape and kept in `cache_folder`."""
+    """The function, compiled at its first call for each shape and kept in `cache_folder`.
+
+    Raises, when called: EnvironmentProblem if the compiler fails.
+    """
     os.environ.setdefault(CACHE_VARIABLE, str(cache_folder()))
-    from torch._dynamo import config
+    from torch._dynamo import config, exc
 
     config.recompile_limit = max(config.recompile_limit, MOST_SHAPES)
-    run: Callable[P, R] = torch.compile(function, fullgraph=True, dynamic=False)
+    fast: Callable[P, R] = torch.compile(function, fullgraph=True, dynamic=False)
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return fast(*args, **kwargs)
+        except exc.TorchDynamoException as error:
+            said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise EnvironmentProblem(
+                f"--compile: the compiler failed ({said.strip()[:200]})",
+                hint=f"Leave --compile away; or remove {cache_folder()} and try again.",
+            ) from error
+
     return run
 
 

@@ -395,9 +395,11 @@ def compiler_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning"
+)  # torch's own, of its jit, when the compiler is imported
 def test_compiled_layers_give_the_eager_numbers_without_breaks_or_recompiles(compiler_cache: Path) -> None:
     """Regions are compiled once for all layers, and for all lengths of the context."""
-    torch.set_num_threads(1)
     model = tiny.video_model(torch.float32, num_layers=3)
     model.transformer.fuse_projections()
 
@@ -421,6 +423,19 @@ def test_compiled_layers_give_the_eager_numbers_without_breaks_or_recompiles(com
     velocities()
     assert compiling.compilations() == once
     assert any(compiler_cache.rglob("*.so"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiler_that_fails_is_one_error_with_the_next_step(
+    compiler_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        return x + 1
+
+    with pytest.raises(EnvironmentProblem, match="--compile: the compiler failed") as caught:
+        compiling.compiled(breaks)(torch.ones(2))
+    assert caught.value.hint.startswith("Leave --compile away")
 
 
 def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(
