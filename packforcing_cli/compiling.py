@@ -13,6 +13,7 @@ import functools
 import importlib.util
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,11 @@ def cache_folder() -> Path:
     """Where compiled code is kept between runs: $TORCHINDUCTOR_CACHE_DIR, else in the user's cache."""
     import platformdirs
 
-    given = os.environ.get(CACHE_VARIABLE)
-    return (
-        Path(given)
-        if given
-        else Path(platformdirs.user_cache_dir("packforcing", appauthor=False)) / "compiled"
-    )
+    given = Path(os.environ.get(CACHE_VARIABLE) or tempfile.gettempdir() + "/torchinductor_")
+    # PyTorch itself sets the variable, to a folder that does not outlive the system's temporary files.
+    if given.parent == Path(tempfile.gettempdir()) and given.name.startswith("torchinductor_"):
+        return Path(platformdirs.user_cache_dir("packforcing", appauthor=False)) / "compiled"
+    return given
 
 
 def require_compiler(device: torch.device) -> None:
@@ -67,7 +67,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
 
     Raises, when called: EnvironmentProblem if the compiler fails.
     """
-    os.environ.setdefault(CACHE_VARIABLE, str(cache_folder()))
+    os.environ[CACHE_VARIABLE] = str(cache_folder())
     from torch._dynamo import config, exc
 
     config.recompile_limit = max(config.recompile_limit, MOST_SHAPES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -442,6 +443,8 @@ def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.delenv(compiling.CACHE_VARIABLE, raising=False)
+    assert compiling.cache_folder().parts[-2:] == ("packforcing", "compiled")
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, f"{tempfile.gettempdir()}/torchinductor_me")  # PyTorch's own
     assert compiling.cache_folder().parts[-2:] == ("packforcing", "compiled")
     monkeypatch.setenv(compiling.CACHE_VARIABLE, "/elsewhere")
     assert compiling.cache_folder() == Path("/elsewhere")
