@@ -156,11 +156,17 @@ def wait_for(device: torch.device) -> None:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = REPEATS
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    repeats: int = REPEATS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Time calls in turn, back and forth (a b c, c b a, …), after one of each that is not counted.
 
-    What has taken more than ENOUGH_SECONDS in all is not called again; Times has the number.
+    Args:
+        clock: seconds; time.process_time leaves out what other processes take, for shares and ratios on a CPU.
+    Returns: what has taken more than ENOUGH_SECONDS in all is not called again; Times has the number.
     """
     names = list(calls)
     for name in names:
@@ -171,10 +177,10 @@ def measure(
         for name in names if turn % 2 == 0 else reversed(names):
             if sum(seconds[name]) > ENOUGH_SECONDS:
                 continue
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 

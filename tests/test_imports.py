@@ -65,7 +65,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("continuation",),
     ("worker",),
     ("batch", "bench"),
-    ("ray_engine", "bench_kernels"),
+    ("ray_engine", "bench_kernels", "bench_peer"),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

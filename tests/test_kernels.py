@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from packforcing_cli import (
     attention,
     bench,
+    bench_peer,
     catalog,
     compiling,
     config,
@@ -38,7 +41,7 @@ from packforcing_cli.errors import ConfigError, EnvironmentProblem, UsageError
 from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.sampler import Schedule
 from packforcing_cli.timeline import Script
-from packforcing_cli.transformer import Attention, TextKV, WanTransformer
+from packforcing_cli.transformer import Attention, TextKV, TransformerConfig, WanTransformer
 
 CPU = torch.device("cpu")
 MEMORY = MemoryOptions(sink_blocks=1, top_k=2, bank=3, mid_span="1")
@@ -506,6 +509,53 @@ def test_bench_tells_the_error_of_every_quantization_and_kernel(
     rows = {row["kernel"]: row for row in found["kernels"]["attention"]}
     assert list(rows) == ["auto", "flash", "math"]
     assert all(row["error"] < 1e-5 and row["flops_per_second"] > 0 for row in rows.values())
+
+
+# -- against another's code ---------------------------------------------------------------------------------------
+
+CHECKOUT = os.environ.get("PACKFORCING_SELF_FORCING")
+
+
+@pytest.mark.skipif(CHECKOUT is None, reason="needs PACKFORCING_SELF_FORCING=a checkout of Self-Forcing")
+def test_the_official_network_gives_our_numbers_at_the_same_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CHECKOUT is not None
+    monkeypatch.delenv("PACKFORCING_SELF_FORCING")
+    sizes = TransformerConfig(
+        num_layers=2, num_attention_heads=2, attention_head_dim=64, ffn_dim=256, text_dim=64
+    )
+    shape = bench_peer.Shape(sizes, frames=2, rows=4, cols=5, past=70, text_tokens=32)
+    found = bench_peer.self_forcing(Path(CHECKOUT), device=CPU, shape=shape, repeats=1)
+    assert found["error"] < 0.01
+    assert set(found["ratios"]) == {"theirs"}
+    assert not [name for name in sys.modules if name.partition(".")[0] == "wan"]
+
+
+def test_the_small_comparison_has_the_papers_proportions() -> None:
+    full, small = bench_peer.FULL, bench_peer.SMALL
+    assert (full.tokens, full.past + full.tokens) == (6_240, 27_872)
+    assert (small.tokens, small.past + small.tokens) == (6_240 / 4, 27_872 / 4)
+    assert small.config.attention_head_dim == full.config.attention_head_dim
+
+
+def test_what_is_no_checkout_or_cannot_be_imported_is_refused(run_command: Any, tmp_path: Path) -> None:
+    told = run_command("bench", "peer")
+    assert (told.code, "git clone https://github.com/guandeh17/Self-Forcing" in told.err) == (2, True)
+    told = run_command("bench", "peer", "--self-forcing", str(tmp_path))
+    assert (told.code, "is no checkout of Self-Forcing" in told.err) == (2, True)
+    (tmp_path / bench_peer.NETWORK).parent.mkdir(parents=True)
+    (tmp_path / bench_peer.NETWORK).write_text("import a_library_that_is_not_there")
+    told = run_command("bench", "peer", "--self-forcing", str(tmp_path), "--device", "cpu", "--force")
+    assert (told.code, "cannot be imported: No module named" in told.err) == (4, True)
+    assert not [name for name in sys.modules if name.partition(".")[0] == "wan"]
+
+
+def test_another_network_is_no_comparison() -> None:
+    out = torch.randn(4, 4)
+    assert bench_peer._compare(out, out) == 0
+    with pytest.raises(EnvironmentProblem, match="gives other numbers"):
+        bench_peer._compare(out, out.flip(0))
+    with pytest.raises(EnvironmentProblem, match="where ours gives"):
+        bench_peer._compare(out, out[:2])
 
 
 # -- on the command line ------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -148,6 +148,58 @@ def startup(force: Force = False, json_file: JsonFile = None) -> None:
     _bench(["startup"], "demo", None, "auto", "cpu", 3, force, json_file)
 
 
+@app.command("peer")
+def peer(
+    self_forcing: Annotated[
+        Path | None,
+        typer.Option(
+            "--self-forcing",
+            metavar="PATH",
+            help="A checkout of github.com/guandeh17/Self-Forcing; its code is run.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    attention: Attention = None,
+    compile_layers: Compile = None,
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """One cached pass of the official Self-Forcing network and ours: same weights, context and process, in turn.
+
+    Full size on a GPU, a quarter of the tokens and two layers on a CPU. The outputs are compared first.
+    """
+    from packforcing_cli import attention as kernels
+    from packforcing_cli import bench, bench_peer, compiling, registry
+    from packforcing_cli.cli import console
+    from packforcing_cli.errors import UsageError
+
+    if self_forcing is None:
+        raise UsageError(
+            "there is nothing to compare with",
+            hint=f"git clone {bench_peer.REPOSITORY}, then packforcing bench peer --self-forcing Self-Forcing.",
+        )
+    _check_json(json_file)
+    bench_peer.require_checkout(self_forcing)
+    where = registry.resolve_device(device)
+    kernel = kernels.choose(attention or "auto", device=where, dtype=registry.resolve_dtype("bf16", where))
+    if compile_layers:
+        compiling.require_compiler(where)
+    warning = bench.require_quiet(force=force)
+    if warning:
+        console.warn(warning)
+    console.say("measuring peer …")
+    found = {
+        "schema": SCHEMA,
+        "conditions": bench.conditions(where, kernel),
+        "warning": warning,
+        "peer": bench_peer.self_forcing(
+            self_forcing, device=where, kernel=kernel, compiled=bool(compile_layers), repeats=repeats
+        ),
+    }
+    _give(found, {"peer": _peer_tables}, json_file)
+
+
 @app.command("all")
 def everything(
     model: Model = "demo",
@@ -194,7 +246,6 @@ def _bench(
         bench,
         bench_kernels,
         compiling,
-        durable,
         machine,
         packages,
         prompts,
@@ -203,13 +254,9 @@ def _bench(
     )
     from packforcing_cli.cli import console
     from packforcing_cli.config import PlanRequest
-    from packforcing_cli.errors import PackforcingError, UsageError
 
     pixels = PlanRequest(size=size).size if size else None
-    if json_file is not None and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
-        raise UsageError(
-            f"{json_file.parent} is no folder", hint="Give --json a file in a folder that exists."
-        )
+    _check_json(json_file)
     packages.facts(model)  # refused before anything is measured when there is no such model
     where = registry.resolve_device(device)
     speed = {name: value for name, value in asdict(how).items() if value is not None}
@@ -262,12 +309,33 @@ def _bench(
     for part in parts:
         console.say(f"measuring {part} …")
         found[part] = run[part]()
+    _give(found, {part: _TABLES[part] for part in parts}, json_file)
+
+
+def _check_json(json_file: Path | None) -> None:
+    """Raises: UsageError if the figures cannot be written there."""
+    from packforcing_cli.errors import UsageError
+
+    if json_file is not None and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
+        raise UsageError(
+            f"{json_file.parent} is no folder", hint="Give --json a file in a folder that exists."
+        )
+
+
+def _give(
+    found: dict[str, Any], tables: Mapping[str, Callable[[Any], list[Table]]], json_file: Path | None
+) -> None:
+    """The figures as tables, and as JSON where it is wanted."""
+    from packforcing_cli import durable
+    from packforcing_cli.cli import console
+    from packforcing_cli.errors import PackforcingError
+
     if json_file is not None and str(json_file) == "-":
         console.result_json(found)
         return
     _show_conditions(found["conditions"])
-    for part in parts:
-        for table in _TABLES[part](found[part]):
+    for part, render in tables.items():
+        for table in render(found[part]):
             console.result_table(table)
     if json_file is not None:
         try:
@@ -448,6 +516,21 @@ def _precision_tables(found: dict[str, Any]) -> list[Table]:
         name = row["mode"] + (f" ({row['how']})" if "how" in row else "")
         size = console.gb(row["weight_bytes"]) if "weight_bytes" in row else ""
         table.add_row(name, f"{row['error']:.2%}", f"{row['worst']:.3f} sd", size)
+    return [table]
+
+
+def _peer_tables(found: dict[str, Any]) -> list[Table]:
+    table = _table(
+        f"one pass over {found['tokens']:,} tokens that attend {found['attended_tokens']:,}, {found['layers']} layers"
+        f" of {found['dim']}, bf16, {found['clock']}",
+        *("whose", "min ms", "median ms", "times ours"),
+    )
+    for name, times in found["seconds"].items():
+        ratio = found["again"] if name == "again" else found["ratios"].get(name, 1.0)
+        title = {"theirs": found["peer"], "again": "ours again (the spread)"}.get(name, name)
+        table.add_row(title.replace("theirs", found["peer"]), *_ms(times), f"{ratio:.2f}")
+    said = [f"outputs differ by {found['error']:.1e}", *found["patches"]]
+    table.caption = "; ".join(said)
     return [table]
 
 
