@@ -47,7 +47,7 @@ CONTAINERS = (".mp4", ".mkv", ".mov")
 POLL_SECONDS = 0.2
 _LOAD_OPTIONS = (
     *("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae", "loras"),
-    *("attention", "compile", "cuda_graphs"),
+    *("attention", "compile", "cuda_graphs", "quantize_skip"),
 )
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA's folder
 _MIN_STEM_BYTES = 8

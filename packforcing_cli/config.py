@@ -60,6 +60,7 @@ OTHER_VARIABLES = ("PACKFORCING_DEBUG",)
 """Variables with that prefix that are no settings."""
 
 _EXAMPLES = {
+    "quantize_skip": "For example --quantize-skip 0,28-29.",
     "size": "Write it as WIDTHxHEIGHT, for example --size 832x480.",
     "seconds": "For example --seconds 60.",
     "mid_span": "For example --mid-span 1, --mid-span 9/16, --mid-span block or --mid-span fit.",
@@ -240,6 +241,7 @@ class PlanRequest(Options):
     frames_per_block: latent frames a block; None = the model's own.
     dtype:            of weights and cache; auto is bf16 for planning.
     quantize:         of the linears of the transformer's layers.
+    quantize_skip:    layers whose linears stay as they are, as `parse_layers` reads them: "0,28-29".
     quantize_text:    of those of the text encoder.
     offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
                       runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
@@ -254,6 +256,7 @@ class PlanRequest(Options):
     frames_per_block: int | None = Field(None, ge=1, le=64)
     dtype: str = "auto"
     quantize: str = "none"
+    quantize_skip: str = ""
     quantize_text: str = "none"
     offload: str = "none"
     vae: str | None = None
@@ -312,6 +315,14 @@ class PlanRequest(Options):
     @classmethod
     def _quantize(cls, value: str) -> str:
         return _one_of(value, QUANTIZATIONS)
+
+    @field_validator("quantize_skip")
+    @classmethod
+    def _quantize_skip(cls, value: str, info: ValidationInfo) -> str:
+        layers = parse_layers(value)
+        if layers and info.data.get("quantize") == "none":
+            raise ValueError("nothing is quantized; give --quantize, too")
+        return ",".join(str(layer) for layer in layers)
 
     @field_validator("quantize_text")
     @classmethod
@@ -439,6 +450,22 @@ class GenerateRequest(PlanRequest):
         if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
             raise ConfigError("memory: must be a table of options")
         return cls(**{**values, "memory": MemoryOptions(**memory)})
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers as they are written on the command line: "0,28-29" -> (0, 28, 29), ascending, each once.
+
+    Raises: ValueError for anything else.
+    """
+    found: set[int] = set()
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        first, _, last = part.partition("-")
+        if not (first.isascii() and first.isdigit() and (last or first).isdigit()) or len(part) > 9:
+            raise ValueError("must be numbers of layers, from 0")
+        found.update(range(int(first), int(last or first) + 1))
+        if int(last or first) < int(first):
+            raise ValueError(f"{part} is an empty range")
+    return tuple(sorted(found))
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

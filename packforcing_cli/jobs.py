@@ -448,6 +448,7 @@ def open_source(job: Job) -> ModelSource:
         dtype=request.dtype,
         vae=request.vae,
         quantize=request.quantize,
+        quantize_skip=config.parse_layers(request.quantize_skip),
         quantize_text=request.quantize_text,
         offload=request.offload,
         compressor=request.memory.compressor,

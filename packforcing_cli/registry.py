@@ -121,7 +121,7 @@ class VideoModel:
     compressor: None when the package has none.
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
     text: what its embeddings depend on.
-    quantize: of the transformer's linears, "none" or a mode of `quantize`.
+    quantize: of the transformer's linears, "none" or a mode of `quantize`; but for those of layers `quantize_skip`.
     hashes: part -> sha256 over the files it was loaded from.
     attention: the kernel, and which one it really is.
     compiled: whether parts of the transformer's layers are; graphs: whether its passes are recorded.
@@ -138,6 +138,7 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
+    quantize_skip: tuple[int, ...] = ()
     attention: Kernel = field(default_factory=Kernel)
     compiled: bool = False
     graphs: bool = False
@@ -170,6 +171,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
@@ -186,6 +188,7 @@ def load_model(
         dtype=dtype,
         vae=vae,
         quantize=quantize,
+        quantize_skip=quantize_skip,
         quantize_text=quantize_text,
         offload=offload,
         compressor=compressor,
@@ -204,6 +207,7 @@ def open_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
@@ -220,6 +224,7 @@ def open_model(
         dtype:         "auto", "bf16", "fp16", "fp32"; of transformer, compressor, codec and text encoder.
         vae:           None or the package's own kind ("tiny", "wan"), or a folder with a VAE of the same latents.
         quantize:      "none", or a mode of `quantize` for the linears of the transformer's layers.
+        quantize_skip: layers whose linears stay as they are.
         quantize_text: "none" or "int8", for those of the text encoder.
         offload:       "none"; "text" runs the text encoder on the CPU; "all" also keeps the transformer's layers in
                        host memory and copies each to the GPU while it runs.
@@ -260,6 +265,7 @@ def open_model(
             chosen_dtype,
             vae=vae,
             quantize=quantize,
+            quantize_skip=quantize_skip,
             stream_layers=offload == "all",
             compressor=other,
             speed=speed,
@@ -297,6 +303,7 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            quantize_skip=quantize_skip,
             stream_layers=offload == "all",
             loras=adapters,
         )
@@ -329,6 +336,7 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            quantize_skip=tuple(quantize_skip),
             attention=kernel,
             compiled=compile_layers,
             graphs=cuda_graphs,
@@ -373,6 +381,7 @@ def _open_random(
     *,
     vae: str | Path | None,
     quantize: str,
+    quantize_skip: Collection[int],
     stream_layers: bool,
     compressor: CompressorPlace | None,
     speed: _Speed,
@@ -400,7 +409,9 @@ def _open_random(
     def load() -> VideoModel:
         with torch.device("meta"):
             transformer = WanTransformer(config)
-        change = _changes(transformer, device, dtype, quantize, stream_layers=stream_layers)
+        change = _changes(
+            transformer, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers
+        )
         weights.randomise(transformer, device=device, dtype=dtype, change=change)
         if stream_layers:
             transformer.stream_layers(device)
@@ -435,6 +446,7 @@ def _open_random(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            quantize_skip=tuple(quantize_skip),
             attention=speed.kernel,
             compiled=speed.compiled,
             graphs=speed.graphs,
@@ -501,6 +513,7 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     stream_layers: bool = False,
     loras: Sequence[lora.Lora] = (),
 ) -> WanTransformer:
@@ -508,12 +521,13 @@ def load_transformer(
 
     Args:
         quantize:      a mode of `quantize` for the linears of its layers.
+        quantize_skip: layers whose linears stay as they are.
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
         loras:         adapters that are added to the weights, before these are quantized.
     Raises: WeightsError for another architecture or wrong tensors, or adapters of another model.
     """
     module = _empty_transformer(folder)
-    change = _changes(module, device, dtype, quantize, stream_layers=stream_layers)
+    change = _changes(module, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers)
     if loras:
         add, rest = lora.merger(loras, module.state_dict()), change
 
@@ -528,10 +542,23 @@ def load_transformer(
 
 
 def _changes(
-    module: WanTransformer, device: torch.device, dtype: torch.dtype, quantize: str, *, stream_layers: bool
+    module: WanTransformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    *,
+    skip: Collection[int],
+    stream_layers: bool,
 ) -> Callable[[str, Tensor], Tensor]:
     """What is done with each tensor of a transformer while it is read: quantized, or left in host memory."""
-    linears = linear_weights(module, LAYERS)
+    unknown = [layer for layer in skip if not 0 <= layer < len(module.blocks)]
+    if unknown:
+        raise UsageError(
+            f"--quantize-skip: there is no layer {unknown[0]}",
+            hint=f"The layers are 0 to {len(module.blocks) - 1}.",
+        )
+    whole = tuple(f"{LAYERS}{layer}." for layer in skip)
+    linears = {name for name in linear_weights(module, LAYERS) if not name.startswith(whole)}
     shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
 
     def change(name: str, tensor: Tensor) -> Tensor:

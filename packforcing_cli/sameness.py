@@ -118,7 +118,7 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
         "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.attention.taken,
-        "quantization": model.quantize,
+        "quantization": model.quantize + "".join(f", not layer {layer}" for layer in model.quantize_skip),
         "quantization of text": request.quantize_text,
         "compile": "layers" if model.compiled else "none",
         **{name: _file_hash(path) for name, path in files.items()},

@@ -463,7 +463,7 @@ class _Seat:
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
         with torch.device("meta"):
             self._layer = Layer(config).eval().requires_grad_(False)
-        self._device = device
+        self.device = device
 
     def take(self, layer: Layer) -> Layer:
         """A layer with copies of another's weights on the device; valid until the next one takes the seat."""
@@ -480,7 +480,7 @@ class _Seat:
         return self._layer
 
     def _there(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, non_blocking=True, copy=True)
+        return tensor.to(self.device, non_blocking=True, copy=True)
 
 
 class WanTransformer(nn.Module):
@@ -514,9 +514,9 @@ class WanTransformer(nn.Module):
 
     def fuse_projections(self) -> None:
         """Make q, k and v of every layer one product, for inference; names and values of the weights stay."""
+        pinned = self._seat is not None and self._seat.device.type == "cuda"  # as the weights were
         for layer in self.blocks:
             assert isinstance(layer, Layer)
-            pinned = layer.attn1.to_q.weight.is_pinned()
             layer.attn1.fuse()
             if pinned and layer.attn1.joined is not None:
                 weight, bias = (tensor.pin_memory() for tensor in layer.attn1.joined)

@@ -21,12 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from packforcing_cli import (
     attention,
     bench,
+    bench_kernels,
     bench_peer,
     catalog,
     compiling,
     config,
     counting,
     graphs,
+    planner,
     quantize,
     registry,
     resolve,
@@ -216,6 +218,36 @@ def test_quantized_projections_give_the_same_together_or_apart(mode: str) -> Non
     with torch.no_grad():
         for a, b in zip(one.own(x), (one.queries(x), *one.keys_values(x)), strict=True):
             torch.testing.assert_close(a, b)
+
+
+def test_layers_that_are_skipped_stay_whole_and_the_plan_counts_them() -> None:
+    skip = config.parse_layers("0, 2-3")
+    model = registry.load_model("demo", device="cpu", dtype="bf16", quantize="int8", quantize_skip=skip)
+    whole = [type(one.to_k.weight) is torch.nn.Parameter for one in projections(model.transformer)]
+    assert [n for n, is_whole in enumerate(whole) if is_whole] == [0, 2, 3]
+    request = config.PlanRequest(model="demo", dtype="bf16", quantize="int8", quantize_skip="0,2-3")
+    assert request.quantize_skip == "0,2,3"
+    planned = planner.plan(request).weights.transformer
+    assert bench_kernels._weight_bytes(model) == pytest.approx(planned, rel=0.01)
+    facts = sameness.must_be_same(model, config.GenerateRequest(prompt="a", seed=0))
+    assert facts["quantization"] == "int8, not layer 0, not layer 2, not layer 3"
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"quantize": "int8", "quantize_skip": "a"}, "must be numbers of layers"),
+        ({"quantize": "int8", "quantize_skip": "5-2"}, "is an empty range"),
+        ({"quantize": "int8", "quantize_skip": "-1"}, "must be numbers of layers"),
+        ({"quantize_skip": "1"}, "nothing is quantized"),
+        ({"quantize": "int8", "quantize_skip": "99"}, "demo has no layer 99"),
+    ],
+)
+def test_layers_that_cannot_be_skipped_are_named(values: dict[str, str], said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        planner.plan(config.PlanRequest(model="demo", **values))
+    with pytest.raises(UsageError, match="there is no layer 99"):
+        registry.load_model("demo", device="cpu", quantize="int8", quantize_skip=(99,))
 
 
 # -- attention kernels --------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def generate(
     compressed_context: memory.CompressedContext = None,
     rope_adjustment: memory.RopeAdjustment = None,
     quantize: memory.Quantize = None,
+    quantize_skip: memory.QuantizeSkip = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
@@ -194,6 +195,7 @@ def generate(
         "dtype": dtype,
         "device": device,
         "quantize": quantize,
+        "quantize_skip": quantize_skip,
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
@@ -394,7 +396,7 @@ def repeat_command(request: GenerateRequest) -> str:
         "preset",
     ):
         values[name] = getattr(request, name)
-    for name in ("quantize", "quantize_text", "offload", "attention"):
+    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention"):
         if name in request.model_fields_set:
             values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)

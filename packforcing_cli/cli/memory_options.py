@@ -102,6 +102,15 @@ Quantize = Annotated[
         help="Smaller weights in the transformer: none, int8, int8-dynamic, fp8 or fp8-weight. Default none.",
     ),
 ]
+QuantizeSkip = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize-skip",
+        metavar="LAYERS",
+        rich_help_panel=PANEL,
+        help="Layers of the transformer that --quantize leaves as they are, for example 0,28-29. Default: none.",
+    ),
+]
 QuantizeText = Annotated[
     str | None,
     typer.Option(
