@@ -34,7 +34,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packforcing_cli import __version__, counting, resolve, rollout, rope
+from packforcing_cli import __version__, attention, counting, resolve, rollout, rope
+from packforcing_cli.attention import Kernel
 from packforcing_cli.cache import CacheContext, KVCache
 from packforcing_cli.config import KV_DTYPES, MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem
@@ -44,7 +45,8 @@ from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule, block_noise, denoise_block
 from packforcing_cli.timeline import Script
-from packforcing_cli.transformer import BlockKV, TextKV, attention
+from packforcing_cli.transformer import BlockKV, TextKV
+from packforcing_cli.transformer import attention as attend_to
 
 QUIET_LOAD = 1.0  # load average a core above which nothing is recorded
 REPEATS = 7
@@ -71,8 +73,12 @@ class Times:
         return {"min": self.least, "median": self.median, "n": len(self.seconds)}
 
 
-def conditions(device: torch.device) -> dict[str, Any]:
-    """Hardware, versions and load: what a figure has to be read with."""
+def conditions(device: torch.device, kernel: Kernel | None = None) -> dict[str, Any]:
+    """Hardware, versions, load, and the attention kernel of a profiled call: what a figure has to be read with.
+
+    Args:
+        kernel: that models are loaded with; None = the usual one.
+    """
     values: dict[str, Any] = {
         "packforcing": __version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -85,6 +91,7 @@ def conditions(device: torch.device) -> dict[str, Any]:
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "load average": load_average(),
         "device": str(device),
+        "attention": attention.kind(attention.profiled(kernel or attention.usual(device), device)),
     }
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
@@ -94,7 +101,6 @@ def conditions(device: torch.device) -> dict[str, Any]:
             "compute capability": f"{facts.major}.{facts.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "attention": attention_kernel(device),
             **_nvidia_smi(device),
         }
     return values
@@ -141,26 +147,6 @@ def _nvidia_smi(device: torch.device) -> dict[str, Any]:
     return dict(zip(names, parts, strict=False))
 
 
-def attention_kernel(device: torch.device) -> str:
-    """The kernel scaled_dot_product_attention really takes at the model's shapes, from a profile of one call."""
-    from torch.profiler import ProfilerActivity, profile
-
-    q = torch.randn(1, 12, 1024, 128, dtype=torch.bfloat16, device=device)
-    torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as seen:
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-        torch.cuda.synchronize(device)
-    names = [event.key for event in seen.key_averages()]
-    for name, signs in {
-        "cudnn": ("cudnn_generated", "cudnn_attention", "_cudnn"),
-        "flash": ("flash_fwd", "flash_attention"),
-        "efficient": ("fmha", "efficient_attention"),
-    }.items():
-        if any(sign in seen_name for sign in signs for seen_name in names):
-            return name
-    return "math"
-
-
 # -- measuring ----------------------------------------------------------------------------------------------------
 
 
@@ -171,11 +157,17 @@ def wait_for(device: torch.device) -> None:
 
 
 def measure(
-    calls: Mapping[str, Callable[[], object]], device: torch.device, *, repeats: int = REPEATS
+    calls: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    *,
+    repeats: int = REPEATS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
     """Time calls in turn, back and forth (a b c, c b a, …), after one of each that is not counted.
 
-    What has taken more than ENOUGH_SECONDS in all is not called again; Times has the number.
+    Args:
+        clock: seconds; time.process_time leaves out what other processes take, for shares and ratios on a CPU.
+    Returns: what has taken more than ENOUGH_SECONDS in all is not called again; Times has the number.
     """
     names = list(calls)
     for name in names:
@@ -186,10 +178,10 @@ def measure(
         for name in names if turn % 2 == 0 else reversed(names):
             if sum(seconds[name]) > ENOUGH_SECONDS:
                 continue
-            start = time.perf_counter()
+            start = clock()
             calls[name]()
             wait_for(device)
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
@@ -199,6 +191,21 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, *, repeats: int = REPE
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     took = measure({"matmul": lambda: a @ b}, device, repeats=repeats)["matmul"]
     return 2 * side**3 / took.median
+
+
+def expected_seconds(model: VideoModel, layout: Layout, schedule: Schedule, *, blocks: int) -> float:
+    """About how long the transformer will take over a video: its operations at half the machine's matmul rate."""
+    grid, prompts = layout.grid, 1 if schedule.guidance == 1 else 2
+    flops = partial(
+        counting.pass_flops,
+        model.transformer.config,
+        tokens=grid.block_tokens,
+        attended=layout.tokens(blocks - 1).active,
+        text_tokens=model.text.length,
+        frames=grid.frames_per_block,
+    )
+    block = schedule.passes // prompts * flops(prompts=prompts) + flops(is_commit=True)
+    return 2 * blocks * block / matmul_rate(model.dtype, model.device, repeats=1)
 
 
 @dataclass
@@ -401,6 +408,10 @@ def engine(
     return {
         "model": model.name,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.attention.taken,
+        "quantize": model.quantize,
+        "compiled": model.compiled,
+        "cuda_graphs": model.graphs,
         "size": [width, height],
         "attended_tokens": attended,
         "passes": {"denoise": steps, "prompts": prompts, "clean": 1},
@@ -500,7 +511,7 @@ def cache(
 
     def attend() -> None:
         for _ in range(grid.layers):
-            attention(query, keys, values)
+            attend_to(query, keys, values)
 
     def join() -> None:
         for _ in range(grid.layers):

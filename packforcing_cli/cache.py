@@ -121,6 +121,15 @@ class CacheContext:
             self._recall(one)
         return self._cache._beside_own(layer, k, v, self._num_tokens)
 
+    @property
+    def fixed(self) -> tuple[object, ...] | None:
+        """Equal for contexts that give every layer memory of the same place and size; None while one has to choose.
+
+        Raises: ValueError if the cache has moved on.
+        """
+        self._check_open()
+        return self._cache._places(self._num_tokens) if all(self._ready) else None
+
     @torch.no_grad()
     def _choose(self, layers: range, q_sums: Tensor | None = None, *, forced: Tensor | None = None) -> None:
         """Choose the mids of these layers, or take the forced [l, K]."""
@@ -203,6 +212,13 @@ class CompressedContext:
         self._cache = cache
         self._history = sees if isinstance(sees, CacheContext) else None
         self._num_tokens = sees._num_tokens if isinstance(sees, CacheContext) else sees
+
+    @property
+    def fixed(self) -> tuple[object, ...] | None:
+        """As `CacheContext.fixed`."""
+        if self._history is not None and self._history.fixed is None:
+            return None
+        return self._cache._places(self._num_tokens)
 
     def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
         """As `CacheContext.layer`, for N_c own tokens; `q_sum` is not used."""
@@ -383,6 +399,10 @@ class KVCache:
         queries = self._q_sum[layers]
         scores = selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
         return scores[:, torch.tensor(places, device=self.device)]
+
+    def _places(self, context_tokens: int) -> tuple[object, ...]:
+        """Where the buffer lies, and how much of it is context."""
+        return (self._k.data_ptr(), self._v.data_ptr(), *self._k.shape, self._n, context_tokens)
 
     def _beside_own(self, layer: int, k: Tensor, v: Tensor, context_tokens: int) -> tuple[Tensor, Tensor]:
         """Write a forward's own keys and values right before the context; return both together."""

@@ -48,6 +48,7 @@ BANK_DEVICES = ("auto", "device", "host")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
 OFFLOADS = ("none", "text", "all")
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "fa3", "sage")
 CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")
 FITS = ("crop", "pad", "stretch")
 GUARDS = ("warn", "retry", "stop")
@@ -63,6 +64,7 @@ OTHER_VARIABLES = ("PACKFORCING_DEBUG",)
 """Variables with that prefix that are no settings."""
 
 _EXAMPLES = {
+    "quantize_skip": "For example --quantize-skip 0,28-29.",
     "size": "Write it as WIDTHxHEIGHT, for example --size 832x480.",
     "seconds": "For example --seconds 60.",
     "mid_span": "For example --mid-span 1, --mid-span 9/16, --mid-span block or --mid-span fit.",
@@ -272,6 +274,7 @@ class PlanRequest(Options):
     frames_per_block: latent frames a block; None = the model's own.
     dtype:            of weights and cache; auto is bf16 for planning.
     quantize:         of the linears of the transformer's layers.
+    quantize_skip:    layers whose linears stay as they are, as `parse_layers` reads them: "0,28-29".
     quantize_text:    of those of the text encoder.
     offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
                       runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
@@ -286,6 +289,7 @@ class PlanRequest(Options):
     frames_per_block: int | None = Field(None, ge=1, le=64)
     dtype: str = "auto"
     quantize: str = "none"
+    quantize_skip: str = ""
     quantize_text: str = "none"
     offload: str = "none"
     vae: str | None = None
@@ -345,6 +349,14 @@ class PlanRequest(Options):
     def _quantize(cls, value: str) -> str:
         return _one_of(value, QUANTIZATIONS)
 
+    @field_validator("quantize_skip")
+    @classmethod
+    def _quantize_skip(cls, value: str, info: ValidationInfo) -> str:
+        layers = parse_layers(value)
+        if layers and info.data.get("quantize") == "none":
+            raise ValueError("nothing is quantized; give --quantize, too")
+        return ",".join(str(layer) for layer in layers)
+
     @field_validator("quantize_text")
     @classmethod
     def _quantize_text(cls, value: str) -> str:
@@ -380,6 +392,9 @@ class GenerateRequest(PlanRequest):
     steps:     denoising steps; None = the package's.
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
+    attention: the kernel of attention: auto, or a name of `attention.choose`.
+    compile:   compile parts of the transformer's layers; the first block waits for it.
+    cuda_graphs: record the passes of a full memory and replay them, on a GPU.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
     loras:     folders of adapters as PATH or PATH:WEIGHT, added to the model's weights.
     auto_fit:  make the smallest change that lets a request fit, and say so.
@@ -407,6 +422,9 @@ class GenerateRequest(PlanRequest):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
+    attention: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     embeddings: Path | None = None
     loras: tuple[str, ...] = ()
     auto_fit: bool = False
@@ -428,6 +446,11 @@ class GenerateRequest(PlanRequest):
         if value == "on" and info.data.get("guard", "warn") != "warn":
             raise ValueError(f"guard {info.data['guard']} must see a block before the next one begins")
         return value
+
+    @field_validator("attention")
+    @classmethod
+    def _attention(cls, value: str) -> str:
+        return _one_of(value, ATTENTIONS)
 
     @field_validator("guard")
     @classmethod
@@ -471,6 +494,22 @@ class GenerateRequest(PlanRequest):
         if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
             raise ConfigError("memory: must be a table of options")
         return cls(**{**values, "memory": MemoryOptions(**memory)})
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers as they are written on the command line: "0,28-29" -> (0, 28, 29), ascending, each once.
+
+    Raises: ValueError for anything else.
+    """
+    found: set[int] = set()
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        first, _, last = part.partition("-")
+        if not (first.isascii() and first.isdigit() and (last or first).isdigit()) or len(part) > 9:
+            raise ValueError("must be numbers of layers, from 0")
+        found.update(range(int(first), int(last or first) + 1))
+        if int(last or first) < int(first):
+            raise ValueError(f"{part} is an empty range")
+    return tuple(sorted(found))
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

@@ -26,6 +26,7 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from packforcing_cli import timeline as timelines
 from packforcing_cli.config import (
+    ATTENTIONS,
     BANK_DEVICES,
     CODECS,
     COMPRESSED_CONTEXTS,
@@ -71,6 +72,7 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "quantize": QUANTIZATIONS,
     "quantize_text": TEXT_QUANTIZATIONS,
     "offload": OFFLOADS,
+    "attention": ATTENTIONS,
     "codec": CODECS,
     "fit": FITS,
     "dtype": DTYPES,

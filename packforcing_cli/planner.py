@@ -21,8 +21,8 @@ from typing import Any
 
 from packforcing_cli import catalog
 from packforcing_cli.catalog import ModelFacts
-from packforcing_cli.config import MemoryOptions, PlanRequest
-from packforcing_cli.errors import DiskFullError, MemoryFitError
+from packforcing_cli.config import MemoryOptions, PlanRequest, parse_layers
+from packforcing_cli.errors import DiskFullError, MemoryFitError, UsageError
 from packforcing_cli.layout import TEMPORAL_STRIDE, Layout, MemoryBytes, TokenCount
 from packforcing_cli.machine import Machine, host_machine
 from packforcing_cli.timeline import Script
@@ -384,7 +384,7 @@ class _Parts:
         vae = facts.vae_params if self.vae == facts.codec else TINY_VAE_PARAMS
         others = facts.transformer_params - facts.layers * facts.layer_params
         return WeightBytes(
-            transformer=others * per + facts.layers * self.layer_bytes,
+            transformer=others * per + self.layers_bytes,
             text_encoder=text,
             vae=vae * per,
             compressor=facts.compressor_params * per,
@@ -397,12 +397,35 @@ class _Parts:
 
     @property
     def layer_bytes(self) -> int:
-        """Weights of one transformer layer."""
-        facts, per = self.facts, self.request.dtype_bytes
-        size = facts.layer_params * per
-        if self.request.quantize != "none":
-            size += sum(rows * ROW_BYTES - rows * cols * (per - 1) for rows, cols in facts.layer_matrices)
-        return size
+        """Weights of one transformer layer, the largest."""
+        size = self.facts.layer_params * self.request.dtype_bytes
+        is_small = self.request.quantize != "none" and not self.whole_layers
+        return size - self.saved_bytes if is_small else size
+
+    @property
+    def layers_bytes(self) -> int:
+        """Weights of all transformer layers."""
+        facts = self.facts
+        size = facts.layers * facts.layer_params * self.request.dtype_bytes
+        small = facts.layers - len(self.whole_layers) if self.request.quantize != "none" else 0
+        return size - small * self.saved_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """What a layer is smaller when it is quantized."""
+        per = self.request.dtype_bytes
+        return sum(rows * cols * (per - 1) - rows * ROW_BYTES for rows, cols in self.facts.layer_matrices)
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Layers that are not quantized. Raises: UsageError for one the model does not have."""
+        layers = parse_layers(self.request.quantize_skip)
+        if layers and layers[-1] >= self.facts.layers:
+            raise UsageError(
+                f"--quantize-skip: {self.facts.name} has no layer {layers[-1]}",
+                hint=f"Its layers are 0 to {self.facts.layers - 1}.",
+            )
+        return layers
 
     @property
     def resident_bytes(self) -> int:
@@ -411,7 +434,7 @@ class _Parts:
         resident = weights.transformer + weights.vae + weights.compressor
         if self.request.offload == "all":  # one layer, and the first of the next one's tensors
             largest = max(rows * cols for rows, cols in self.facts.layer_matrices) * self.request.dtype_bytes
-            resident += self.layer_bytes + largest - self.facts.layers * self.layer_bytes
+            resident += self.layer_bytes + largest - self.layers_bytes
         return resident
 
     @property

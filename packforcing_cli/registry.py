@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, durable, lora, packages, weights
+from packforcing_cli import attention as kernels
+from packforcing_cli import catalog, compiling, durable, lora, packages, weights
+from packforcing_cli.attention import Kernel
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.config import COMPRESSORS
@@ -38,6 +40,7 @@ from packforcing_cli.errors import (
     UsageError,
     WeightsError,
 )
+from packforcing_cli.graphs import CudaRecorder, require_graphs
 from packforcing_cli.packages import (
     MANIFEST,
     REQUIRED_PARTS,
@@ -119,8 +122,10 @@ class VideoModel:
     compressor: None when the package has none.
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
     text: what its embeddings depend on.
-    quantize: of the transformer's linears, "none" or a mode of `quantize`.
+    quantize: of the transformer's linears, "none" or a mode of `quantize`; but for those of layers `quantize_skip`.
     hashes: part -> sha256 over the files it was loaded from.
+    attention: the kernel, and which one it really is.
+    compiled: whether parts of the transformer's layers are; graphs: whether its passes are recorded.
     """
 
     name: str
@@ -134,6 +139,10 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
+    quantize_skip: tuple[int, ...] = ()
+    attention: Kernel = field(default_factory=Kernel)
+    compiled: bool = False
+    graphs: bool = False
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -163,10 +172,15 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
     loras: Sequence[str] = (),
+    attention: str = "auto",
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
+    fuse: bool = True,
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
     return open_model(
@@ -175,10 +189,15 @@ def load_model(
         dtype=dtype,
         vae=vae,
         quantize=quantize,
+        quantize_skip=quantize_skip,
         quantize_text=quantize_text,
         offload=offload,
         compressor=compressor,
         loras=loras,
+        attention=attention,
+        compile_layers=compile_layers,
+        cuda_graphs=cuda_graphs,
+        fuse=fuse,
     ).load()
 
 
@@ -189,10 +208,15 @@ def open_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
     loras: Sequence[str] = (),
+    attention: str = "auto",
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
+    fuse: bool = True,
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
 
@@ -201,12 +225,17 @@ def open_model(
         dtype:         "auto", "bf16", "fp16", "fp32"; of transformer, compressor, codec and text encoder.
         vae:           None or the package's own kind ("tiny", "wan"), or a folder with a VAE of the same latents.
         quantize:      "none", or a mode of `quantize` for the linears of the transformer's layers.
+        quantize_skip: layers whose linears stay as they are.
         quantize_text: "none" or "int8", for those of the text encoder.
         offload:       "none"; "text" runs the text encoder on the CPU; "all" also keeps the transformer's layers in
                        host memory and copies each to the GPU while it runs.
         compressor:    a kind, which loads the package's own weights where it has any, or the weights to use instead:
                        an installed package's name, a package's folder or a part's folder.
         loras:         folders of adapters as PATH or PATH:WEIGHT, added to the transformer's weights one after another.
+        attention:     "auto", or a kernel of `attention.choose`.
+        compile_layers: compile parts of the transformer's layers.
+        cuda_graphs:   record passes and replay them.
+        fuse:          make q, k and v of a layer one product; not for a model that will be trained.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
     """
@@ -217,6 +246,12 @@ def open_model(
     if chosen_device.type == "cpu":
         catalog.check_cpu(quantize, offload)
     require_support(quantize, chosen_device)
+    if compile_layers:
+        compiling.require_compiler(chosen_device)
+    if cuda_graphs:
+        require_graphs(chosen_device, offload=offload)
+    kernel = kernels.choose(attention, device=chosen_device, dtype=chosen_dtype)
+    speed = _Speed(kernel, compile_layers, cuda_graphs, fuse)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
     other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
     adapters = [lora.read(*lora.parse(text)) for text in loras]
@@ -231,8 +266,10 @@ def open_model(
             chosen_dtype,
             vae=vae,
             quantize=quantize,
+            quantize_skip=quantize_skip,
             stream_layers=offload == "all",
             compressor=other,
+            speed=speed,
         )
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
@@ -270,10 +307,12 @@ def open_model(
                 device=chosen_device,
                 dtype=chosen_dtype,
                 quantize=quantize,
+                quantize_skip=quantize_skip,
                 stream_layers=offload == "all",
                 loras=adapters,
             )
             codec = reading.result()
+        speed.apply(transformer, chosen_device)
         network = None
         if other is not None:
             network = _other_compressor(other, transformer.config, chosen_device, chosen_dtype)
@@ -301,6 +340,10 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            quantize_skip=tuple(quantize_skip),
+            attention=kernel,
+            compiled=compile_layers,
+            graphs=cuda_graphs,
             hashes=hashes,
         )
 
@@ -316,6 +359,25 @@ def open_model(
     )
 
 
+@dataclass(frozen=True)
+class _Speed:
+    """How a transformer computes, beside what it computes."""
+
+    kernel: Kernel
+    compiled: bool
+    graphs: bool
+    fuse: bool
+
+    def apply(self, transformer: WanTransformer, device: torch.device) -> None:
+        if self.fuse:
+            transformer.fuse_projections()
+        transformer.use_attention(self.kernel)
+        if self.compiled:
+            transformer.compile_layers()
+        if self.graphs:
+            transformer.record_passes(CudaRecorder(device))
+
+
 def _open_random(
     facts: ModelFacts,
     device: torch.device,
@@ -323,8 +385,10 @@ def _open_random(
     *,
     vae: str | Path | None,
     quantize: str,
+    quantize_skip: Collection[int],
     stream_layers: bool,
     compressor: CompressorPlace | None,
+    speed: _Speed,
 ) -> ModelSource:
     """A model of true shape with random weights made on the device, and random embeddings: for bench and tests."""
     if vae is not None:
@@ -349,10 +413,13 @@ def _open_random(
     def load() -> VideoModel:
         with torch.device("meta"):
             transformer = WanTransformer(config)
-        change = _changes(transformer, device, dtype, quantize, stream_layers=stream_layers)
+        change = _changes(
+            transformer, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers
+        )
         weights.randomise(transformer, device=device, dtype=dtype, change=change)
         if stream_layers:
             transformer.stream_layers(device)
+        speed.apply(transformer, device)
         network = None if compressor is None else _other_compressor(compressor, config, device, dtype)
         codec: Codec
         if kind not in ("tiny", "wan"):
@@ -381,6 +448,10 @@ def _open_random(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            quantize_skip=tuple(quantize_skip),
+            attention=speed.kernel,
+            compiled=speed.compiled,
+            graphs=speed.graphs,
             hashes=hashes,
         )
 
@@ -444,6 +515,7 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     stream_layers: bool = False,
     loras: Sequence[lora.Lora] = (),
 ) -> WanTransformer:
@@ -451,12 +523,13 @@ def load_transformer(
 
     Args:
         quantize:      a mode of `quantize` for the linears of its layers.
+        quantize_skip: layers whose linears stay as they are.
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
         loras:         adapters that are added to the weights, before these are quantized.
     Raises: WeightsError for another architecture or wrong tensors, or adapters of another model.
     """
     module = _empty_transformer(folder)
-    change = _changes(module, device, dtype, quantize, stream_layers=stream_layers)
+    change = _changes(module, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers)
     if loras:
         add, rest = lora.merger(loras, module.state_dict()), change
 
@@ -471,10 +544,23 @@ def load_transformer(
 
 
 def _changes(
-    module: WanTransformer, device: torch.device, dtype: torch.dtype, quantize: str, *, stream_layers: bool
+    module: WanTransformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    *,
+    skip: Collection[int],
+    stream_layers: bool,
 ) -> Callable[[str, Tensor], Tensor]:
     """What is done with each tensor of a transformer while it is read: quantized, or left in host memory."""
-    linears = linear_weights(module, LAYERS)
+    unknown = [layer for layer in skip if not 0 <= layer < len(module.blocks)]
+    if unknown:
+        raise UsageError(
+            f"--quantize-skip: there is no layer {unknown[0]}",
+            hint=f"The layers are 0 to {len(module.blocks) - 1}.",
+        )
+    whole = tuple(f"{LAYERS}{layer}." for layer in skip)
+    linears = {name for name in linear_weights(module, LAYERS) if not name.startswith(whole)}
     shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
 
     def change(name: str, tensor: Tensor) -> Tensor:

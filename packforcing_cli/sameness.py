@@ -119,10 +119,10 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
         "compressor": compressor_kind(model, memory.compressor),
         "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": "torch scaled_dot_product_attention",
-        "quantization": model.quantize,
+        "attention": model.attention.taken,
+        "quantization": model.quantize + "".join(f", not layer {layer}" for layer in model.quantize_skip),
         "quantization of text": request.quantize_text,
-        "compile": "none",
+        "compile": "layers" if model.compiled else "none",
         **{name: _file_hash(path) for name, path in files.items()},
     }
     values: dict[str, Any] = json.loads(json.dumps(facts, default=str))

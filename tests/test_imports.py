@@ -42,6 +42,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "unpickle",
         "lora",
         "beside",
+        "attention",
+        "compiling",
+        "graphs",
     ),
     ("packages", "transformer", "bank", "text", "vae", "video"),
     ("cache",),
@@ -66,7 +69,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("continuation",),
     ("worker",),
     ("batch", "bench"),
-    ("bench_stream",),
+    ("bench_stream", "bench_kernels", "bench_peer"),
     ("ray_engine",),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""

@@ -379,24 +379,18 @@ def test_each_block_reads_its_own_prompt_and_blends_are_linear(
     """Embeddings go in once for every prompt and blend; denoising, clean and compressed pass read the same."""
     made: list[tuple[Tensor, object]] = []
     read: list[object] = []
-    embed, run_layers = model.transformer.embed_text, model.transformer.run_layers
-    commit_tokens = model.transformer.commit_tokens
+    embed, run = model.transformer.embed_text, model.transformer._run
 
     def spy_embed(given: Tensor) -> Any:
         made.append((given, embed(given)))
         return made[-1][1]
 
-    def spy_run(x: Tensor, modulation: Any, text: Any, attend: Any) -> Tensor:
+    def spy_run(name: str, function: Any, inputs: Any, text: Any, context: Any) -> Any:
         read.append(text)
-        return run_layers(x, modulation, text, attend)
-
-    def spy_commit(tokens: Tensor, text: Any, context: Any) -> Any:
-        read.append(text)
-        return commit_tokens(tokens, text, context)
+        return run(name, function, inputs, text, context)
 
     monkeypatch.setattr(model.transformer, "embed_text", spy_embed)
-    monkeypatch.setattr(model.transformer, "run_layers", spy_run)
-    monkeypatch.setattr(model.transformer, "commit_tokens", spy_commit)
+    monkeypatch.setattr(model.transformer, "_run", spy_run)
     a, b = embeds(1), embeds(2)
     expected = [a, a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, b, a, a]
     blocks = stream_generate(model, story(model, SCENES), num_blocks=9, seed=0, memory=WIDE)

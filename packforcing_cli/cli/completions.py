@@ -92,6 +92,7 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--quantize": config.QUANTIZATIONS,
         "--quantize-text": config.TEXT_QUANTIZATIONS,
         "--offload": config.OFFLOADS,
+        "--attention": config.ATTENTIONS,
         "--dtype": config.DTYPES,
         "--fit": config.FITS,
         "--codec": config.CODECS,

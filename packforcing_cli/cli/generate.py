@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from packforcing_cli.sampler import Schedule
 
 SCHEMA = 1
+LONG_SECONDS = 120.0  # of a run, above which the tip about --compile is shown
 HEALTH_SHOWN = 6  # blocks named in one line
 OTHER_NOISE = "Try another --seed, or --guard retry."
 
@@ -134,9 +135,13 @@ def generate(
     bank_memory: memory.BankMemory = None,
     bank_device: memory.BankDevice = None,
     quantize: memory.Quantize = None,
+    quantize_skip: memory.QuantizeSkip = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
+    attention: memory.Attention = None,
+    compile_layers: memory.Compile = None,
+    cuda_graphs: memory.CudaGraphs = None,
     auto_fit: memory.AutoFit = False,
     parity: Annotated[
         str | None,
@@ -194,9 +199,13 @@ def generate(
         "dtype": dtype,
         "device": device,
         "quantize": quantize,
+        "quantize_skip": quantize_skip,
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
+        "attention": attention,
+        "compile": compile_layers,
+        "cuda_graphs": cuda_graphs,
         "embeddings": embeddings,
         "auto_fit": auto_fit or None,
         "crf": crf,
@@ -395,7 +404,7 @@ def repeat_command(request: GenerateRequest) -> str:
         "preset",
     ):
         values[name] = getattr(request, name)
-    for name in ("quantize", "quantize_text", "offload"):
+    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention"):
         if name in request.model_fields_set:
             values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
@@ -416,6 +425,8 @@ def repeat_command(request: GenerateRequest) -> str:
         options += ["--overlap", request.overlap]
     if request.snapshot_every is not None:
         options += ["--snapshot-every", str(request.snapshot_every)]
+    options += ["--compile"] if request.compile else []
+    options += ["--cuda-graphs"] if request.cuda_graphs else []
     options += [] if request.keep_run else ["--no-run"]
     if "metadata" in request.model_fields_set:
         options += ["--metadata" if request.metadata else "--no-metadata"]
@@ -640,6 +651,10 @@ def run_job(
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
                 warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
+            if model.attention.warning:
+                shown.warn(model.attention.warning)
+            if tip := _compile_tip(job, model):
+                shown.note(tip)
             if again is not None:
                 _compare(again, sameness.provenance_of(model, job.request, job.plan.layout), shown)
             run = open_run(model)
@@ -734,6 +749,28 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
     shown.note(
         f"{schedule.kind}, {steps} steps, guidance {schedule.guidance:g};"
         f" torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    )
+    more = ["compiled layers"] * model.compiled + ["recorded passes"] * model.graphs
+    shown.note(", ".join([f"attention: {model.attention.taken}", *more]))
+
+
+def _compile_tip(job: Job, model: VideoModel) -> str:
+    """What would make a long run on a GPU shorter; empty for a short one, or where it is done."""
+    if model.device.type != "cuda" or model.compiled:
+        return ""
+    from packforcing_cli import bench, jobs
+
+    schedule = jobs.schedule_of(job, model)
+    return compile_tip(bench.expected_seconds(model, job.plan.layout, schedule, blocks=job.plan.blocks))
+
+
+def compile_tip(seconds: float) -> str:
+    """The tip for a run that is expected to take this long on a GPU; empty below two minutes."""
+    if seconds < LONG_SECONDS:
+        return ""
+    return (
+        f"this will take about {seconds / 60:.0f} minutes; --compile --cuda-graphs makes blocks faster, the first"
+        " ones wait for the compiler"
     )
 
 

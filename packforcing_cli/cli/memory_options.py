@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 PANEL = "Memory"
+SPEED = "Speed"
 
 Policy = Annotated[
     str | None,
@@ -130,6 +131,15 @@ Quantize = Annotated[
         help="Smaller weights in the transformer: none, int8, int8-dynamic, fp8 or fp8-weight. Default none.",
     ),
 ]
+QuantizeSkip = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize-skip",
+        metavar="LAYERS",
+        rich_help_panel=PANEL,
+        help="Layers of the transformer that --quantize leaves as they are, for example 0,28-29. Default: none.",
+    ),
+]
 QuantizeText = Annotated[
     str | None,
     typer.Option(
@@ -147,6 +157,34 @@ Offload = Annotated[
         rich_help_panel=PANEL,
         help="What stays in host memory: none (default), text (the text encoder runs on the CPU), or all (also the"
         " transformer's layers, each copied to the GPU while it runs).",
+    ),
+]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        rich_help_panel=SPEED,
+        help="Kernel of attention: auto (default; cuDNN first on Hopper GPUs), cudnn, flash, efficient, math, or, where"
+        " installed, fa3 (FlashAttention 3) or sage (SageAttention). What cannot run here is refused.",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        rich_help_panel=SPEED,
+        help="Compile parts of the transformer's layers: faster on a GPU, after a wait that later runs are spared."
+        " Changes results by rounding. Default no.",
+    ),
+]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        rich_help_panel=SPEED,
+        help="Record the passes over a full memory and replay them: less work for the CPU beside a GPU, the same"
+        " results. Default no.",
     ),
 ]
 Vae = Annotated[

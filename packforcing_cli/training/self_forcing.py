@@ -350,7 +350,7 @@ def train(
         )
     # Three copies are made of what is loaded; those that will be shared out need not fit on the device.
     place = torch.device("cpu") if share else workers.device
-    model = load_model(_place(recipe.student), device=place, dtype="fp32")
+    model = load_model(_place(recipe.student), device=place, dtype="fp32", fuse=False)
     teacher = None if recipe.teacher == recipe.student else _other(recipe.teacher, place)
     roles = Roles.of(model, teacher)
     prompts = read_prompts(recipe.prompts)
@@ -467,7 +467,7 @@ def _place(name: str) -> str:
 
 
 def _other(name: str, device: torch.device) -> VideoModel:
-    return load_model(_place(name), device=device, dtype="fp32")
+    return load_model(_place(name), device=device, dtype="fp32", fuse=False)
 
 
 def read_prompts(source: str) -> list[str]:
