@@ -791,11 +791,13 @@ def _write_dataset(out: Path, source: ModelSource, found: Findings, journal: _Jo
 class Scene:
     """A scene of encoded data: number `index` of a shard, of one clip.
 
+    clip:    its name, and content: the sha256 of its file.
     caption: of its first block.
     words:   of all blocks, where they have captions of their own; None = `caption` throughout.
     """
 
     clip: str
+    content: str
     caption: str
     shard: Path
     index: int
@@ -821,6 +823,7 @@ class Scene:
 class EncodedData:
     """Encoded clips: scenes with captions, read one at a time.
 
+    Scenes are in the order of their clips' contents, so that a clip may be renamed: what is drawn stays the same.
     Attributes: folder; settings (of settings.json); sha256 over contents, captions and settings; scenes.
     """
 
@@ -830,12 +833,12 @@ class EncodedData:
         self.sha256: str = values["sha256"]
         self.counts: dict[str, int] = values["counts"]
         scenes: list[Scene] = []
-        for clip in values["clips"]:
+        for clip in sorted(values["clips"], key=lambda clip: str(clip["sha256"])):
             words = iter(clip.get("words", ()))
             for shard in clip["shards"]:
                 for index, blocks in enumerate(shard["blocks"]):
                     place = folder / "latents" / shard["file"]
-                    scene = Scene(clip["name"], clip["caption"], place, index, blocks)
+                    scene = Scene(clip["name"], clip["sha256"], clip["caption"], place, index, blocks)
                     if (entry := next(words, None)) is not None:
                         own = Words(tuple(entry["captions"]), tuple(entry["cuts"]))
                         scene = replace(scene, caption=own.captions[0], words=own)

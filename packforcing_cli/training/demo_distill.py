@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,12 +135,14 @@ def train(
     recipe: DemoDistill,
     out: Path,
     *,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume the recipe in `out`; the result is the model package `out/package/`.
 
     Args:
+        accept:      go on from checkpoints of another recipe or teacher, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -171,16 +172,9 @@ def train(
         loop.MovingAverage(learning, settings.average),
         demo_flow.optimizers_of(learning, settings),
     )
-    facts = {
-        "kind": recipe.kind,
-        "model": json.dumps(recipe.model.model_dump(mode="json"), sort_keys=True),
-        "teacher": own.part_hash("transformer"),
-        "levels": json.dumps(levels(recipe)),
-        "guidance": recipe.guidance,
-        "seed": settings.seed,
-        "workers": workers.count,
-        "vae": demo_flow.fingerprint(codec),
-    }
+    judges = {f"teacher.{part}": own.part_hash(part) for part in (*ROLES, "text_encoder")}
+    facts = demo_flow.facts_of(recipe, codec, workers) | judges
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         trainer.follow(state.average)
@@ -195,6 +189,7 @@ def train(
             loss,
             out=out,
             facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             should_stop=should_stop,
@@ -223,6 +218,7 @@ def write_result(
         "settings": recipe.model_dump(mode="json", exclude={"vae", "init"}),
         "data": "packforcing_cli.training.world, rendered; no other data",
         "teacher": teacher.provenance,
+        **({"changed on the way": state.changes} if state.changes else {}),
     }
     codec = demo_flow.load_codec(recipe)
     schedule = Schedule(kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps)

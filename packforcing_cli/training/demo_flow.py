@@ -749,16 +749,26 @@ def load_codec(recipe: DemoFlow) -> TinyCodec:
     return TinyCodec(model)
 
 
+def facts_of(recipe: DemoFlow, codec: TinyCodec, workers: loop.Workers) -> dict[str, Any]:
+    """What a checkpoint can only be continued with; `init` counts before the first step alone."""
+    values = recipe.model_dump(mode="json", exclude={"init"})
+    own = {"workers": workers.count, "vae": fingerprint(codec)}  # each process has scenes of its own
+    return loop.facts_of(values) | own
+
+
 def train(
     recipe: DemoFlow,
     out: Path,
     *,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume the recipe in `out`; the result is the model package `out/package/`.
 
     Args:
+        accept:      go on from checkpoints of another recipe, such as one with another mix of items, and say so in log
+                     and package.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -778,14 +788,8 @@ def train(
     state = loop.TrainingState(
         modules, loop.MovingAverage(modules, settings.average), optimizers_of(modules, recipe.train)
     )
-    facts = {
-        "kind": recipe.kind,
-        "model": json.dumps(recipe.model.model_dump(mode="json"), sort_keys=True),
-        "seed": settings.seed,
-        "workers": workers.count,
-        "shift": recipe.shift,
-        "vae": fingerprint(codec),
-    }
+    facts = facts_of(recipe, codec, workers)
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         log.write(event="pool")
         pools = build_pools(recipe, out, codec, workers)
@@ -795,6 +799,7 @@ def train(
             lambda generator: step_loss(models, pools, recipe, generator),
             out=out,
             facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             evaluate=lambda: {
@@ -835,6 +840,7 @@ def write_result(
         "settings": recipe.model_dump(mode="json", exclude={"vae"}),
         "data": "packforcing_cli.training.world, rendered; no other data",
         "vae": fingerprint(codec),
+        **({"changed on the way": state.changes} if state.changes else {}),
         **(provenance or {}),
     }
     demo_package.write(

@@ -74,7 +74,7 @@ class Split:
 
     @classmethod
     def of(cls, data: EncodedData, shape: Shape, held_out: float) -> Split:
-        """Split by clip, so that no scene of a held-out clip is trained on.
+        """Split by the contents of clips, so that no scene of a held-out one is trained on, whatever it is named.
 
         Raises: UsageError if no scene is long enough for the shape.
         """
@@ -86,11 +86,11 @@ class Split:
                 f" {len(data.scenes)} in {data.folder} has {most}",
                 hint="Use longer clips, or encode them with a larger --scene-seconds.",
             )
-        clips = sorted({scene.clip for scene in long_enough})
+        clips = sorted({scene.content for scene in long_enough})
         trained, held = kept_evenly(clips, held_out)
-        names = {clips[n] for n in trained}
-        inside = tuple(scene for scene in long_enough if scene.clip in names)
-        outside = tuple(scene for scene in long_enough if scene.clip not in names)
+        kept = {clips[n] for n in trained}
+        inside = tuple(scene for scene in long_enough if scene.content in kept)
+        outside = tuple(scene for scene in long_enough if scene.content not in kept)
         return cls(inside, outside or inside, bool(held))
 
 
@@ -148,7 +148,9 @@ def _item_loss(
     if sigma is None:
         # Half of the items meet a slightly noisy history, as the model's own past errors will be.
         level = dice[0] * settings.context_noise if dice[1] < 0.5 else 0.0
-        captions = [UNCONDITIONAL] if dice[2] < settings.caption_dropout else captions
+        if dice[2] < settings.caption_dropout:
+            # The history keeps its caption: so is guidance at inference, where the two passes share one history.
+            captions[-count:] = [UNCONDITIONAL] * count
     else:
         levels = [sigma] * count
     sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
@@ -250,7 +252,10 @@ def trained_modules(models: Models, recipe: Finetune) -> dict[str, nn.Module]:
 
 
 def optimizer_of(models: Models, recipe: Finetune) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay, and the compressor has its own learning rate (docs/method.md 7.6 f)."""
+    """AdamW; the compressor has its own learning rate (docs/method.md 7.6 f).
+
+    Biases and scales of one dimension do not decay; matrices, kernels and the modulation tables do.
+    """
     settings = recipe.train
     groups: list[dict[str, Any]] = []
     for name, module in trained_modules(models, recipe).items():
@@ -266,20 +271,13 @@ def facts_of(recipe: Finetune, source: ModelSource, data: EncodedData) -> dict[s
     """What a checkpoint can only be continued with: all that the sequence of losses depends on."""
     free = {"samples", "sampling", "preset", "checkpointing"}
     values = recipe.model_dump(mode="json", exclude=free)
-    for name in ("checkpoint_minutes", "evaluate_every", "threads", "steps"):
-        del values["train"][name]
     for name in ("folder", "max_bad", "enlarge", "scene_seconds"):
         del values["data"][name]
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[name] = value
-    flat["data"] = data.sha256
-    flat["weights"] = packages.hash_of(source.manifest.files | _referred(source.manifest))
-    result: dict[str, Any] = json.loads(json.dumps(flat))
-    return result
+    own = {
+        "data": data.sha256,
+        "weights": packages.hash_of(source.manifest.files | _referred(source.manifest)),
+    }
+    return loop.facts_of(values) | own
 
 
 def _referred(manifest: Manifest) -> dict[str, packages.FileRecord]:
@@ -296,6 +294,7 @@ def train(
     data: EncodedData,
     *,
     share: bool = False,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     log_every: int = loop.LOG_EVERY,
@@ -304,6 +303,7 @@ def train(
 
     Args:
         share:       share the weights out among the processes (FSDP2) instead of keeping all of them in each.
+        accept:      go on from checkpoints of another recipe or other data, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -326,8 +326,8 @@ def train(
         modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
     )
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
-    known = [loop.step_of(path) for path in loop.checkpoints_of(out / "checkpoints")]
-    loop.forget_lost_steps(log_path, max(known, default=0))
+    facts = facts_of(recipe, source, data)
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
     manifest = result_manifest(recipe, source, data, shape, split)
     maker = _Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
     last: dict[str, Any] = {}
@@ -364,7 +364,8 @@ def train(
             settings,
             loss,
             out=out,
-            facts=facts_of(recipe, source, data),
+            facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             evaluate=evaluate,
@@ -393,6 +394,9 @@ def train(
                         network, own = adapters.merged(network), None
                     if figures.get("pairs"):
                         last["before and after"] = [f"samples/{Path(p).name}" for p in figures["pairs"]]
+                    if state.changes:
+                        said = {**manifest.provenance, "changed on the way": state.changes}
+                        manifest = manifest.model_copy(update={"provenance": said})
                     write_result(
                         out / "package", source, manifest, network, own, steps=state.step, metrics=last
                     )

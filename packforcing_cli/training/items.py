@@ -202,9 +202,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def kept_evenly(items: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """Split into (trained, held out) by name: the names with the lowest hashes are held out.
+    """Split into (trained, held out) by key, such as a hash of contents: those with the lowest hashes are held out.
 
-    Adding a clip moves at most one other one, so an evaluation stays comparable when data grows.
+    Adding one moves at most one other, so an evaluation stays comparable when data grows.
     """
     import hashlib
 
