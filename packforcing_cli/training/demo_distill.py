@@ -182,7 +182,7 @@ def train(
 
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         log.write(event="pool")
-        pools = demo_flow.build_pools(recipe, out, codec, workers)
+        pools = demo_flow.build_pools(recipe, out, codec, workers, should_stop or (lambda: False))
         finished = loop.run(
             state,
             settings,

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +21,16 @@ from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import MemoryFitError, UsageError
 from packforcing_cli.layout import Grid
 from packforcing_cli.packages import CacheDefaults, Manifest
-from packforcing_cli.text import build_encoder
+from packforcing_cli.text import TextEncoder, build_encoder, load_tokenizer
 from packforcing_cli.training.items import Context, Item, Shape
-from packforcing_cli.training.packed import packed_forward
+from packforcing_cli.training.packed import PackedItem, packed_forward
 from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, ItemData
-from packforcing_cli.training.recipes import AnyRecipe, DemoFlow, DemoVae, SelfForcing
+from packforcing_cli.training.recipes import AnyRecipe, DemoDistill, DemoFlow, DemoVae, SelfForcing
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
+
+if TYPE_CHECKING:
+    from packforcing_cli.training.demo_flow import Models, Pool
 
 HEADROOM = 0.95  # of the free memory may be planned with
 CUDA_CONTEXT = 600_000_000  # bytes the driver and its libraries take
@@ -125,9 +128,14 @@ class Estimate:
                 hint="Change [preset] or [data] of the recipe, or pass --force.",
             )
 
+    @property
+    def is_too_large(self) -> bool:
+        """Whether there is not enough memory."""
+        return self.memory.total > self.free_bytes * HEADROOM
+
     def require_fit(self, would_fit: Sequence[str] = ()) -> None:
         """Raises: MemoryFitError if there is not enough memory; `would_fit`: changes that would help."""
-        if self.memory.total > self.free_bytes * HEADROOM:
+        if self.is_too_large:
             hint = f"This would fit: {would_fit[0]}" if would_fit else "Use a machine with more memory."
             raise MemoryFitError(
                 f"the training needs about {_gb(self.memory.total)} and {self.device} has"
@@ -221,7 +229,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     from packforcing_cli.training import demo_flow, demo_text, world
 
     text = demo_text.tiny_umt5_config()
-    size = recipe.model
+    size, data = recipe.model, recipe.data
     config = TransformerConfig(
         num_layers=size.layers,
         num_attention_heads=size.heads,
@@ -229,26 +237,24 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
         ffn_dim=size.ffn_dim,
         text_dim=text.d_model,
     )
-    with torch.device("meta"):
-        transformer = WanTransformer(config)
-        compressor = Compressor(CompressorConfig(dim=config.dim, widths=size.compressor_widths))
     encoder = build_encoder({"model_type": "umt5", **text.to_dict()}, on_meta=True)
-    count = _count(transformer) + _count(compressor) + _count(encoder)
-    grid = _grid(config, (world.WIDTH, world.HEIGHT), 8, demo_flow.FRAMES_PER_BLOCK)
-    shape = Shape("strict", recipe.data.packed_blocks, (2,), demo_flow.MAX_MIDS, demo_flow.SPANS, 0.0)
-    item = shape.item(grid, recipe.data.packed_blocks, torch.Generator().manual_seed(0))
-    activations = activation_bytes(
-        config,
-        grid,
-        item,
-        draws=recipe.data.packed_draws,
-        text_length=demo_text.DEMO_TEXT_LENGTH,
-        keeps_scores=device.type == "cpu",
-    ) * max(1, recipe.data.packed_clips)
-    data = recipe.data
+    tokenizer = load_tokenizer(demo_flow.package_folder("package") / "tokenizer")
+    with torch.device("meta"):
+        models = demo_flow.Models(
+            WanTransformer(config),
+            Compressor(CompressorConfig(dim=config.dim, widths=size.compressor_widths)),
+            _Shapes(encoder, tokenizer, max_length=demo_text.DEMO_TEXT_LENGTH),
+            _grid(config, (world.WIDTH, world.HEIGHT), 8, demo_flow.FRAMES_PER_BLOCK),
+        )
+    count = trained = sum(_count(module) for module in models.modules().values())
+    copies = 0
+    if isinstance(recipe, DemoDistill):  # teacher and target; the text encoder does not learn
+        trained -= _count(encoder)
+        copies = 2 * trained
     blocks = data.first_scenes + data.short_scenes * data.short_blocks + data.long_scenes * data.long_blocks
     pool = blocks * (demo_flow.FRAMES_PER_BLOCK * 16 * 8 * 16 + 2 * 16 * 2 * 4) * 2
-    memory = Memory(4 * count, 16 * count, activations, _other(device) + pool)
+    activations = flow_bytes(recipe, models, keeps_scores=device.type == "cpu")
+    memory = Memory(4 * (count + copies), 16 * trained, activations, _other(device) + pool)
     mids = {demo_flow.LONG_SINKS: demo_flow.MAX_MIDS if data.long_clips else max(0, data.packed_blocks - 4)}
     context = Context(demo_flow.FRAMES_PER_BLOCK, mids, tuple(sorted(set(demo_flow.SPANS))))
     preset = CacheDefaults(
@@ -259,7 +265,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     return Estimate(
         recipe.kind,
         count,
-        count,
+        trained,
         recipe.train.steps,
         memory,
         free,
@@ -268,6 +274,63 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
         preset,
         _mismatches(context, preset),
     )
+
+
+class _Shapes(TextEncoder):
+    """A text encoder whose embeddings have a shape and no values; what it keeps itself is little, and not counted."""
+
+    def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.empty(*ids.shape, self.model.config.d_model, device="meta")
+
+
+def flow_bytes(recipe: DemoFlow, models: Models, *, keeps_scores: bool) -> int:
+    """Bytes that the backward pass of a step of every kind of items needs, with what is in hand while it runs.
+
+    Products are counted in float32: in bfloat16 a sixth less is kept, and the weights once more.
+    Args:
+        models:       on the meta device.
+        keeps_scores: see `activation_bytes`.
+    """
+    from packforcing_cli.training import demo_flow
+
+    data = recipe.data.model_copy(
+        update={"long_probability": 1.0, "whole_probability": float(recipe.data.whole_probability > 0)}
+    )
+    rows, cols, frames = models.grid.latent_rows, models.grid.latent_cols, demo_flow.FRAMES_PER_BLOCK
+    channels = models.transformer.config.in_channels
+
+    def pool(blocks: int) -> Pool:
+        return demo_flow.Pool(
+            latents=torch.zeros(1, blocks, channels, frames, rows, cols, dtype=torch.half),
+            lr=torch.zeros(1, blocks, channels, 2, rows // 4, cols // 4, dtype=torch.half),
+            caption=torch.arange(blocks)[None] // demo_flow.WHOLE_BLOCKS,
+            place=torch.zeros(1, rows, cols),
+            here=torch.zeros(1, blocks, dtype=torch.uint8),
+        )
+
+    pools = {"first": pool(1), "short": pool(data.short_blocks), "long": pool(data.long_blocks)}
+
+    def saved_by(layers: int) -> int:
+        config = dataclasses.replace(models.transformer.config, num_layers=layers)
+        with torch.device("meta"):
+            fewer = dataclasses.replace(models, transformer=WanTransformer(config))
+        batch = demo_flow.Batch(torch.Generator().manual_seed(0), torch.device("meta"))
+        total = 0
+        for _, clips, draws in demo_flow.items_of_step(fewer, batch, pools, data, mids=demo_flow.MAX_MIDS):
+            lengths = set[int]()
+            if not keeps_scores:
+                text_length = models.text.max_length
+                lengths = {text_length, clips.x0.shape[3] * models.grid.rows * models.grid.cols}
+                if isinstance(clips, demo_flow.Packed):
+                    lengths |= _key_lengths(models.grid, clips.item, text_length)
+            with _Saved(frozenset(lengths)) as saved:
+                demo_flow.flow_errors(fewer, batch, clips, recipe, draws)
+            total += saved.size_bytes
+        return total
+
+    one, two = saved_by(1), saved_by(2)
+    kept = one + (models.transformer.config.num_layers - 1) * (two - one)
+    return round(kept * (1 + TEMPORARY))  # sizes that change from step to step leave gaps in memory
 
 
 def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name: str) -> Estimate:
@@ -381,11 +444,28 @@ def would_fit(
     recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None, processes: int = 1
 ) -> list[str]:
     """Changes of a recipe, as --set options, with which it fits; the mildest first."""
-    if not isinstance(recipe, Finetune):
-        return []
-    changes: list[dict[str, Any]] = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
-    if not isinstance(recipe, FinetuneLora):
-        changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
+    changes: list[dict[str, Any]]
+    if isinstance(recipe, DemoVae):
+        whole, shrunken = recipe.data.clips, recipe.data.shrunken_clips
+        changes = [
+            {"data.clips": -(-whole // part), "data.shrunken_clips": shrunken // part}
+            for part in (2, 4, whole)
+        ]
+    elif isinstance(recipe, DemoFlow):
+        draws: dict[str, Any] = {"data.packed_draws": 1, "data.long_draws": 1}
+        clips = {
+            "data.packed_clips": min(1, recipe.data.packed_clips),
+            "data.long_clips": min(1, recipe.data.long_clips),
+        }
+        firsts = {"data.first_clips": recipe.data.first_clips // 4}
+        changes = [draws, draws | clips, draws | clips | firsts]
+    elif isinstance(recipe, SelfForcing):
+        shorter = {"rollout.max_prefix": 0, "rollout.blocks": min(3, recipe.rollout.blocks)}
+        changes = [{"train.checkpointing": True}, shorter, {"train.checkpointing": True, **shorter}]
+    else:
+        changes = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
+        if not isinstance(recipe, FinetuneLora):
+            changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
     found = []
     for change in changes:
         values = recipe.model_dump(mode="json", exclude_unset=True)
@@ -395,7 +475,7 @@ def would_fit(
         smaller = estimate(
             type(recipe).model_validate(values), device, scene_blocks=scene_blocks, processes=processes
         )
-        if smaller.memory.total <= smaller.free_bytes * HEADROOM:
+        if not smaller.is_too_large:
             found.append(" ".join(f"--set {key}={str(value).lower()}" for key, value in change.items()))
     return found
 
@@ -520,7 +600,7 @@ def _saved_by(
         compressed = torch.empty(1, mids, grid.compressed_tokens, config.dim, requires_grad=True)
         text = torch.empty(1, text_length, config.text_dim)
         timesteps = torch.empty(1, draws * targets)
-    ignored = frozenset[int]() if keeps_scores else frozenset(_key_lengths(grid, item, text_length))
+    ignored = frozenset[int]() if keeps_scores else frozenset(_key_lengths(grid, item.packed, text_length))
     with (
         _Saved(ignored - {config.attention_head_dim, config.dim}) as saved,
         torch.autocast("cpu", torch.bfloat16, enabled=half),
@@ -539,11 +619,11 @@ def _saved_by(
     return saved.size_bytes
 
 
-def _key_lengths(grid: Grid, item: Item, text_length: int) -> set[int]:
+def _key_lengths(grid: Grid, item: PackedItem, text_length: int) -> set[int]:
     """How many keys the queries of an item attend, in all its attentions."""
     block, packed = grid.block_tokens, grid.compressed_tokens
-    lengths = {text_length, len(item.packed.sinks or ()) * block + packed}
-    for view in item.packed.views:
+    lengths = {text_length, len(item.sinks or ()) * block + packed}
+    for view in item.views:
         lengths.add((len(view.sink) + len(view.recent) + 1) * block + len(view.mid) * packed)
     return lengths
 

@@ -36,7 +36,7 @@ from packforcing_cli.training import adapters, estimate, loop, shards
 from packforcing_cli.training.data import EncodedData, Scene
 from packforcing_cli.training.items import Item, Shape, kept_evenly
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, ItemData
 from packforcing_cli.training.samples import Sampler
 from packforcing_cli.transformer import WanTransformer
 from packforcing_cli.vae import Codec
@@ -92,6 +92,13 @@ class Split:
         inside = tuple(scene for scene in long_enough if scene.content in kept)
         outside = tuple(scene for scene in long_enough if scene.content not in kept)
         return cls(inside, outside or inside, bool(held))
+
+
+def unseen_share(split: Split, settings: ItemData) -> float:
+    """Share of the trained scenes' blocks that no item ever takes: strict ones begin at a scene's start."""
+    blocks = [scene.blocks for scene in split.trained]
+    taken = [min(n, settings.blocks) if settings.shape == "strict" else n for n in blocks]
+    return 1 - sum(taken) / sum(blocks)
 
 
 # -- the loss -----------------------------------------------------------------------------------------------------

@@ -116,6 +116,15 @@ class Shape:
         targets = (*head, *range(start if true_start else start + 1, start + near))
         return Item(PackedItem(full, compressed, tuple(views), head), scene, targets)
 
+    def mids_met(self, grid: Grid, scene_blocks: Sequence[int], *, draws: int = 400) -> list[int]:
+        """The most mids that a trained block sees, of each of so many items drawn from scenes of these lengths."""
+        generator, found = torch.Generator().manual_seed(0), []
+        for _ in range(draws):
+            item = self.item(grid, scene_blocks[_below(len(scene_blocks), generator)], generator)
+            views = {view.block: view for view in item.packed.views}
+            found.append(max(len(views[target].mid) for target in item.targets))
+        return found
+
     def context(self, grid: Grid, scene_blocks: int) -> Context:
         """The widest contexts such items meet, in scenes of at most `scene_blocks` blocks."""
         mids = {}

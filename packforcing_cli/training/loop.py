@@ -460,6 +460,10 @@ def forget_lost_steps(log: Path, last: int) -> None:
     durable.write(log, b"".join(line + b"\n" for line in kept))
 
 
+class Stopped(Exception):
+    """Somebody asked to stop while there was no step to save yet; what is whole is kept."""
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keep other trainings out of a folder while the `with` lasts; a process that dies lets go of it.
