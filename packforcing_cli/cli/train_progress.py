@@ -217,7 +217,13 @@ class Live(Lines):
         )
         table = Table.grid(padding=(0, 2))
         table.add_column(style="dim", no_wrap=True)
-        table.add_row("loss", Text(figures_text(self._figures) or "the first steps are being made …"))
+        parts = {name: value for name, value in self._figures.items() if name != "loss"}
+        loss = (
+            f"{self._figures['loss']:.4g}" if "loss" in self._figures else "the first steps are being made …"
+        )
+        table.add_row("loss", loss)
+        if parts:
+            table.add_row("parts", Text(figures_text(parts)))
         if meter.speed:
             table.add_row("rate", meter.speed)
         table.add_row("memory", _memory())
