@@ -25,7 +25,7 @@ from packforcing_cli.errors import MemoryFitError, UsageError, WeightsError
 from packforcing_cli.layout import Grid
 from packforcing_cli.training import data, estimate, finetune, loop, recipes
 from packforcing_cli.training.data import EncodedData, Wanted
-from packforcing_cli.training.items import Shape, kept_evenly
+from packforcing_cli.training.items import Shape
 from packforcing_cli.training.packed import PackedItem, packed_forward
 from packforcing_cli.training.recipe_kinds import Finetune
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
@@ -429,6 +429,11 @@ def test_another_recipe_or_other_data_does_not_go_on(
     other = EncodedData(encoded.folder, fewer | {"sha256": "0" * 64})
     with pytest.raises(UsageError, match=f"\\(data: '{encoded.sha256}' then, '{'0' * 64}' now\\)"):
         train(recipe(package, "finetune-long", **options), tmp_path, other)
+    begun = max(loop.step_of(path) for path in loop.checkpoints_of(tmp_path / "checkpoints"))
+    done = train(recipe(package, "finetune-long", **options), tmp_path, other, accept=True)
+    assert done["steps"] == 7
+    said = registry.read_manifest(Path(done["result"])).provenance["changed on the way"]
+    assert said == [{"step": begun, "facts": {"data": [encoded.sha256, "0" * 64]}}]
 
 
 @pytest.mark.parametrize(
@@ -456,14 +461,16 @@ def test_data_that_was_encoded_otherwise_than_the_recipe_says_is_refused(
 
 
 def test_a_start_says_how_often_items_see_as_many_mids_as_inference_and_of_trained_scenes_alone(
-    package: Path, encoded: EncodedData, run_command: Any
+    package: Path, encoded: EncodedData, run_command: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The scene of eight blocks is held out: what is left has no more than two mids beside a sink."""
-    clips = sorted({scene.content for scene in encoded.scenes})
-    held = next(
-        n for n in range(1, 5) if longest(encoded).content in {clips[i] for i in kept_evenly(clips, n / 5)[1]}
-    )
-    chosen = ["samples.every=0", f"data.held_out={held / 5}", f"model={package}", "preset.top_k=3"]
+    long = longest(encoded).content
+
+    def split(clips: list[str], share: float) -> tuple[list[int], list[int]]:
+        return [n for n, clip in enumerate(clips) if clip != long], [clips.index(long)]
+
+    monkeypatch.setattr(finetune, "kept_evenly", split)
+    chosen = ["samples.every=0", f"model={package}", "preset.top_k=3"]
     words = [word for setting in chosen for word in ("--set", setting)]
     result = run_command("train", "finetune-long", "--data", str(encoded.folder), "--out", "run", *words)
     assert result.code == 2

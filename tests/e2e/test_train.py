@@ -235,7 +235,7 @@ def test_another_recipe_does_not_go_on_in_the_folder(run_command: Any) -> None:
     assert run_command("train", "demo-vae", "-q", *settings(VAE, train__steps="1")).code == 0
     result = run_command("train", "demo-vae", "-q", *settings(VAE, train__seed="5"))
     assert result.code == 2
-    assert "was written by another recipe (seed: 0 then, 5 now)" in result.err
+    assert "was written by another recipe (train.seed: 0 then, 5 now)" in result.err
     assert "Use another --out folder" in result.err
 
 
