@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,7 +18,7 @@ import torch
 from tiny import randomise
 from torch import Tensor
 
-from packforcing_cli import registry, rollout, rope
+from packforcing_cli import registry, rollout, rope, weights
 from packforcing_cli.cache import KVCache
 from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.compressor import Compressor, CompressorConfig, pooled_kv
@@ -25,7 +26,7 @@ from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.layout import Grid
 from packforcing_cli.training import compressor_distill as distill
 from packforcing_cli.training import estimate, finetune, loop, recipes, rollout_data
-from packforcing_cli.training.data import EncodedData, Scene
+from packforcing_cli.training.data import EncodedData, Scene, Words
 from packforcing_cli.training.distill_plan import DistillShape, Plan, Query
 from packforcing_cli.training.recipe_kinds import CompressorDistill, FinetuneLora, Queries
 from packforcing_cli.transformer import BlockKV, TransformerConfig, WanTransformer
@@ -101,7 +102,8 @@ def test_the_student_sees_what_inference_sees_and_the_target_the_whole_blocks(sp
         kv = network.commit(DATA.load(SCENE, (i,))[0], text, cache.context(i))
         kept.append(kv)
         if cache.needs_backup(i):
-            tokens = made.tokens(*(t[0] for t in DATA.load(SCENE, (i,))))
+            latents, lr = DATA.load(SCENE, (i,))
+            tokens = made.tokens(latents[0], lr[0])
             backups[i] = network.commit_tokens(tokens, text, cache.compressed_context(i))
         cache.commit(i, kv)
         if i in backups:
@@ -197,7 +199,7 @@ def recipe(model: Path | str = "demo", **changes: Any) -> CompressorDistill:
 
 def test_gradients_reach_the_compressor_alone_and_equal_finite_differences() -> None:
     """In scenes of five blocks, whose one mid is the stand-in: other mids move, too, and no graph goes to them."""
-    asked = {"queries__blocks": 1, "queries__stand_ins": 9}
+    asked: dict[str, Any] = {"queries__blocks": 1, "queries__stand_ins": 9}
     made, chosen = models(), recipe(pool_weight=0.1, data__caption_dropout=0.5, **asked)
     shape = DistillShape("compressor-distill", 5, (2,), 16, (Fraction(1), Fraction(4)), 0.0)
 
@@ -375,8 +377,8 @@ def test_the_result_is_a_package_that_generates_and_only_its_compressor_changed(
 def test_the_error_falls_below_that_of_lr_alone_and_of_pooling_on_blocks_not_trained_on(
     package: Path, own: EncodedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(distill, "EVALUATED_ITEMS", 6)
-    chosen = recipe(package, start="lr", train__steps=40, train__learning_rate=1e-2, train__average=0.9)
+    monkeypatch.setattr(distill, "EVALUATED_ITEMS", 4)
+    chosen = recipe(package, start="lr", train__steps=25, train__learning_rate=1e-2, train__average=0.9)
     train(chosen, tmp_path, own)
     begin = next(line for line in log_of(tmp_path) if line.get("event") == "evaluate")
     errors = registry.read_manifest(tmp_path / "package").provenance["metrics"]["held-out"]
@@ -390,10 +392,22 @@ def test_bfloat16_keeps_a_float32_compressor(package: Path, own: EncodedData, tm
     train(recipe(package, train__steps=2, precision="bf16"), tmp_path, own)
     train(recipe(package, train__steps=2), tmp_path / "full", own)
     assert losses(tmp_path) == pytest.approx(losses(tmp_path / "full"), rel=0.1)
-    state = registry.weights.read_file(next((tmp_path / "checkpoints").iterdir()), device=CPU)
+    state = weights.read_file(next((tmp_path / "checkpoints").iterdir()), device=CPU)
     assert {t.dtype for name, t in state.items() if name.startswith(("module/", "average/"))} == {
         torch.float32
     }
+
+
+def test_samples_are_made_before_and_after_and_draw_nothing_from_training(
+    package: Path, own: EncodedData, tmp_path: Path
+) -> None:
+    samples = {"samples.every": 1, "samples.count": 1, "samples.seconds": 1.0, "train.evaluate_every": 1}
+    figures = train(recipe(package, train__steps=2, precision="bf16", **samples), tmp_path / "with", own)
+    assert [Path(path).name for path in figures["pairs"]] == ["before-after-0.mp4"]
+    made = sorted(path.name for path in (tmp_path / "with" / "samples").iterdir())
+    assert made == ["0000000-0.mp4", "0000001-0.mp4", "0000002-0.mp4", "before-after-0.mp4"]
+    train(recipe(package, train__steps=2, precision="bf16"), tmp_path / "without", own)
+    assert losses(tmp_path / "with") == losses(tmp_path / "without")
 
 
 # -- the model's own videos -------------------------------------------------------------------------------------
@@ -448,7 +462,8 @@ def test_adapters_learn_from_them_on_an_8_bit_base_and_are_merged_into_the_whole
     whole = registry.load_model(package, device="cpu").transformer
     for name, value in applied.state_dict().items():
         torch.testing.assert_close(made.state_dict()[name], value)
-    assert not torch.equal(whole.blocks[0].attn1.to_q.weight, made.blocks[0].attn1.to_q.weight)  # type: ignore[union-attr]
+    name = "blocks.0.attn1.to_q.weight"
+    assert not torch.equal(whole.state_dict()[name], made.state_dict()[name])
     with pytest.raises(UsageError, match=r"quantize_frozen: 'int8' then, None now"):
         finetune.train(chosen.model_copy(update={"quantize_frozen": "none"}), tmp_path, own)
 
@@ -493,6 +508,27 @@ def test_videos_too_short_for_a_compressed_block_and_contexts_left_are_refused(r
 
 
 # -- the plan ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_blocks_read_their_own_captions_and_a_cut_hides_the_recent_block() -> None:
+    words = Words(("caption",) * 5 + ("another",) * 4, (5,))
+    scene = dataclasses.replace(SCENE, words=words)
+    drawn = plan(3)
+    drawn = dataclasses.replace(drawn, layout=dataclasses.replace(drawn.layout, cuts=(5,)))
+    query = dataclasses.replace(drawn.queries[0], block=5)
+    seen = [
+        distill.observe(
+            models(), DATA, which, wanted, torch.Generator().manual_seed(5), clean=0.0, dropout=0.0
+        )
+        for which in (SCENE, scene)
+        for wanted in (dataclasses.replace(drawn, queries=(query,)), drawn)
+    ]
+    # Behind the cut block 4 is a mid at once, and nothing is recent.
+    assert [s.asked[0].keys.shape[1] for s in seen[:2]] == [3 * 128 + 2 * 4, 4 * 128 + 3 * 4]
+    assert torch.equal(seen[1].whole[3].k, seen[3].whole[3].k)
+    assert torch.equal(seen[1].asked[0].q, seen[3].asked[0].q)  # before any text is read
+    assert not torch.equal(seen[1].asked[1].q, seen[3].asked[1].q)
 
 
 def test_plans_ask_after_their_stand_ins_are_mids() -> None:

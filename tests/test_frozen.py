@@ -56,7 +56,7 @@ def test_the_gradient_is_that_of_the_widened_weights_and_no_wide_weight_is_kept(
         for name, child in small.named_modules():
             if isinstance(child, frozen.FrozenLinear):
                 widened: Any = child.weight
-                wide.get_submodule(name).weight.copy_(widened.dequantize())  # type: ignore[operator, union-attr]
+                wide.get_submodule(name).weight.copy_(widened.dequantize())  # type: ignore[operator]
     kept: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:

@@ -559,7 +559,7 @@ def _train(
 def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any]) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
-    from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
 
     if recipe.kind == "demo-vae":
         result = folder / "vae"
