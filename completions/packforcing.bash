@@ -18,6 +18,7 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
+        --quantize-frozen) COMPREPLY=($(compgen -W "none int8 fp8" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
         --address|--at|--bank-device|--bank-memory|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--data|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--kv-dtype|--layer|--license|--lora|--lora-alpha|--max-bad|--max-failures|--name|--older-than|--out|--output|--overlap|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--quantize-skip|--recent-blocks|--repeats|--retries|--rows|--run|--scene-seconds|--seam|--seconds|--seed|--seeds|--self-forcing|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
@@ -75,7 +76,7 @@ _packforcing() {
         "packforcing runs remove") words="-y --yes --help -h" ;;
         "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
-        "packforcing train") words="--out --set --vae --data --fsdp --resume --force -q --quiet -v --verbose --help -h" ;;
+        "packforcing train") words="--out --set --vae --data --fsdp --quantize-frozen --resume --force -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

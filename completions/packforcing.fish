@@ -420,6 +420,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from train' -l set -x -d 'Cha
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l vae -r -F -d 'Run folder of the trained VAE, for recipes that need one'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l data -x -d 'Clips to finetune on, or what packforcing data encode made of them'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l fsdp -d 'Share the weights out among the processes of torchrun (FSDP2) instead of copying them'
+complete -c packforcing -n '__fish_seen_subcommand_from train' -l quantize-frozen -x -a 'none int8 fp8' -d 'Keep weights of what is not trained in 8 bits, none, int8 or fp8'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l resume -d 'Only go on with a run, refuse to start a new one'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l force -d 'Accept that inference leaves the context of training'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -s q -l quiet -d 'Say nothing but errors'

@@ -91,6 +91,7 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--bank": (config.UNLIMITED,),
         "--quantize": config.QUANTIZATIONS,
         "--quantize-text": config.TEXT_QUANTIZATIONS,
+        "--quantize-frozen": config.FROZEN_QUANTIZATIONS,
         "--offload": config.OFFLOADS,
         "--attention": config.ATTENTIONS,
         "--dtype": config.DTYPES,
