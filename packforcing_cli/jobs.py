@@ -239,10 +239,9 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
 
 
 def _history(request: GenerateRequest, plan: Plan) -> History | None:
-    from packforcing_cli import past
-
     if request.source is None:
         return None
+    from packforcing_cli import past
 
     return past.open_history(request, plan.layout.grid, fps=plan.fps, size=plan.size)
 
