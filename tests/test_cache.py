@@ -676,11 +676,14 @@ def bank_of(cache: KVCache) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors(cache).items() if name.startswith("bank_")}
 
 
+FAR = ("default-like", "two recent, unlimited bank")
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_a_bank_that_is_far_gives_the_same_bits(mode: str, kv_dtype: str) -> None:
+@pytest.mark.parametrize(("name", "kv_dtype"), [(name, kind) for name in FAR for kind in ("auto", "int8")])
+def test_a_bank_that_is_far_gives_the_same_bits(mode: str, name: str, kv_dtype: str) -> None:
     """The path of a bank in host memory: fetched ahead, layer by layer, from places that are used again."""
-    setting = SETTINGS["default-like"]
+    setting = SETTINGS[name]
     near = make_cache(setting, torch.bfloat16, select=mode, kv_dtype=kv_dtype)
     far = make_cache(setting, torch.bfloat16, select=mode, kv_dtype=kv_dtype, bank_device="cpu")
     for i in range(NUM_BLOCKS):
