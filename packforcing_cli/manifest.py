@@ -712,6 +712,10 @@ _OWN_SCHEMAS: Mapping[str, dict[str, Any]] = {
         "description": "width and height in pixels: 832x480",
     },
     "mid_span": {"type": ["number", "string"], "description": "a number, a fraction, block or fit"},
+    "bank_memory": {
+        "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}],
+        "description": "the most memory the bank may take: bytes, or a size such as 8GB, 500MB or 2GiB",
+    },
     "bank": {
         "anyOf": [{"type": "integer", "minimum": 1}, {"const": "unlimited"}],
         "description": "compressed blocks kept",

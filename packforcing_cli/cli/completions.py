@@ -89,6 +89,8 @@ def _named_values() -> Mapping[str, tuple[str, ...]]:
         "--compressed-context": config.COMPRESSED_CONTEXTS,
         "--mid-span": ("fit", "block", "1", "2"),
         "--bank": (config.UNLIMITED,),
+        "--kv-dtype": config.KV_DTYPES,
+        "--bank-device": config.BANK_DEVICES,
         "--quantize": config.QUANTIZATIONS,
         "--quantize-text": config.TEXT_QUANTIZATIONS,
         "--quantize-frozen": config.FROZEN_QUANTIZATIONS,
