@@ -25,7 +25,7 @@ from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.layout import Layout
 from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import LAYERS, VideoModel
-from packforcing_cli.transformer import Layer, Modulation, _after_attention, _before_attention
+from packforcing_cli.transformer import Layer, Modulation, after_attention, before_attention
 
 COPIED_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 COMPARED_QUERIES = 512  # of which the error of an attention kernel is taken
@@ -188,13 +188,13 @@ def _layer(model: VideoModel, tokens: int, *, repeats: int, compiled: bool) -> d
         before(layer, x, modulation, *angles)
         after(layer, x, heads, modulation, pair)
 
-    calls: dict[str, Callable[[], object]] = {"eager": lambda: run(_before_attention, _after_attention)}
+    calls: dict[str, Callable[[], object]] = {"eager": lambda: run(before_attention, after_attention)}
     if compiled:
-        fast = compiling.compiled(_before_attention), compiling.compiled(_after_attention)
+        fast = compiling.compiled(before_attention), compiling.compiled(after_attention)
         calls["compiled"] = lambda: run(*fast)
     took = bench.measure(calls, device, repeats=repeats)
     with counting.moved_bytes() as moved:
-        run(_before_attention, _after_attention)
+        run(before_attention, after_attention)
     return {
         **{name: value.to_json() for name, value in took.items()},
         "eager_bytes": moved.bytes,
