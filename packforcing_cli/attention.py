@@ -171,7 +171,7 @@ def taken(
         kernel(q, k, v)
         if kernel.asked in PACKAGES:
             return kernel.asked
-        number = torch._fused_sdp_choice(*(t.transpose(1, 2) for t in (q, k, v)))
+        number = torch._fused_sdp_choice(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     found = next((name for choice, name in _CHOICES.items() if int(choice.value) == number), "unknown")
     return "flash (CPU)" if (found, device.type) == ("flash", "cpu") else found
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from packforcing_cli import attention, bench, compiling, counting, quantize, registry, resolve, rollout, rope
 from packforcing_cli.attention import Kernel
-from packforcing_cli.config import QUANTIZATIONS
+from packforcing_cli.config import QUANTIZATIONS, MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.layout import Layout
 from packforcing_cli.prompts import Prompt
@@ -34,7 +34,7 @@ SIMULATED = "simulated"
 
 def _steady(model: VideoModel, size: tuple[int, int] | None) -> tuple[Layout, int]:
     """Layout and block of a full memory."""
-    options = bench.MemoryOptions().with_defaults(model.manifest.cache.model_dump())
+    options = MemoryOptions().with_defaults(model.manifest.cache.model_dump())
     grid = resolve.grid_for(model, size or model.manifest.size)
     layout = resolve.layout_for(model, options, grid, num_blocks=bench.EARLY)
     return layout, layout.sink_blocks + layout.recent_blocks + layout.top_k + 1
@@ -115,7 +115,7 @@ def _attention_rows(
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = Kernel("math")(some.float(), k.float(), v.float())
     chosen: dict[str, Kernel] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in attention.runnable(device=device, dtype=dtype, heads=heads, head_dim=head_dim):
         try:
             kernel = attention.choose(name, device=device, dtype=dtype, heads=heads, head_dim=head_dim)

@@ -672,7 +672,7 @@ class WanTransformer(nn.Module):
         del raw_k
         out = self._attend(i, context, batch, q, k, v, q_sum)
         del q, k, v
-        return after(layer, x, out, modulation, text)  # type: ignore[no-any-return]
+        return after(layer, x, out, modulation, text)
 
     def _attend_in(self, context: Context, angles: tuple[Tensor, Tensor], batch: int) -> Attend:
         """Self-attention in a context, of un-rotated q and k; see `run_layers`."""
