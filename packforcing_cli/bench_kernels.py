@@ -246,8 +246,8 @@ def precision(
                     place, device=device, dtype=registry.dtype_name(whole.dtype), quantize=mode
                 ).load()
                 row["weight_bytes"] = _weight_bytes(small)
-        except (UsageError, EnvironmentProblem) as problem:
-            row["not measured"] = problem.message
+        except (UsageError, EnvironmentProblem, ImportError) as problem:
+            row["not measured"] = getattr(problem, "message", "torchao is not installed")
             continue
         off = output(small) - reference
         row["error"] = float(off.norm() / reference.norm())
