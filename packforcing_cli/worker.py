@@ -20,6 +20,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -47,11 +48,13 @@ from packforcing_cli.errors import (
     WeightsError,
 )
 from packforcing_cli.jobs import Device, Job
+from packforcing_cli.manifest import ExtendRequest
 from packforcing_cli.prompts import Story
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.rollout import Block
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.tasks import Board, Options, Task, file_sha256, model_hash
+from packforcing_cli.timeline import Timeline
 
 TICK_SECONDS = 0.1
 HUNG_EXIT = 75
@@ -79,12 +82,14 @@ class _Loaded:
 
     source:   its text encoder stays loaded.
     is_roomy: whether text encoder and transformer fit in memory together.
+    weights:  how its weights are, see `_weights`.
     """
 
     key: str
     on: Device
     source: ModelSource
     is_roomy: bool
+    weights: tuple[object, ...]
     model: VideoModel | None = None
 
 
@@ -201,19 +206,26 @@ class Worker:
         seconds: dict[str, float] = {}
         if "problem" in task.spec:
             raise UsageError(task.spec["problem"], hint="Put it right, and run the batch again.")
+        task = _resolved(task)
         request = _request(task, self._options)
-        if self._loaded is None or self._loaded.key != task.load_key:
+        loaded = self._loaded
+        if loaded is not None and loaded.key != task.load_key:
+            loaded = None
+        warm = None if loaded is None else self._warm.pop((task.id, task.retries), None)
+        if loaded is None:
             self._unload()
             _check_model(task)
-            on = jobs.choose_device(request, Path(task.output).parent)
-            job = _prepare(task, request, on)
-            self._loaded = _Loaded(task.load_key, on, _keeping(jobs.open_source(job)), _is_roomy(job))
-        loaded = self._loaded
-        warm = self._warm.pop((task.id, task.retries), None)
+        job = warm[0] if warm is not None else _prepare(task, request, _device(task, request, loaded))
+        if loaded is None or loaded.weights != _weights(job):
+            self._unload()
+            source = _keeping(jobs.open_source(job))
+            loaded = _Loaded(
+                task.load_key, _device(task, request, None), source, _is_roomy(job), _weights(job)
+            )
+            self._loaded = loaded
         if warm is not None:
-            job, story, seconds["text_ahead"] = warm
+            _, story, seconds["text_ahead"] = warm
         else:
-            job = _prepare(task, request, loaded.on)
             began = time.perf_counter()
             if loaded.model is not None and not loaded.is_roomy:  # the encoder would not fit beside it
                 loaded.model = None
@@ -248,7 +260,11 @@ class Worker:
                 wanted.add(name)
                 if name not in self._warm:
                     began = time.perf_counter()
-                    job = _prepare(task, _request(task, self._options), loaded.on)
+                    task = _resolved(task)
+                    request = _request(task, self._options)
+                    job = _prepare(task, request, _device(task, request, loaded))
+                    if _weights(job) != loaded.weights:
+                        break
                     story = jobs.encode(job, loaded.source)
                     self._warm[name] = (job, story, time.perf_counter() - began)
         except Exception as error:
@@ -420,6 +436,28 @@ class Worker:
 # ---------------------------------------------------------------------------------------------------- parts of a job
 
 
+def _resolved(task: Task) -> Task:
+    """The job; of one that goes on with another job's video, which is made now, with what that decides.
+
+    Raises: RunFolderError if the other job's run folder is gone; UsageError for prompts and times that do not suit it.
+    """
+    if "after" not in task.spec or "blocks" in task.spec:
+        return task
+    run = Path(task.run).with_name(task.spec["after"][:32])
+    if not (run / runfolder.HEADER).is_file():
+        raise RunFolderError(
+            f"{run} is gone, the run folder of the video it goes on with",
+            hint="Give the video another name, and that as the source.",
+        )
+    asked = {**task.spec["asked"], "source": str(run)}
+    with RunFolder.open_to_read(run) as old:
+        request, blocks = continuation.request_of_branch(
+            old, ExtendRequest(**asked), Timeline.from_json(task.spec["timeline"])
+        )
+    more = {"request": request.to_values(), "blocks": blocks, "run": str(run)}
+    return replace(task, spec={**task.spec, **more})
+
+
 def _request(task: Task, options: Options) -> GenerateRequest:
     """What is made: the request of the manifest, changed as memory demanded, into the job's own file and run folder."""
     request = GenerateRequest.from_values(task.spec["request"])
@@ -444,6 +482,19 @@ def _prepare(task: Task, request: GenerateRequest, on: Device) -> Job:
     job = jobs.prepare(request, on=on, path=request.output if there else None, blocks=blocks, why=why)
     job.plan.require_fit()
     return job
+
+
+def _device(task: Task, request: GenerateRequest, loaded: _Loaded | None) -> Device:
+    """Where a job is made: as the loaded model, unless another precision is asked for."""
+    if loaded is not None and request.dtype in ("auto", loaded.on.dtype):
+        return loaded.on
+    return jobs.choose_device(request, Path(task.output).parent)
+
+
+def _weights(job: Job) -> tuple[object, ...]:
+    """What auto-fit may change of a loaded model."""
+    request = job.request
+    return (request.dtype, request.quantize, request.quantize_text, request.offload)
 
 
 def _check_place(output: Path, task: Task) -> None:
@@ -558,6 +609,7 @@ def _facts_of_file(task: Task, frames: int, latents: str, **more: Any) -> dict[s
         "latents_sha256": latents,
         "frames": frames,
         **more,
+        "worker": f"{socket.gethostname()} {os.getpid()}",
         "attempt": task.attempt,
         "fit": dict(task.fit),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -400,6 +401,24 @@ def test_memory_that_ran_out_takes_the_next_smaller_plan(
     assert rows_of(tmp_path / "v")[0].retries == 1
 
 
+def test_a_job_with_other_weights_than_the_last_one_has_them_loaded(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Auto-fit may quantize one job; the next one is made as it would be alone."""
+    monkeypatch.setattr(worker, "_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "_smaller", lambda *_: {"quantize_text": "int8"})
+    opened: list[str] = []
+    open_source = jobs.open_source
+    monkeypatch.setattr(
+        jobs, "open_source", lambda job: opened.append(job.request.quantize_text) or open_source(job)
+    )
+    fail_once(monkeypatch, MemoryError())
+    made = list(generate_many(some_jobs(package, 2, seconds=1), tmp_path / "v", auto_fit=True))
+    assert [one.error for one in made] == ["", ""]
+    assert opened == ["none", "int8", "none"] or opened == ["none", "int8"]
+    assert {one.number: one.result["fit"] for one in made} == {0: {"quantize_text": "int8"}, 1: {}}
+
+
 def test_a_full_disk_ends_the_batch_and_the_same_command_goes_on(
     calm: Any, package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -518,6 +537,51 @@ def test_jobs_make_videos_longer(package: Path, tmp_path: Path) -> None:
     assert {one.number: one.result["packets_sha256"] for one in again} == {
         one.number: one.result["packets_sha256"] for one in made
     }
+
+
+def test_a_job_goes_on_with_the_video_of_an_earlier_one(package: Path, tmp_path: Path) -> None:
+    (first,) = some_jobs(package, 1)
+    more = {"seconds": 1, "prompt": "a blue square"}
+    chain = [
+        {"source": "two.mp4", "seconds": 1, "at": "0:05 a red circle"},
+        {"source": "one.mp4", "output": "two.mp4", **more},
+        {**first, "output": "one.mp4"},
+    ]
+    made = {one.number: one for one in generate_many(list(reversed(chain)), tmp_path / "v")}
+    assert [made[number].error for number in range(3)] == [""] * 3
+    assert [made[number].result["frames"] for number in range(3)] == [45, 61, 77]
+    for one in made.values():
+        assert one.path is not None and num_frames(one.path) == one.result["frames"]
+    (again,) = generate_many([{"source": str(tmp_path / "v/one.mp4"), **more}], tmp_path / "w")
+    for name in HASHES:
+        assert again.result[name] == made[1].result[name]
+    with Ledger.open(tmp_path / "v" / ledger.NAME) as base:
+        finished = [event["job"] for event in base.events() if event["event"] == "done"]
+        assert finished == [row.id for row in base.rows()]
+
+
+def test_a_chain_is_cut_off_where_it_breaks(package: Path, tmp_path: Path) -> None:
+    (first,) = some_jobs(package, 1, seconds=1)
+    wanted = [
+        {**first, "size": "65x65", "output": "one.mp4"},
+        {"source": "one.mp4", "seconds": 1, "output": "two.mp4"},
+        {"source": "two.mp4", "seconds": 1},
+        first,
+    ]
+    made = {one.number: one for one in generate_many(wanted, tmp_path / "v")}
+    assert "does not fit" in made[0].error and made[3].error == ""
+    assert made[1].error.startswith("job 1 (one.mp4), whose video it goes on with, failed: ")
+    assert made[2].error.startswith("job 2 (two.mp4), whose video it goes on with, failed: ")
+
+
+def test_a_video_whose_run_folder_is_gone_is_not_gone_on_with(package: Path, tmp_path: Path) -> None:
+    (first,) = some_jobs(package, 1, seconds=1, output="one.mp4")
+    list(generate_many([first], tmp_path / "v"))
+    shutil.rmtree(tmp_path / "v/.packforcing/runs")
+    made = {
+        one.number: one for one in generate_many([first, {"source": "one.mp4", "seconds": 1}], tmp_path / "v")
+    }
+    assert made[0].error == "" and "the run folder of the video it goes on with" in made[1].error
 
 
 # -- the command ----------------------------------------------------------------------------------------------------
