@@ -543,7 +543,7 @@ def test_a_job_goes_on_with_the_video_of_an_earlier_one(package: Path, tmp_path:
     (first,) = some_jobs(package, 1)
     more = {"seconds": 1, "prompt": "a blue square"}
     chain = [
-        {"source": "two.mp4", "seconds": 1, "at": "0:05 a red circle"},
+        {"source": "two.mp4", "seconds": 1, "at": "0:03.9 a red circle"},
         {"source": "one.mp4", "output": "two.mp4", **more},
         {**first, "output": "one.mp4"},
     ]
