@@ -837,6 +837,9 @@ class LedgerBoard:
         finally:
             _AT_WORK.discard((self._folder.ledger.path, task.id))
 
+    def refuse(self, task: Task, error: BaseException) -> bool:
+        return False  # all workers of a machine are alike
+
     def pause(self, why: str) -> None:
         self._folder.ledger.set_meta("paused", why)
 
@@ -850,6 +853,7 @@ class State:
 
     counts: of jobs by status.  work: done and whole, in the ledger's units.  started: jobs that are being made.
     new_failures: since this process began.
+    notes: what a person should be told now.
     """
 
     counts: Mapping[str, int]
@@ -857,18 +861,22 @@ class State:
     started: Sequence[Row]
     workers: int
     new_failures: int
+    notes: Sequence[str] = ()
 
 
 class Engine(abc.ABC):
     """What all engines have: the ledger is looked at again and again until nothing is left to do.
 
     Attributes: why: the reason why no more jobs are begun, "" while they are.
+        problem: why jobs are left that nobody can do, None while there are none.
     """
 
     def __init__(self, folder: Folder, *, max_failures: int | None = None) -> None:
         self.folder = folder
         self.max_failures = max_failures
         self.why = ""
+        self.problem: PackforcingError | None = None
+        self._notes = list[str]()
         self._failed_before = folder.ledger.counts()["failed"]
 
     @abc.abstractmethod
@@ -887,12 +895,14 @@ class Engine(abc.ABC):
         """How it stands now."""
         base = self.folder.ledger
         counts = base.counts()
+        notes, self._notes = self._notes, []
         return State(
             counts=counts,
             work=base.work(),
             started=base.rows("started"),
             workers=workers,
             new_failures=max(0, counts["failed"] - self._failed_before),
+            notes=notes,
         )
 
     def has_work(self) -> bool:

@@ -39,8 +39,10 @@ from packforcing_cli.config import GenerateRequest
 from packforcing_cli.durable import is_full_disk
 from packforcing_cli.errors import (
     DiskFullError,
+    EnvironmentProblem,
     GenerationError,
     LockedError,
+    OfflineError,
     PackforcingError,
     RunFolderError,
     UsageError,
@@ -72,6 +74,10 @@ _PASSING = frozenset(
 _log = logging.getLogger(__name__)
 
 
+class _NotHereError(Exception):
+    """The model of a job cannot be had on this machine; the cause says why."""
+
+
 class _EndedError(Exception):
     """A job ends before its time; why is the message."""
 
@@ -82,6 +88,7 @@ class _Loaded:
 
     source:   its text encoder stays loaded.
     is_roomy: whether text encoder and transformer fit in memory together.
+    dtype:    the precision that was asked for.
     weights:  how its weights are, see `_weights`.
     """
 
@@ -89,6 +96,7 @@ class _Loaded:
     on: Device
     source: ModelSource
     is_roomy: bool
+    dtype: str
     weights: tuple[object, ...]
     model: VideoModel | None = None
 
@@ -196,6 +204,15 @@ class Worker:
         except _EndedError as ended:
             self._ended(task, str(ended))
             return None
+        except _NotHereError as wrapped:
+            error = wrapped.__cause__
+            assert isinstance(error, Exception)
+            self._unload()
+            if self._board.refuse(task, error):
+                self._held.pop(task.id, None)
+            else:
+                self._failed(task, error)
+            return None
         except Exception as error:
             self._failed(task, error)
             return None
@@ -214,14 +231,16 @@ class Worker:
         warm = None if loaded is None else self._warm.pop((task.id, task.retries), None)
         if loaded is None:
             self._unload()
-            _check_model(task)
-        job = warm[0] if warm is not None else _prepare(task, request, _device(task, request, loaded))
+            with _needed_here():
+                _check_model(task, self._options)
+        with _needed_here():
+            on = _device(task, request, loaded)
+        job = warm[0] if warm is not None else _prepare(task, request, on)
         if loaded is None or loaded.weights != _weights(job):
             self._unload()
-            source = _keeping(jobs.open_source(job))
-            loaded = _Loaded(
-                task.load_key, _device(task, request, None), source, _is_roomy(job), _weights(job)
-            )
+            with _needed_here():
+                source = _keeping(jobs.open_source(job))
+            loaded = _Loaded(task.load_key, on, source, _is_roomy(job), request.dtype, _weights(job))
             self._loaded = loaded
         if warm is not None:
             _, story, seconds["text_ahead"] = warm
@@ -241,7 +260,8 @@ class Worker:
             if not loaded.is_roomy:
                 loaded.source = _keeping(jobs.open_source(job))  # the encoder goes
                 _free_memory()
-            loaded.model = loaded.source.load()
+            with _needed_here():
+                loaded.model = loaded.source.load()
             seconds["load"] = time.perf_counter() - began
         seconds["prepare"] = time.perf_counter() - started
         return _Work(task, job, story, seconds)
@@ -310,7 +330,7 @@ class Worker:
             if work.why or why:
                 raise _EndedError(work.why or why)
 
-        run = _open_run(task, job, loaded.model)
+        run = _open_run(task, _as_planned(task, job), loaded.model)
         try:
             made = jobs.make(job, loaded.model, work.story, run=run, on_block=on_block)
             if made.ended:
@@ -464,6 +484,7 @@ def _request(task: Task, options: Options) -> GenerateRequest:
     if task.fit:
         request = request.changed(**task.fit)
     changes = {
+        "model": options.places.get(request.model, request.model),
         "output": Path(task.output),
         "auto_fit": request.auto_fit or options.auto_fit,
         "keep_run": True,
@@ -484,9 +505,32 @@ def _prepare(task: Task, request: GenerateRequest, on: Device) -> Job:
     return job
 
 
+def _as_planned(task: Task, job: Job) -> Job:
+    """The job with its model called as the manifest calls it, whatever folder that is in here: for records."""
+    name = task.spec["request"]["model"]
+    if job.request.model == name:
+        return job
+    return replace(job, request=job.request.model_copy(update={"model": name}), place=name)
+
+
+@contextlib.contextmanager
+def _needed_here() -> Iterator[None]:
+    """What goes wrong inside is about this machine and its models, not about the job. Raises: _NotHereError."""
+    try:
+        yield
+    except (EnvironmentProblem, WeightsError, OfflineError, UsageError, OSError) as error:
+        if is_full_disk(error) or _errno(error) in _PASSING:
+            raise
+        raise _NotHereError from error
+    except (MemoryError, RuntimeError) as error:
+        if not jobs.is_out_of_memory(error):
+            raise
+        raise _NotHereError from error
+
+
 def _device(task: Task, request: GenerateRequest, loaded: _Loaded | None) -> Device:
     """Where a job is made: as the loaded model, unless another precision is asked for."""
-    if loaded is not None and request.dtype in ("auto", loaded.on.dtype):
+    if loaded is not None and request.dtype == loaded.dtype:
         return loaded.on
     return jobs.choose_device(request, Path(task.output).parent)
 
@@ -559,10 +603,10 @@ def _branch(task: Task, job: Job, model: VideoModel) -> RunFolder:
         return continuation.branch(old, blocks, job, model, Path(task.run), other_memory=other)
 
 
-def _check_model(task: Task) -> None:
+def _check_model(task: Task, options: Options) -> None:
     """Raises: WeightsError if the model here is not the one the job was planned with."""
     name = task.spec["request"]["model"]
-    if model_hash(name) != task.spec["model"]:
+    if model_hash(options.places.get(name, name)) != task.spec["model"]:
         raise WeightsError(
             f"{name} is not the model the job was planned with",
             hint="Run the batch again, or install the same version on every machine.",

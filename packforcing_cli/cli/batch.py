@@ -306,9 +306,11 @@ def run(
                     cpus=cpus,
                     workers=workers,
                     threads=fixed,
-                    ship=sorted({str(line.request.model) for line in lines if line.problem is None})
-                    if ship
-                    else (),
+                    ship={
+                        entry.spec["request"]["model"]: entry.spec["model"]
+                        for entry in entries
+                        if ship and entry.problem is None
+                    },
                     max_failures=max_failures,
                 )
             else:
@@ -323,9 +325,11 @@ def run(
             shown.begin(folder, engine, entries, count, fixed)
             code = _drive(engine, shown)
             rows = base.rows()
-            code = code or _code(base, rows)
+            code = code or (engine.problem.exit_code if engine.problem else _code(base, rows))
             shown.end(folder, rows, engine, code)
             _print(folder, rows, engine, code, as_json=as_json)
+            if engine.problem is not None:
+                raise engine.problem
     except PackforcingError as error:
         if shown.error(error):
             raise typer.Exit(error.exit_code) from error
@@ -620,6 +624,8 @@ def _drive(engine: Engine, shown: Display) -> int:
     told = False
     try:
         for state in engine.run():
+            for note in state.notes:
+                shown.warn(note)
             shown.state(state)
             if code and not told:
                 told = True
