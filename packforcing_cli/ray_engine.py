@@ -32,13 +32,14 @@ from typing import Any
 
 from packforcing_cli import __version__, ledger, packages
 from packforcing_cli.batch import HIDDEN, POLL_SECONDS, Engine, Folder, State
-from packforcing_cli.errors import EnvironmentProblem, PackforcingError, WeightsError
+from packforcing_cli.errors import EnvironmentProblem, PackforcingError, UsageError, WeightsError
 from packforcing_cli.tasks import Options, Task, failure_of, model_hash
 
 INSTALL = 'pip install "packforcing[ray]"'
 LONG_POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # of a cluster started here: only messages go through it
 CHUNK_BYTES = 64 << 20  # of a model that is sent
+CONNECT_SECONDS = 10.0
 WAIT_SECONDS = 60.0  # after which a person is told that no actor is ready
 MAX_DEATHS = 3  # of actors in a row that began no job
 INSTALL_THERE = "Install packforcing with the same Python on every machine of the cluster."
@@ -237,12 +238,12 @@ def _install(place: Path, wanted: str, chunks: Sequence[Any]) -> None:
 
     Raises: WeightsError if it is not the wanted one; DiskFullError.
     """
-    from huggingface_hub.utils import WeakFileLock
+    from huggingface_hub import utils as hub_utils
 
     from packforcing_cli import bundle
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(place.with_name(f".{place.name}.lock")):
+    with hub_utils.WeakFileLock(place.with_name(f".{place.name}.lock")):
         if _has(str(place), wanted):
             return
         with io.BufferedReader(_Chunks(chunks)) as stream:
@@ -338,9 +339,7 @@ class Ray(Engine):
     def run(self) -> Iterator[State]:
         """Do all jobs; yields how it stands, a few times a second."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if (
-            self._address is None
-        ):  # read when Ray is imported: a cluster of this machine alone is not on the network
+        if self._address is None or _is_on_loopback(self._address):  # read when Ray is imported
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray = _ray()
         count = self._connect(ray)
@@ -426,7 +425,7 @@ class Ray(Engine):
             there = ray.cluster_resources()
         except Exception as error:
             raise EnvironmentProblem(
-                f"no Ray cluster at {self._address or 'this machine'}: {error}",
+                f"no Ray cluster at {self._address or 'this machine'}: {_first_line(error)}",
                 hint="ray start --head starts one; without --address one is started here.",
             ) from error
         self._gpus = 1.0 if self._cpus is None and there.get("GPU", 0) >= 1 else 0.0
@@ -677,6 +676,43 @@ def _ray() -> Any:
     except ImportError as error:
         raise EnvironmentProblem("--engine ray needs Ray, which is not installed", hint=INSTALL) from error
     return ray
+
+
+def parse_address(text: str) -> tuple[str, int] | None:
+    """Host and port of HOST:PORT or ray://HOST:PORT; None for auto. Raises: UsageError."""
+    if text == "auto":
+        return None
+    host, colon, port = text.removeprefix("ray://").rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+        raise UsageError(
+            f"--address {text}: must be auto, HOST:PORT or ray://HOST:PORT",
+            hint="ray start --head prints the address; without --address a cluster is started on this machine.",
+        )
+    return host.strip("[]"), int(port)
+
+
+def _is_on_loopback(address: str) -> bool:
+    """Whether a cluster is of this machine alone: Ray would look for it on the network.
+
+    Raises: EnvironmentProblem if nobody listens there: Ray would try for minutes.
+    """
+    place = parse_address(address)
+    if place is None:
+        return False
+    host, port = place
+    with contextlib.suppress(OSError):
+        if host in ("localhost", "127.0.0.1", "::1") and not address.startswith("ray://"):
+            for other in socket.gethostbyname_ex(socket.gethostname())[2]:
+                with contextlib.suppress(OSError), socket.create_connection((other, port), CONNECT_SECONDS):
+                    return other.startswith("127.")
+    try:
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"no Ray cluster at {address}: {error.strerror or error}",
+            hint="ray start --head starts one and prints its address; without --address one is started here.",
+        ) from error
+    return host in ("localhost", "127.0.0.1", "::1") and not address.startswith("ray://")
 
 
 def _host(where: str) -> str:

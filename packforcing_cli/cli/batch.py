@@ -437,6 +437,10 @@ def _is_ray(engine: str, address: str | None, cpus: float | None, *, ship: bool)
     ]
     if engine == "local" and given:
         raise UsageError(f"{given[0]} is for --engine ray", hint="Add --engine ray, or leave it away.")
+    if address is not None:
+        from packforcing_cli.ray_engine import parse_address
+
+        parse_address(address)
     return engine == "ray"
 
 

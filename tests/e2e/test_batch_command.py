@@ -656,6 +656,10 @@ def test_what_failed_waits_to_be_asked_for(package: Path, run_command: Any, tmp_
         (("good.txt", "--shard", "3/2"), "must be I/N"),
         (("good.txt", "--engine", "rey"), "did you mean ray?"),
         (("good.txt", "--address", "auto"), "--address is for --engine ray"),
+        (
+            ("good.txt", "--engine", "ray", "--address", "nowhere"),
+            "must be auto, HOST:PORT or ray://HOST:PORT",
+        ),
         (("good.txt", "--out", "{slog}"), "the nearest is {slug}"),
         (("good.txt", "--format", "xml"), "must be one of"),
         (("good.txt", "--progress", "loud"), "--progress loud"),
