@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -24,7 +25,7 @@ from batch_chaos import workers_of
 from packforcing_cli import batch, bundle, catalog, generate_many, ledger, manifest, packages, ray_engine
 from packforcing_cli.errors import EnvironmentProblem, GenerationError, UsageError
 from packforcing_cli.ledger import Ledger, Row
-from packforcing_cli.tasks import Options, Task, model_hash
+from packforcing_cli.tasks import Options, Task, model_hash, run_folder
 
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or sys.platform != "linux",
@@ -137,7 +138,6 @@ def test_a_model_that_is_not_on_a_machine_is_refused_and_not_the_job_failed(tmp_
     actor.end("stop")
 
 
-@pytest.mark.parametrize("how", ["whole", "cut off", "another one"])
 def copy_of_the_demo(folder: Path) -> Path:
     """A package that is not the one which comes along."""
     shutil.copytree(catalog.DEMO_FOLDER, folder)
@@ -146,6 +146,7 @@ def copy_of_the_demo(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("how", ["whole", "cut off", "another one"])
 def test_a_model_that_is_sent_is_checked_and_kept(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -372,12 +373,10 @@ def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     folder = batch.Folder.open(tmp_path / "v")
-    for text in (address, f"ray://{address}"):
-        with (
-            folder.ledger,
-            pytest.raises(EnvironmentProblem, match=f"no Ray cluster at {text}: Connection refused"),
-        ):
-            next(ray_engine.Ray(folder, Options(), address=text).run())
+    with folder.ledger:
+        for text in (address, f"ray://{address}"):
+            with pytest.raises(EnvironmentProblem, match=f"no Ray cluster at {text}: Connection refused"):
+                next(ray_engine.Ray(folder, Options(), address=text).run())
     for bad in ("nowhere", "ray://x", "host:0", "http://x:1", "local"):
         with pytest.raises(UsageError, match="must be auto, HOST:PORT or"):
             ray_engine.parse_address(bad)
@@ -394,18 +393,22 @@ def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest
 # -- with a cluster ---------------------------------------------------------------------------------------------------
 
 
-def some_jobs(tmp_path: Path) -> Path:
-    common = {"model": "demo", "size": "64x64"}
-    jobs = [{"prompt": "a red circle", "seconds": 12, "seed": 0, **common}]
-    jobs += [{"prompt": "a blue square", "seconds": 1, "seed": n, **common} for n in (1, 2, 3)]
-    path = tmp_path / "jobs.jsonl"
+def some_jobs(folder: Path, seconds: float, model: str = "demo") -> Path:
+    """A long job and a short one."""
+    common = {"model": model, "size": "64x64"}
+    jobs = [
+        {"prompt": "a red circle", "seconds": seconds, "seed": 0, **common},
+        {"prompt": "a blue square", "seconds": 1, "seed": 1, **common},
+    ]
+    path = folder / "jobs.jsonl"
     path.write_text("\n".join(map(json.dumps, jobs)), encoding="utf-8")
     return path
 
 
-def start(manifest: Path, out: str, *options: str) -> subprocess.Popen[bytes]:
+def start(manifest: Path, out: str, *options: str, **more: str) -> subprocess.Popen[bytes]:
     words = [sys.executable, "-m", "packforcing_cli", "batch", manifest.name, "--out", out, "-q", *options]
-    return subprocess.Popen(words, cwd=manifest.parent, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    environment = {**ENVIRONMENT, **more}
+    return subprocess.Popen(words, cwd=manifest.parent, env=environment, stdout=subprocess.DEVNULL)
 
 
 def rows_of(manifest: Path, out: str) -> list[Row]:
@@ -413,52 +416,126 @@ def rows_of(manifest: Path, out: str) -> list[Row]:
         return base.rows()
 
 
+def events_of(manifest: Path, out: str, event: str) -> list[dict[str, Any]]:
+    with Ledger.open(manifest.parent / out / ledger.NAME) as base:
+        return [found for found in base.events() if found["event"] == event]
+
+
 def hashes(rows: list[Row]) -> list[tuple[str, str]]:
     return [(row.result["latents_sha256"], row.result["packets_sha256"]) for row in rows]
 
 
-def wait_for_blocks(manifest: Path, out: str, process: subprocess.Popen[bytes]) -> None:
-    """Until the first job has blocks and others are left."""
-    deadline = time.monotonic() + 180
-    path = manifest.parent / out / ledger.NAME
+def calm(manifest: Path) -> list[tuple[str, str]]:
+    """What one process makes of it."""
+    lines = manifest.read_text("utf-8").splitlines()
+    assert all(
+        made.path for made in generate_many([json.loads(line) for line in lines], manifest.parent / "calm")
+    )
+    return hashes(rows_of(manifest, "calm"))
+
+
+def wait_for(
+    manifest: Path, out: str, process: subprocess.Popen[bytes], is_so: Callable[[list[Row]], bool]
+) -> list[Row]:
+    """Until something is so in the ledger, while the driver works."""
+    deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
-        if path.exists() and any(row.blocks for row in rows_of(manifest, out)[:1]):
-            return
+        if (
+            (manifest.parent / out / ledger.NAME).exists()
+            and (rows := rows_of(manifest, out))
+            and is_so(rows)
+        ):
+            return rows
         time.sleep(0.05)
-    raise AssertionError("no block was made")
+    raise AssertionError(f"{process.poll()}: it did not come to that")
+
+
+def process_at_work(manifest: Path, out: str, row: Row) -> int:
+    """Which process has a job's run folder."""
+    lock = run_folder(manifest.parent / out, row.id) / "lock"
+    return int(json.loads(lock.read_text("utf-8"))["pid"])
+
+
+def assert_it_went_on_elsewhere(manifest: Path, out: str, lost: int) -> None:
+    """The ledger says which process was lost over the first job, and that another one finished it, and once."""
+    first, _ = rows_of(manifest, out)
+    died = [event for event in events_of(manifest, out, "died") if event["job"] == first.id]
+    assert died[-1]["said"].split()[-1] == str(lost)
+    assert first.result["worker"].split()[-1] != str(lost)
+    assert first.result["figures"]["replayed"] >= 1
+    done = [event["job"] for event in events_of(manifest, out, "done")]
+    assert len(done) == len(set(done)) == 2
 
 
 @needs_ray
-def test_actors_and_the_driver_may_be_killed_and_the_bytes_are_those_of_the_local_engine(
-    tmp_path: Path,
-) -> None:
-    manifest = some_jobs(tmp_path)
-    lines = manifest.read_text("utf-8").splitlines()
-    assert all(made.path for made in generate_many([json.loads(line) for line in lines], tmp_path / "local"))
-    calm = rows_of(manifest, "local")
-
+def test_the_job_of_a_killed_actor_is_finished_by_the_other_one(tmp_path: Path) -> None:
+    manifest = some_jobs(tmp_path, 16)
     driver = start(manifest, "ray", *RAY)
-    wait_for_blocks(manifest, "ray", driver)
+    rows = wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 0 and rows[1].status == "done")
+    (other,) = set(workers_of(driver.pid)) - {process_at_work(manifest, "ray", rows[0])}
     with Ledger.open(tmp_path / "ray" / ledger.NAME) as base:
         assert base.holders() == {ledger.this_process(driver.pid)}  # the driver alone writes
-    deadline = time.monotonic() + 120
-    while len(actors := workers_of(driver.pid)) < 2:  # one may begin later than the other
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    for actor in actors:
-        os.kill(actor, signal.SIGKILL)
-    deadline = time.monotonic() + 120
-    while rows_of(manifest, "ray")[0].attempt < 2:  # on another actor now
-        assert driver.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    driver.kill()
-    driver.wait()
+    lost = process_at_work(manifest, "ray", rows[0])
+    os.kill(lost, signal.SIGKILL)
+    assert driver.wait(timeout=300) == 0
+    assert_it_went_on_elsewhere(manifest, "ray", lost)
+    assert rows_of(manifest, "ray")[0].result["worker"].split()[-1] == str(other)
+    assert hashes(rows_of(manifest, "ray")) == calm(manifest)
 
-    assert start(manifest, "ray", *RAY).wait(timeout=300) == 0
-    rows = rows_of(manifest, "ray")
-    assert [row.status for row in rows] == ["done"] * 4
-    assert hashes(rows) == hashes(calm)
-    assert rows[0].result["figures"]["replayed"] >= 1
-    with Ledger.open(tmp_path / "ray" / ledger.NAME) as base:
-        finished = [event["job"] for event in base.events() if event["event"] == "done"]
-    assert len(finished) == len(set(finished)) == 4
+
+@contextlib.contextmanager
+def cluster(*caches: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
+    """The address of a cluster with a node for each cache, and what tells it something."""
+    words = [sys.executable, str(Path(__file__).parent / "ray_cluster.py"), *map(str, caches)]
+    process = subprocess.Popen(
+        words, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None and process.stdout is not None
+
+    def tell(text: str) -> None:
+        process.stdin.write(f"{text}\n")
+        process.stdin.flush()
+
+    try:
+        address = next(line for line in process.stdout if line[:4] == "127.").strip()
+        yield address, tell
+    finally:
+        with contextlib.suppress(OSError):
+            tell("end")
+            process.stdin.close()
+        process.stdout.read()
+        process.stdout.close()
+        process.wait(timeout=60)
+
+
+@needs_ray
+def test_on_a_cluster_models_are_sent_and_a_killed_driver_and_a_lost_node_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caches = [tmp_path / name for name in ("driver", "first", "second")]
+    monkeypatch.setenv("XDG_CACHE_HOME", str(caches[0]))
+    copy_of_the_demo(packages.install_folder("copy"))
+    manifest = some_jobs(tmp_path, 24, model="copy")
+    with cluster(*caches[1:]) as (address, tell):
+        options = ("--engine", "ray", "--address", address, "--cpus-per-worker", "1", "--ship-models")
+        driver = start(manifest, "ray", *options, XDG_CACHE_HOME=str(caches[0]))
+        wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 1)
+        driver.kill()
+        driver.wait()
+        driver = start(manifest, "ray", *options, XDG_CACHE_HOME=str(caches[0]))
+        before = rows_of(manifest, "ray")[0]
+        rows = wait_for(
+            manifest,
+            "ray",
+            driver,
+            lambda rows: rows[0].blocks > before.blocks and rows[1].status == "done",
+        )
+        lost = process_at_work(manifest, "ray", rows[0])
+        environment = Path(f"/proc/{lost}/environ").read_bytes().decode().split("\0")
+        node = [f"XDG_CACHE_HOME={cache}" in environment for cache in caches[1:]].index(True)
+        tell(f"lose {node}")
+        assert driver.wait(timeout=300) == 0
+    assert_it_went_on_elsewhere(manifest, "ray", lost)
+    for cache in caches[1:]:  # each machine got the model, and none of the other's
+        assert len(list(cache.glob("packforcing/shipped/*/packforcing.json"))) == 1
+    assert hashes(rows_of(manifest, "ray")) == calm(manifest)
