@@ -353,6 +353,7 @@ class Ray(Engine):
                 "models": {} if self._address is None else self._ship,
             }
             while True:
+                self.folder.ledger.take_over()
                 self._staff(ray, count, setup)
                 self._hand_out()
                 self._hear(ray)

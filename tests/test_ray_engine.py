@@ -31,7 +31,7 @@ needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None or sys.platform != "linux",
     reason='needs Ray (pip install "packforcing[ray]") and /proc',
 )
-ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0"}
 RAY = ("--engine", "ray", "--cpus-per-worker", "1", "--workers", "2")
 
 
@@ -362,6 +362,16 @@ def test_jobs_of_a_model_that_no_actor_has_stay_queued_and_the_others_are_done(d
     assert (found.problem.exit_code, len(found.played.made)) == (7, 2)
 
 
+def test_the_last_job_of_a_driver_that_was_killed_is_gone_on_with(drive: Any) -> None:
+    first = drive(Part(no_model=("auto",)))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        dead = ledger.this_process(other.pid)
+        while first.base.claim(dead) is not None:
+            pass
+    assert first.base.ready() == 0
+    assert {row.status for row in drive(Part()).rows} == {"done"}
+
+
 def test_what_got_lost_on_the_way_is_told_again(drive: Any) -> None:
     found = drive(Part(lost=3))
     assert {row.status for row in found.rows} == {"done"}
@@ -405,10 +415,35 @@ def some_jobs(folder: Path, seconds: float, model: str = "demo") -> Path:
     return path
 
 
-def start(manifest: Path, out: str, *options: str, **more: str) -> subprocess.Popen[bytes]:
-    words = [sys.executable, "-m", "packforcing_cli", "batch", manifest.name, "--out", out, "-q", *options]
-    environment = {**ENVIRONMENT, **more}
-    return subprocess.Popen(words, cwd=manifest.parent, env=environment, stdout=subprocess.DEVNULL)
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Begin a batch in a process of its own, which does not outlive the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin(manifest: Path, out: str, *options: str) -> subprocess.Popen[bytes]:
+        words = [
+            sys.executable,
+            "-m",
+            "packforcing_cli",
+            "batch",
+            manifest.name,
+            "--out",
+            out,
+            "-q",
+            *options,
+        ]
+        environment = {**os.environ, **ENVIRONMENT}
+        process = subprocess.Popen(words, cwd=manifest.parent, env=environment, stdout=subprocess.DEVNULL)
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
 
 
 def rows_of(manifest: Path, out: str) -> list[Row]:
@@ -468,7 +503,7 @@ def assert_it_went_on_elsewhere(manifest: Path, out: str, lost: int) -> None:
 
 
 @needs_ray
-def test_the_job_of_a_killed_actor_is_finished_by_the_other_one(tmp_path: Path) -> None:
+def test_the_job_of_a_killed_actor_is_finished_by_the_other_one(tmp_path: Path, start: Start) -> None:
     manifest = some_jobs(tmp_path, 16)
     driver = start(manifest, "ray", *RAY)
     rows = wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 0 and rows[1].status == "done")
@@ -488,7 +523,7 @@ def cluster(*caches: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
     """The address of a cluster with a node for each cache, and what tells it something."""
     words = [sys.executable, str(Path(__file__).parent / "ray_cluster.py"), *map(str, caches)]
     process = subprocess.Popen(
-        words, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        words, env={**os.environ, **ENVIRONMENT}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdin is not None and process.stdout is not None
 
@@ -510,7 +545,7 @@ def cluster(*caches: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
 
 @needs_ray
 def test_on_a_cluster_models_are_sent_and_a_killed_driver_and_a_lost_node_change_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start
 ) -> None:
     caches = [tmp_path / name for name in ("driver", "first", "second")]
     monkeypatch.setenv("XDG_CACHE_HOME", str(caches[0]))
@@ -518,11 +553,11 @@ def test_on_a_cluster_models_are_sent_and_a_killed_driver_and_a_lost_node_change
     manifest = some_jobs(tmp_path, 24, model="copy")
     with cluster(*caches[1:]) as (address, tell):
         options = ("--engine", "ray", "--address", address, "--cpus-per-worker", "1", "--ship-models")
-        driver = start(manifest, "ray", *options, XDG_CACHE_HOME=str(caches[0]))
+        driver = start(manifest, "ray", *options)
         wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 1)
         driver.kill()
         driver.wait()
-        driver = start(manifest, "ray", *options, XDG_CACHE_HOME=str(caches[0]))
+        driver = start(manifest, "ray", *options)
         before = rows_of(manifest, "ray")[0]
         rows = wait_for(
             manifest,
