@@ -19,6 +19,7 @@ import io
 import os
 import queue
 import shutil
+import signal
 import socket
 import tempfile
 import threading
@@ -243,7 +244,8 @@ def _install(place: Path, wanted: str, chunks: Sequence[Any]) -> None:
     from packforcing_cli import bundle
 
     place.parent.mkdir(parents=True, exist_ok=True)
-    with hub_utils.WeakFileLock(place.with_name(f".{place.name}.lock")):
+    lock = place.with_name(f".{place.name}.lock")
+    with hub_utils.WeakFileLock(lock):  # type: ignore[attr-defined]
         if _has(str(place), wanted):
             return
         with io.BufferedReader(_Chunks(chunks)) as stream:
@@ -422,7 +424,8 @@ class Ray(Engine):
         else:
             options["address"] = self._address
         try:
-            ray.init(**options)
+            with _own_signals():
+                ray.init(**options)
             there = ray.cluster_resources()
         except Exception as error:
             raise EnvironmentProblem(
@@ -714,6 +717,20 @@ def _is_on_loopback(address: str) -> bool:
             hint="ray start --head starts one and prints its address; without --address one is started here.",
         ) from error
     return host in ("localhost", "127.0.0.1", "::1") and not address.startswith("ray://")
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what is to happen on SIGINT and SIGTERM: Ray puts in an end of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _host(where: str) -> str:

@@ -247,7 +247,8 @@ class PlayedRay:
         self.parts, self.made = list(parts), list[PlayedActor]()
         self.exceptions = SimpleNamespace(ActorUnavailableError=Unavailable, RayError=Died)
 
-    def init(self, **_: Any) -> None: ...
+    def init(self, **_: Any) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: pytest.fail("Ray's own end"))
 
     def shutdown(self) -> None: ...
 
@@ -370,6 +371,12 @@ def test_the_last_job_of_a_driver_that_was_killed_is_gone_on_with(drive: Any) ->
             pass
     assert first.base.ready() == 0
     assert {row.status for row in drive(Part()).rows} == {"done"}
+
+
+def test_what_a_signal_does_is_not_left_to_ray(drive: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    drive(Part())
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_what_got_lost_on_the_way_is_told_again(drive: Any) -> None:
@@ -503,14 +510,26 @@ def assert_it_went_on_elsewhere(manifest: Path, out: str, lost: int) -> None:
 
 
 @needs_ray
-def test_the_job_of_a_killed_actor_is_finished_by_the_other_one(tmp_path: Path, start: Start) -> None:
+def test_after_a_kill_of_the_driver_and_of_an_actor_the_other_one_finishes_its_job(
+    tmp_path: Path, start: Start
+) -> None:
     manifest = some_jobs(tmp_path, 16)
     driver = start(manifest, "ray", *RAY)
-    rows = wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 0 and rows[1].status == "done")
-    (other,) = set(workers_of(driver.pid)) - {process_at_work(manifest, "ray", rows[0])}
+    (before, _) = wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 0)
     with Ledger.open(tmp_path / "ray" / ledger.NAME) as base:
         assert base.holders() == {ledger.this_process(driver.pid)}  # the driver alone writes
+    driver.kill()
+    driver.wait()
+
+    driver = start(manifest, "ray", *RAY)
+    rows = wait_for(
+        manifest,
+        "ray",
+        driver,
+        lambda rows: rows[0].blocks > before.blocks and rows[1].status == "done",
+    )
     lost = process_at_work(manifest, "ray", rows[0])
+    (other,) = set(workers_of(driver.pid)) - {lost}
     os.kill(lost, signal.SIGKILL)
     assert driver.wait(timeout=300) == 0
     assert_it_went_on_elsewhere(manifest, "ray", lost)
@@ -543,6 +562,7 @@ def cluster(*caches: Path) -> Iterator[tuple[str, Callable[[str], None]]]:
         process.wait(timeout=60)
 
 
+@pytest.mark.slow
 @needs_ray
 def test_on_a_cluster_models_are_sent_and_a_killed_driver_and_a_lost_node_change_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: Start

@@ -322,7 +322,7 @@ def run(
                     threads=fixed,
                     max_failures=max_failures,
                 )
-            shown.begin(folder, engine, entries, count, fixed)
+            shown.begin(folder, engine, entries, workers if is_ray else count, fixed)
             code = _drive(engine, shown)
             rows = base.rows()
             code = code or (engine.problem.exit_code if engine.problem else _code(base, rows))
@@ -850,13 +850,13 @@ class Display:
         return False
 
     def begin(
-        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int, threads: int
+        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int | None, threads: int
     ) -> None:
-        """The work begins."""
+        """The work begins. workers: None = as many as a cluster has room for."""
         self.meter = _Meter(time.monotonic())
+        who = "as many workers as there is room for" if workers is None else _count(workers, "worker")
         self.note(
-            f"{_counted(folder.ledger.counts())}, in {folder.path}; {_count(workers, 'worker')},"
-            f" {_count(threads, 'thread')} each"
+            f"{_counted(folder.ledger.counts())}, in {folder.path}; {who}, {_count(threads, 'thread')} each"
         )
 
     def state(self, state: State) -> None:
@@ -951,7 +951,7 @@ class _JsonLines(Display):
         return True
 
     def begin(
-        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int, threads: int
+        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int | None, threads: int
     ) -> None:
         self.meter = _Meter(time.monotonic())
         self._folder = folder
@@ -993,7 +993,7 @@ class _Live(Display):
         self._stopping = ""
 
     def begin(
-        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int, threads: int
+        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int | None, threads: int
     ) -> None:
         from rich.live import Live
 
