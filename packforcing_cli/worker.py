@@ -66,6 +66,7 @@ HANG_SECONDS = 10.0
 WARM_JOBS = 64
 """So many jobs have their prompts encoded at a time where encoder and transformer do not fit together."""
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
+_LOCKED_TRIES, _LOCKED_SECONDS = 12, 5.0
 _PASSING = frozenset(
     {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ENOLCK, errno.EMFILE}
 )
@@ -414,6 +415,11 @@ class Worker:
             self._unload_later()
             self._fail(task, told, retry_in=pause if left > 0 else None, fit={**task.fit, **fit})
             return
+        if isinstance(
+            error, LockedError
+        ):  # a worker that a lost driver left behind ends within half a minute
+            left = max(self._options.retries, _LOCKED_TRIES) - task.retries
+            pause = max(pause, _LOCKED_SECONDS)
         spoiled = "CUDA error" in str(error)
         passing = spoiled or isinstance(error, LockedError) or _errno(error) in _PASSING
         self._fail(task, error, retry_in=pause if passing and left > 0 else None)

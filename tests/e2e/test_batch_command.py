@@ -22,6 +22,7 @@ from packforcing_cli import batch, durable, generate_many, jobs, ledger, manifes
 from packforcing_cli.batch import Folder, LedgerBoard
 from packforcing_cli.errors import DiskFullError, LockedError
 from packforcing_cli.ledger import Ledger, Row
+from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.tasks import Options
 from packforcing_cli.video import VideoWriter, remux
 from packforcing_cli.worker import Worker
@@ -377,6 +378,31 @@ def test_what_may_pass_is_tried_again(
 def events(place: Path) -> list[dict[str, Any]]:
     with Ledger.open(place / ledger.NAME) as base:
         return base.events()
+
+
+def test_a_run_folder_that_is_locked_is_waited_for(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a worker that a killed driver of a cluster left behind, though nothing else is to be tried again."""
+    monkeypatch.setattr(worker, "_LOCKED_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "_BACKOFF_SECONDS", 0.0)
+    folder = open_folder(tmp_path / "v", some_jobs(package, 1))
+    with folder.ledger as base:
+        time_out(folder)
+        (run,) = (tmp_path / "v/.packforcing/runs").iterdir()
+        held = RunFolder.open(run)
+        base.retry()
+        told = LedgerBoard.fail
+
+        def fail(board: LedgerBoard, task: Any, error: BaseException, **more: Any) -> None:
+            told(board, task, error, **more)
+            if task.retries == 3:
+                held.close()
+
+        monkeypatch.setattr(LedgerBoard, "fail", fail)
+        run_worker(folder, retries=0)
+        (row,) = base.rows()
+        assert (row.status, row.retries) == ("done", 4)
 
 
 def test_what_does_not_pass_is_not_tried_again(
