@@ -1011,7 +1011,8 @@ class Local(Engine):
                 one.log.unlink(missing_ok=True)
             return
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        _log.warning("worker %d ended with %s", one.process.pid, how)
+        if code != DiskFullError.exit_code:  # of that the batch is told otherwise
+            _log.warning("worker %d ended with %s", one.process.pid, how)
         if began:
             self._fast_deaths = 0
             return

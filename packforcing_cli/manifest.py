@@ -559,10 +559,22 @@ def _story(plain: dict[str, Any], problem: Any, name_of: Mapping[str, str]) -> T
     return Timeline(tuple(scenes), tuple(spans))
 
 
+_KINDS_OF_VALUES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+}
+
+
 def _said(error: Exception) -> str:
     """A message of the command line's options as one about a key."""
     text = error.message if isinstance(error, PackforcingError) else str(error)
     text = re.sub(r"^--(at|pin) (.*?), line 1, column (\d+): ", r"\1 \2, character \3: ", text)
+    text = re.sub(r"^PROMPT\b", "prompt", text)
+    wrong = re.search(r"input should be a valid (\w+).*", text, flags=re.IGNORECASE)
+    if wrong is not None and wrong[1] in _KINDS_OF_VALUES:
+        text = f"{text[: wrong.start()]}must be {_KINDS_OF_VALUES[wrong[1]]}"
     found = re.match(r"--([a-z-]+) ", text)
     return text if found is None else found[1].replace("-", "_") + text[found.end(1) :]
 

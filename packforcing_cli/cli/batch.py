@@ -463,6 +463,12 @@ def _place(out: str | None, manifest: str) -> tuple[Path, Any]:
     if not brace:
         if Path(out).is_file():
             raise UsageError(f"--out {out} is a file", hint="Give a folder.")
+        if Path(out).suffix.lower() in batch.CONTAINERS and not Path(out).is_dir():
+            raise UsageError(
+                f"--out {out}: must be a folder; there are many videos",
+                hint=f"Name them with a template, --out '{Path(out).with_suffix('')}-{{index}}{Path(out).suffix}',"
+                " or one line with its output.",
+            )
         return Path(out), batch.Template()
     folder = head.rpartition("/")[0] if "/" in head else ""
     folder = "/" if not folder and head.startswith("/") else folder

@@ -690,6 +690,8 @@ def test_what_failed_waits_to_be_asked_for(package: Path, run_command: Any, tmp_
         (("good.txt", "--format", "xml"), "must be one of"),
         (("good.txt", "--progress", "loud"), "--progress loud"),
         (("good.txt", "--out", "good.txt"), "is a file"),
+        (("good.txt", "--out", "clip.mp4"), "template, --out 'clip-{index}.mp4'"),
+        (("good.txt", "--out", "v/{slug}.avi"), "must end in .mp4, .mkv or .mov"),
         (("status", "nowhere"), "is no folder of a batch"),
         (("retry", "nowhere"), "is no folder of a batch"),
     ],
