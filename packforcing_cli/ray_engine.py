@@ -25,6 +25,7 @@ import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -424,13 +425,14 @@ class Ray(Engine):
         else:
             options["address"] = self._address
         try:
-            with _own_signals():
+            with _own_signals(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the error says what there is to say
                 ray.init(**options)
             there = ray.cluster_resources()
         except Exception as error:
             raise EnvironmentProblem(
                 f"no Ray cluster at {self._address or 'this machine'}: {_first_line(error)}",
-                hint="ray start --head starts one; without --address one is started here.",
+                hint="If the cluster wants a token, set RAY_AUTH_MODE=token; without --address one is started here.",
             ) from error
         self._gpus = 1.0 if self._cpus is None and there.get("GPU", 0) >= 1 else 0.0
         each = self._cpus or 1.0
