@@ -284,7 +284,7 @@ class _Member:
     poll:  its next events; None until `poll_at`, after it could not be reached.
     seen:  number of its last event.  where: machine and process, "" until it is ready.
     jobs:  given and not ended, with the moment each began.  tasks: what it was given for them.
-    refused: load keys of jobs that it cannot do.
+    refused: load keys of jobs that it cannot do.  lacks: models it asked for and is waiting for.
     """
 
     actor: Any
@@ -298,6 +298,7 @@ class _Member:
     jobs: dict[str, float | None] = field(default_factory=dict)
     tasks: dict[str, Task] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
+    lacks: list[str] = field(default_factory=list)
 
 
 class Ray(Engine):
@@ -511,7 +512,7 @@ class Ray(Engine):
             try:
                 events, ended = ray.get(ref)
             except ray.exceptions.ActorUnavailableError:  # Ray says later whether it is gone
-                self._tell_again(member)
+                self._tell_again(ray, member)
                 continue
             except ray.exceptions.RayError as error:
                 self._gone(member, error)
@@ -530,9 +531,14 @@ class Ray(Engine):
                 with contextlib.suppress(Exception):
                     ray.kill(member.actor)
 
-    def _tell_again(self, member: _Member) -> None:
+    def _bring(self, ray: Any, member: _Member) -> None:
+        member.actor.bring.remote({name: self._parcel(ray, name) for name in member.lacks})
+
+    def _tell_again(self, ray: Any, member: _Member) -> None:
         """Repeat what an actor was told that could not be reached: it may have got lost."""
         member.poll, member.poll_at = None, time.monotonic() + LONG_POLL_SECONDS
+        if member.lacks:
+            self._bring(ray, member)
         for job in member.jobs:
             member.actor.give.remote(asdict(member.tasks[job]))
             if job in self._ordered:
@@ -543,9 +549,10 @@ class Ray(Engine):
     def _note(self, ray: Any, member: _Member, event: Mapping[str, Any]) -> None:
         base, kind, job = self.folder.ledger, event["event"], event.get("job", "")
         if kind == "ready":
-            member.where = event["where"]
+            member.where, member.lacks = event["where"], []
         elif kind == "lacks":
-            member.actor.bring.remote({name: self._parcel(ray, name) for name in event["models"]})
+            member.lacks = event["models"]
+            self._bring(ray, member)
         elif kind == "paused":
             base.set_meta("paused", event["why"])
         elif kind == "note":
@@ -652,7 +659,8 @@ class Ray(Engine):
         shared = set.intersection(*(one.refused for one in self._members)) if self._members else set[str]()
         if not base.ready() or (self._members and base.ready(shared)):
             return
-        errors = [self._refusals[key] for key in sorted(shared)] or list(self._retired.values())
+        left = dict.fromkeys(row.load_key for row in base.rows("queued"))
+        errors = [self._refusals[key] for key in left if key in shared] or list(self._retired.values())
         found = RemoteError(
             f"no worker can do the jobs that are left: {errors[0].message}",
             hint=f"{errors[0].hint} They stay queued: the same command goes on.".strip(),

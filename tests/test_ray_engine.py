@@ -198,18 +198,22 @@ class Unavailable(Exception):
 
 @dataclass
 class Part:
-    """What an actor does. no_model: load keys it refuses. lost: so many answers that do not arrive."""
+    """What an actor does. no_model: load keys it refuses. lost: so many answers that do not arrive, and till then no
+    message. lacks: a model that has to be sent."""
 
     fails: str = ""
     refuses: str = ""
     no_model: tuple[str, ...] = ()
     lost: int = 0
+    lacks: str = ""
 
 
 class PlayedActor:
     def __init__(self, part: Part, number: int) -> None:
         self.part, self.given, self.dead = part, list[str](), part.fails == "dies"
         self.log: list[dict[str, Any]] = [{"event": "ready", "where": f"host{number} {number}"}]
+        if part.lacks:
+            self.log, self.held = [{"event": "lacks", "models": [part.lacks]}], self.log
         if part.refuses:
             error = {"kind": "X", "message": part.refuses, "hint": "Mend it.", "exit_code": 7}
             self.log = [{"event": "refused", "error": error, "where": f"host{number} {number}"}]
@@ -226,12 +230,20 @@ class PlayedActor:
         else:
             self.log.append({"event": "done", "job": job, "result": {"blocks": 1, "by": id(self)}})
 
+    def bring(self, parcels: dict[str, list[Any]]) -> None:
+        assert parcels == {self.part.lacks: ["a piece"]}
+        if not self.part.lost:
+            self.log, self.held = self.log + self.held, []
+
     def events(self, seen: int) -> Any:
+        if seen and self.part.lacks and self.part.lost:
+            self.part.lost -= 1
+            raise Unavailable
         if self.part.fails == "import":
             raise InitFailed("the actor died\nModuleNotFoundError: No module named 'packforcing_cli'")
         if self.dead:
             raise Died("the process ended")
-        if self.part.lost:
+        if self.part.lost and not self.part.lacks:
             self.part.lost -= 1
             raise Unavailable
         return list(enumerate(self.log, 1))[seen:], bool(self.part.refuses)
@@ -383,6 +395,12 @@ def test_what_got_lost_on_the_way_is_told_again(drive: Any) -> None:
     found = drive(Part(lost=3))
     assert {row.status for row in found.rows} == {"done"}
     assert all(row.attempt == 1 for row in found.rows)
+
+
+def test_a_model_that_got_lost_on_the_way_is_sent_again(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine.Ray, "_parcel", lambda *_: ["a piece"])
+    found = drive(Part(lacks="copy", lost=2))
+    assert {row.status for row in found.rows} == {"done"}
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:
