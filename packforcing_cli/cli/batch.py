@@ -540,13 +540,14 @@ def _base_seed(value: object) -> int:
 def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
     """The lines with models decided: `auto` once for all that have it; a bundle is installed.
 
-    A bundle that cannot be is the problem of its lines. Raises: for `auto`, as `choose.resolve_model`.
+    A bundle that cannot be, or a device that is not there, is the problem of its lines.
+    Raises: for `auto`, as `choose.resolve_model`; EnvironmentProblem if no line has a device that is there.
     """
     from dataclasses import replace
 
     from packforcing_cli.cli import choose
     from packforcing_cli.config import GenerateRequest
-    from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError
+    from packforcing_cli.errors import DiskFullError, EnvironmentProblem, PackforcingError, UsageError
 
     chosen: dict[str, str] = {}
     failed: dict[str, PackforcingError] = {}
@@ -563,6 +564,9 @@ def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
                 )
                 try:
                     chosen[name] = choose.resolve_model(asked, folder.absolute())[0].model
+                except EnvironmentProblem as error:  # of the line's device: others may do without it
+                    found.append(replace(line, problem=error))
+                    continue
                 except PackforcingError as error:
                     if name == choose.AUTO or isinstance(error, DiskFullError):
                         raise
@@ -574,6 +578,9 @@ def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
                 continue
             request = request.model_copy(update={"model": chosen[name]})
         found.append(replace(line, request=request))
+    errors = [line.problem for line in found if isinstance(line.problem, EnvironmentProblem)]
+    if errors and len(errors) == len(found):
+        raise errors[0]
     return found
 
 

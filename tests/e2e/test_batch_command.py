@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_generate import PROMPT, num_frames, write_tiny
 
 from packforcing_cli import batch, durable, generate_many, jobs, ledger, manifest, rollout, worker
@@ -748,6 +749,18 @@ def test_planning_a_batch_loads_no_torch(four: Path) -> None:
         [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_the_problem_of_its_line(run_command: Any, tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "device": "cuda"}, {"prompt": "b"}]
+    (tmp_path / "j.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    done = run_command("batch", "j.jsonl", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    first, second = json.loads(done.out)["jobs"]
+    assert "sees no CUDA GPU" in first["problem"] and second["problem"] is None
+    (tmp_path / "j.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8")
+    assert run_command("batch", "j.jsonl", "--dry-run").code == 4
 
 
 def test_the_schema_is_json(run_command: Any) -> None:
