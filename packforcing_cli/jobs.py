@@ -171,6 +171,7 @@ def prepare(
             f" {on.machine.device} has {planner.gb(on.machine.memory_bytes)} free"
         )
         request, fitted = request.changed(**plan.change, auto_fit=False), (said,)
+        on = replace(on, dtype=plan.change.get("dtype", on.dtype))
     request = request.model_copy(
         update={
             "seed": config.random_seed() if request.seed is None else request.seed,
