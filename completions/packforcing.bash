@@ -5,12 +5,14 @@ _packforcing() {
     case "$previous" in
         --attention) COMPREPLY=($(compgen -W "auto cudnn flash efficient math fa3 sage" -- "$current")); return ;;
         --bank) COMPREPLY=($(compgen -W "unlimited" -- "$current")); return ;;
+        --bank-device) COMPREPLY=($(compgen -W "auto device host" -- "$current")); return ;;
         --codec) COMPREPLY=($(compgen -W "h264 hevc h264_nvenc hevc_nvenc" -- "$current")); return ;;
         --compressed-context) COMPREPLY=($(compgen -W "sinks history" -- "$current")); return ;;
         --compressor) COMPREPLY=($(compgen -W "auto none hr+lr hr lr pool identity" -- "$current")); return ;;
         --device) COMPREPLY=($(compgen -W "auto cpu cuda" -- "$current")); return ;;
         --dtype) COMPREPLY=($(compgen -W "auto bf16 fp16 fp32" -- "$current")); return ;;
         --fit) COMPREPLY=($(compgen -W "crop pad stretch" -- "$current")); return ;;
+        --kv-dtype) COMPREPLY=($(compgen -W "auto bf16 fp8 int8" -- "$current")); return ;;
         --mid-span) COMPREPLY=($(compgen -W "fit block 1 2" -- "$current")); return ;;
         --model) COMPREPLY=($(compgen -W "demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b" -- "$current")); return ;;
         --offload) COMPREPLY=($(compgen -W "none text all" -- "$current")); return ;;
@@ -18,9 +20,10 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
+        --quantize-frozen) COMPREPLY=($(compgen -W "none int8 fp8" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --address|--at|--bank-device|--bank-memory|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--data|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--kv-dtype|--layer|--license|--lora|--lora-alpha|--max-bad|--max-failures|--name|--older-than|--out|--output|--overlap|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--quantize-skip|--recent-blocks|--repeats|--retries|--rows|--run|--scene-seconds|--seam|--seconds|--seed|--seeds|--self-forcing|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
+        --address|--at|--bank-memory|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--data|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-bad|--max-failures|--name|--older-than|--out|--output|--overlap|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--quantize-skip|--recent-blocks|--repeats|--retries|--rows|--run|--scene-seconds|--seam|--seconds|--seed|--seeds|--self-forcing|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
@@ -75,7 +78,7 @@ _packforcing() {
         "packforcing runs remove") words="-y --yes --help -h" ;;
         "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
-        "packforcing train") words="--out --set --vae --data --fsdp --resume --force -q --quiet -v --verbose --help -h" ;;
+        "packforcing train") words="--out --set --vae --data --fsdp --quantize-frozen --resume --force -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

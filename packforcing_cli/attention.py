@@ -136,14 +136,19 @@ def choose(
         catalog.check_cpu("none", "none", asked)
     if asked in PACKAGES:
         _require_package(asked, device)
-    kernel = usual(device)
+    shape: dict[str, Any] = {"device": device, "dtype": dtype, "heads": heads, "head_dim": head_dim}
     if asked != "auto":
         kernel = Kernel(asked, backends=(BACKENDS[asked],) if asked in BACKENDS else ())
-    if asked == "auto" and not kernel.backends:
-        found = taken(kernel, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
-    else:
-        found = _tried(kernel, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
-    return Kernel(asked, found, kernel.backends, _warning(found, device))
+        found = _tried(kernel, **shape)
+        return Kernel(asked, found, kernel.backends, _warning(found, device))
+    kernel, doubt = usual(device), ""
+    if kernel.backends:
+        try:
+            _tried(kernel, **shape)
+        except EnvironmentProblem as problem:
+            kernel, doubt = Kernel(), f"{problem.message}; PyTorch's own choice is taken"
+    found = taken(kernel, **shape)
+    return Kernel(asked, found, kernel.backends, doubt or _warning(found, device))
 
 
 def usual(device: torch.device) -> Kernel:
@@ -171,7 +176,7 @@ def taken(
         kernel(q, k, v)
         if kernel.asked in PACKAGES:
             return kernel.asked
-        number = torch._fused_sdp_choice(*(t.transpose(1, 2) for t in (q, k, v)))
+        number = torch._fused_sdp_choice(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     found = next((name for choice, name in _CHOICES.items() if int(choice.value) == number), "unknown")
     return "flash (CPU)" if (found, device.type) == ("flash", "cpu") else found
 

@@ -107,18 +107,18 @@ class Bank:
         self.key_sums = zeros(*shape[:3], *shape[4:], dtype=torch.float32, device=device)
         self._near: dict[str, Tensor] = {}
         if self.is_far:
-            near = (DEPTH, batch, min(recalled, places), *shape[3:])
+            near = (DEPTH, batch, recalled, *shape[3:])
             for name, of in self._parts().items():
                 self._near[name] = zeros(*near[: of.ndim], dtype=of.dtype, device=device)
         self._fetched: list[int | None] = [None] * DEPTH
         self._stream: torch.cuda.Stream | None = None
+        self._unlock: weakref.finalize[..., Bank] | None = None
         if device.type == "cuda" and self.is_far:
             self._stream = torch.cuda.Stream(device)
             self._ready = [torch.cuda.Event() for _ in range(DEPTH)]
             self._used = [torch.cuda.Event() for _ in range(DEPTH)]
             self._written = torch.cuda.Event()
-            for tensor in self._parts().values():
-                _lock_pages(tensor)
+            self._lock_pages()
 
     @property
     def places(self) -> int:
@@ -145,20 +145,27 @@ class Bank:
     def write(self, place: int, k: Tensor, v: Tensor) -> None:
         """Keep a block's un-rotated keys and values [L, B, N_c, N, D] in a place."""
         for x, into, scale_into in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
-            if scale_into is None:
-                into[:, :, place].copy_(x, non_blocking=True)
-                continue
-            numbers, scales = into[:, :, place], scale_into[:, :, place]
-            if not self.is_far:
-                torch.ops.packforcing.quantize_into(x, numbers, scales)
-                continue
-            here = torch.empty(x.shape, dtype=into.dtype, device=x.device), scales.to(x.device, copy=True)
-            torch.ops.packforcing.quantize_into(x, *here)
-            for made, far in zip(here, (numbers, scales), strict=True):
-                _as_bytes(far).copy_(_as_bytes(made), non_blocking=True)
+            to, scale_to = into[:, :, place], None if scale_into is None else scale_into[:, :, place]
+            if self.is_far:
+                self._send(x, to, scale_to)
+            elif scale_to is None:
+                to.copy_(x)
+            else:
+                torch.ops.packforcing.quantize_into(x, to, scale_to)
         self.key_sums[:, :, place].copy_(k.sum(2, dtype=torch.float32))
         if self._stream is not None:
             self._written.record()
+
+    def _send(self, x: Tensor, to: Tensor, scale_to: Tensor | None) -> None:
+        """Write x [L, B, N_c, N, D] to a place of a far bank, layer by layer: of one a batch of one lies together."""
+        here, scale = x.to(to.dtype) if scale_to is None else torch.empty_like(x, dtype=to.dtype), None
+        if scale_to is not None:
+            scale = torch.empty(scale_to.shape, dtype=scale_to.dtype, device=x.device)
+            torch.ops.packforcing.quantize_into(x, here, scale)
+        for layer in range(len(to)):
+            _as_bytes(to[layer]).copy_(_as_bytes(here[layer]), non_blocking=True)
+            if scale is not None and scale_to is not None:
+                scale_to[layer].copy_(scale[layer], non_blocking=True)
 
     def fetch(self, layer: int, places: Sequence[int]) -> None:
         """Begin to bring these places of a layer near; `recall` of it comes before the fetch of layer + DEPTH."""
@@ -214,6 +221,29 @@ class Bank:
             new = old.new_zeros((*old.shape[:2], places, *old.shape[3:]))
             _as_bytes(new)[:, :, : old.shape[2]].copy_(_as_bytes(old)[:, :, :places])
             setattr(self, name, new)
+        if self._stream is not None:
+            self._lock_pages()
+
+    def _lock_pages(self) -> None:
+        """Page-lock what is far, exactly its size: PyTorch's own pinned allocations take the next power of two.
+
+        Raises: MemoryFitError if the system refuses.
+        """
+        runtime = torch.cuda.cudart()
+        if self._unlock is not None:
+            self._unlock()
+        locked: list[int] = []
+        self._unlock = weakref.finalize(self, _unlock_pages, locked)
+        self._unlock.atexit = False
+        for tensor in self._parts().values():
+            if not tensor.nbytes:
+                continue
+            if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
+                raise MemoryFitError(
+                    f"the system does not page-lock {tensor.nbytes / 1e9:.1f} GB of host memory for the bank",
+                    hint="Use a smaller --bank-memory.",
+                )
+            locked.append(tensor.data_ptr())
 
     def _parts(self) -> dict[str, Tensor]:
         """What is far when the bank is."""
@@ -230,20 +260,9 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
 
 
-def _lock_pages(tensor: Tensor) -> None:
-    """Page-lock host memory in place, exactly its size: PyTorch's own pinned allocations take the next power of two.
-
-    Raises: MemoryFitError if the system refuses.
-    """
-    if not tensor.nbytes:
-        return
-    runtime, address = torch.cuda.cudart(), tensor.data_ptr()
-    if int(runtime.cudaHostRegister(address, tensor.nbytes, 0)) != 0:
-        raise MemoryFitError(
-            f"the system does not page-lock {tensor.nbytes / 1e9:.1f} GB of host memory for the bank",
-            hint="Use a smaller --bank-memory.",
-        )
-    weakref.finalize(tensor.untyped_storage(), runtime.cudaHostUnregister, address)
+def _unlock_pages(addresses: list[int]) -> None:
+    for address in addresses:
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _quantize_into(x: Tensor, kept: Tensor, scale: Tensor) -> None:

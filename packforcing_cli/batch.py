@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import string
 import subprocess
@@ -43,7 +44,7 @@ from packforcing_cli.timeline import Place, Problem
 TEMPLATE = "{index:04d}-{slug}-{seed}"
 FIELDS = ("index", "line", "slug", "seed", "id")
 HIDDEN = manifest.HIDDEN
-CONTAINERS = (".mp4", ".mkv", ".mov")
+CONTAINERS = manifest.CONTAINERS
 POLL_SECONDS = 0.2
 _LOAD_OPTIONS = (
     *("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae", "loras"),
@@ -95,8 +96,11 @@ class Template:
         if said:
             raise UsageError(f"the template {self.text!r} {said}", hint=hint)
         suffix = Path(place).suffix.lower()
-        if suffix in CONTAINERS and not self.text.lower().endswith(suffix):
+        is_fixed = self.text.lower().endswith(suffix)
+        if suffix in CONTAINERS and not is_fixed:
             raise UsageError(f"the template {self.text!r} has no fixed ending", hint=hint)
+        if is_fixed and suffix not in CONTAINERS and re.fullmatch(r"\.[a-z][a-z0-9]{1,4}", suffix):
+            raise UsageError(f"the template {self.text!r} {manifest.wrong_ending(place)}", hint=hint)
 
     def name(self, *, index: int, line: int, words: str, seed: int | None, id: str, more: str = "") -> str:  # noqa: A002
         """The name of a job, with folders, whatever its words are; each part fits in any file system's names.
@@ -185,17 +189,22 @@ def plan_jobs(
     Raises: UsageError with every line whose output is not possible or is another's.
     """
     template, inputs, counts = template or Template(), Inputs(), dict[str, int]()
-    drafts = [(line, _any_draft(line, inputs, seed, counts)) for line in lines]
+    problems: list[Problem] = []
+    earlier = _earlier_lines(lines, root, source, problems)
+    made = dict[int, Entry]()
+    for line in lines:
+        before = made[earlier[line.index].index] if line.index in earlier else None
+        made[line.index] = _any_draft(line, inputs, seed, counts, before)
+    drafts = [(line, made[line.index]) for line in lines]
     ids, keys = ({getattr(draft, name) for _, draft in drafts} for name in ("id", "key"))
     gone = {row.id: row for row in there if row.id not in ids and row.key in keys and row.is_open}
     names = {row.id: row.output for row in there if row.id not in gone}
     freed = {row.key: row.output for row in gone.values()}
     used = {same_name(name): job for job, name in names.items()}
-    problems: list[Problem] = []
     notes, first_of = list[str](), dict[str, Entry]()
     for line, draft in drafts:
-        given = None if line.output is None else _given_name(line.output)
-        said = "" if given is None else inside(given) or _leads_out(root, given) or _ending(given)
+        given = None if line.output is None else manifest.given_name(line.output)
+        said = "" if given is None else _leads_out(root, given)
         before = first_of.get(draft.id)
         if said:
             said = f"output {line.output!r} {said}"
@@ -238,21 +247,6 @@ def plan_jobs(
     return entries, notes
 
 
-def _given_name(output: str) -> str:
-    """A name that a person gave, in one of the ways it may be written, with an ending."""
-    name = PurePosixPath(output).as_posix()
-    return name if PurePosixPath(name).suffix else f"{name}.mp4"
-
-
-def _ending(name: str) -> str:
-    path = Path(name)
-    if path.suffix.lower() not in CONTAINERS or not path.stem.strip(". "):
-        return f"must end in {', '.join(CONTAINERS)}"
-    if any(len(part.encode()) > 240 for part in path.parts):
-        return "is too long"
-    return ""
-
-
 def _leads_out(root: Path | None, name: str) -> str:
     """Whether symbolic links that are there lead out of the folder."""
     if root is None:
@@ -265,11 +259,16 @@ def _leads_out(root: Path | None, name: str) -> str:
     return "leads out of the folder of the batch through a symbolic link" if bad else ""
 
 
-def _any_draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int]) -> Entry:
-    """The job of a line, without a name; also of one that cannot be planned at all."""
+def _any_draft(line: Line, inputs: Inputs, seed: int, counts: dict[str, int], before: Entry | None) -> Entry:
+    """The job of a line, without a name; also of one that cannot be planned at all.
+
+    before: the job whose video it goes on with, if that is of the same manifest.
+    """
     error = line.problem
     if error is None:
         try:
+            if before is not None and isinstance(line.request, ExtendRequest):
+                return _later_draft(line, line.request, before, inputs)
             return _draft(line, inputs, seed, counts)
         except PackforcingError as failure:
             error = failure
@@ -384,37 +383,109 @@ def _source_place(source: str) -> str:
 
 def _branch_request(folder: Path, line: Line, request: ExtendRequest) -> tuple[GenerateRequest, int, str]:
     """What a branch of a run asks for, how many blocks it takes over, and their hash."""
-    given = {
-        name: getattr(request, name) for name in ("model", "size", "fit", "from_time", "to_time", "only_new")
-    }
-    wrong = [name for name, value in given.items() if value and name in line.columns]
-    if wrong:
-        raise UsageError(f"{wrong[0]} is for videos made elsewhere; {request.source} goes on from its run")
+    _refuse_for_elsewhere(line, request)
     with runfolder.RunFolder.open_to_read(folder) as old:
-        blocks, total = continuation.lengths(old, request.seconds, request.start)
-        timeline = continuation.timeline_of(old.record, blocks, total, request.prompt, line.timeline)
-        whole = continuation.request_of(
-            old.record,
-            seconds=total,
-            timeline=timeline,
-            has_new_prompts=request.prompt is not None or bool(line.timeline.scenes),
-            output=None,
-            overwrite=request.overwrite,
-            frames=request.frames,
-            changes={"seed": request.seed, "device": request.device, **_file_changes(request)},
-        )
+        whole, blocks = continuation.request_of_branch(old, request, line.timeline)
         digest = hashlib.sha256(old.record.id.encode())
         for entry in old.entries(0, blocks):
             digest.update(entry.latents.contiguous().flatten().float().numpy().tobytes())
         return whole, blocks, digest.hexdigest()
 
 
+def _refuse_for_elsewhere(line: Line, request: ExtendRequest) -> None:
+    """Raises: UsageError if a line that goes on with a run has options which that keeps."""
+    wrong = [name for name in continuation.ELSEWHERE if getattr(request, name) and name in line.columns]
+    if wrong:
+        raise UsageError(
+            f"{wrong[0]} is for videos made elsewhere; {request.source} goes on from its run",
+            hint=f"Leave {wrong[0]} away.",
+        )
+
+
 def _file_changes(request: ExtendRequest) -> dict[str, Any]:
     """Settings of the new file, None = not given."""
-    return {
-        name: getattr(request, name)
-        for name in ("guard", "codec", "crf", "preset", "metadata", "snapshot_every")
+    return {name: getattr(request, name) for name in continuation.FILE_CHANGES}
+
+
+def _later_draft(line: Line, request: ExtendRequest, before: Entry, inputs: Inputs) -> Entry:
+    """The job of a line that goes on with the video of an earlier one; the rest is decided when that is made."""
+    error = before.problem
+    if error is not None:
+        error = UsageError(
+            f"line {before.line}, whose video it goes on with: {error.message}", hint=error.hint
+        )
+    elif not before.spec["request"].get("keep_run", True):
+        error = UsageError(
+            f"line {before.line}, whose video it goes on with, keeps no run folder",
+            hint=f"Remove keep_run from line {before.line}.",
+        )
+    else:
+        try:
+            _refuse_for_elsewhere(line, request)
+        except UsageError as failure:
+            error = failure
+    if request.frames is not None:
+        request = request.model_copy(update={"frames": request.frames.expanduser().absolute()})
+    asked = {
+        **request.model_dump(mode="json", exclude={"overwrite", "source", *NOT_REPEATED}),
+        "timeline": line.timeline.to_json(),
+        "after": before.key,
+        "kind": "extend",
     }
+    kept = {"frames": None, "output": None, "image": None, "keep_run": True, "overwrite": request.overwrite}
+    changes = {"seed": request.seed, "device": request.device, **_file_changes(request)}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    whole = GenerateRequest.from_values({**before.spec["request"], **kept, **changes})
+    more = {
+        "after": before.id,
+        "asked": request.model_dump(mode="json"),
+        "timeline": line.timeline.to_json(),
+    }
+    looks: list[tuple[str, Callable[[], str]]] = [("source", lambda: f"job {before.id}")]
+    entry = _entry(line, "extend", asked, whole, whole.to_values(), more, looks, inputs, error)
+    return replace(entry, after=before.id)
+
+
+def _earlier_lines(
+    lines: Sequence[Line], root: Path | None, source: str, problems: list[Problem]
+) -> dict[int, Line]:
+    """index of a line -> the earlier one whose video is its source.
+
+    Its `output` is meant by its name in the folder of the batch, and by its path.
+    """
+    written = {same_name(manifest.given_name(line.output)): line for line in reversed(lines) if line.output}
+    found: dict[int, Line] = {}
+    for line in lines:
+        if not isinstance(line.request, ExtendRequest):
+            continue
+        text = line.request.source
+        path = Path(text).expanduser().absolute()
+        names = [text] if inside(text) == "" and not text.startswith("./") else []
+        if root is not None and path.is_relative_to(root.absolute()):
+            names.insert(0, path.relative_to(root.absolute()).as_posix())
+        first = next(
+            filter(None, (written.get(same_name(manifest.given_name(name))) for name in names)), None
+        )
+        if first is None:
+            continue
+        is_here = path.exists() and (
+            root is None or path != root.absolute() / manifest.given_name(first.output or "")
+        )
+        said = ""
+        if is_here and same_name(names[0]) == same_name(text):
+            said = f"is a file here, and the output of line {first.line}: write ./{text} for the file"
+            if root is not None:
+                said += f", {root / text} for the output"
+        elif first.index == line.index:
+            said = "is its own output"
+        elif first.index > line.index:
+            said = f"is the output of line {first.line}, which comes later: put that line first"
+        if said:
+            column = line.columns.get("source", 1)
+            problems.append(Problem(Place(source, line.line, column), f"source {text!r} {said}"))
+        else:
+            found[line.index] = first
+    return found
 
 
 def _file_request(path: Path, line: Line, request: ExtendRequest, seed: int) -> GenerateRequest:
@@ -672,8 +743,13 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def of_shard(entries: Sequence[Entry], shard: tuple[int, int] | None) -> list[Entry]:
-    """Every N-th job, beginning with the I-th."""
-    return list(entries) if shard is None else list(entries[shard[0] - 1 :: shard[1]])
+    """Every N-th job, beginning with the I-th; one that goes on with another one's video stays with that."""
+    if shard is None:
+        return list(entries)
+    part_of: dict[str, int] = {}
+    for number, entry in enumerate(entries):
+        part_of[entry.id] = part_of.get(entry.after, number % shard[1])
+    return [entry for entry in entries if part_of[entry.id] == shard[0] - 1]
 
 
 # ------------------------------------------------------------------------------------ the ledger as a worker's board
@@ -761,6 +837,9 @@ class LedgerBoard:
         finally:
             _AT_WORK.discard((self._folder.ledger.path, task.id))
 
+    def refuse(self, task: Task, error: BaseException) -> bool:
+        return False  # all workers of a machine are alike
+
     def pause(self, why: str) -> None:
         self._folder.ledger.set_meta("paused", why)
 
@@ -774,6 +853,7 @@ class State:
 
     counts: of jobs by status.  work: done and whole, in the ledger's units.  started: jobs that are being made.
     new_failures: since this process began.
+    notes: what a person should be told now.
     """
 
     counts: Mapping[str, int]
@@ -781,18 +861,22 @@ class State:
     started: Sequence[Row]
     workers: int
     new_failures: int
+    notes: Sequence[str] = ()
 
 
 class Engine(abc.ABC):
     """What all engines have: the ledger is looked at again and again until nothing is left to do.
 
     Attributes: why: the reason why no more jobs are begun, "" while they are.
+        problem: why jobs are left that nobody can do, None while there are none.
     """
 
     def __init__(self, folder: Folder, *, max_failures: int | None = None) -> None:
         self.folder = folder
         self.max_failures = max_failures
         self.why = ""
+        self.problem: PackforcingError | None = None
+        self._notes = list[str]()
         self._failed_before = folder.ledger.counts()["failed"]
 
     @abc.abstractmethod
@@ -811,12 +895,14 @@ class Engine(abc.ABC):
         """How it stands now."""
         base = self.folder.ledger
         counts = base.counts()
+        notes, self._notes = self._notes, []
         return State(
             counts=counts,
             work=base.work(),
             started=base.rows("started"),
             workers=workers,
             new_failures=max(0, counts["failed"] - self._failed_before),
+            notes=notes,
         )
 
     def has_work(self) -> bool:
@@ -907,7 +993,7 @@ class Local(Engine):
         free = self._count - len(self._processes)
         if self.why or free <= 0 or base.meta("paused") is not None:
             return
-        waiting = base.counts()["queued"]
+        waiting = base.ready()
         slots = [n for n in range(self._count) if n not in {one.slot for one in self._processes}]
         for slot in slots[:waiting]:
             self._processes.append(self._start(slot))
@@ -925,7 +1011,8 @@ class Local(Engine):
                 one.log.unlink(missing_ok=True)
             return
         how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        _log.warning("worker %d ended with %s", one.process.pid, how)
+        if code != DiskFullError.exit_code:  # of that the batch is told otherwise
+            _log.warning("worker %d ended with %s", one.process.pid, how)
         if began:
             self._fast_deaths = 0
             return

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from packforcing_cli import attention, bench, compiling, counting, quantize, registry, resolve, rollout, rope
 from packforcing_cli.attention import Kernel
-from packforcing_cli.config import QUANTIZATIONS
+from packforcing_cli.config import QUANTIZATIONS, MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem, UsageError
 from packforcing_cli.layout import Layout
 from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import LAYERS, VideoModel
-from packforcing_cli.transformer import Layer, Modulation, _after_attention, _before_attention
+from packforcing_cli.transformer import Layer, Modulation, after_attention, before_attention
 
 COPIED_BYTES = {"cuda": 4 << 30, "cpu": 256 << 20}
 COMPARED_QUERIES = 512  # of which the error of an attention kernel is taken
@@ -34,7 +34,7 @@ SIMULATED = "simulated"
 
 def _steady(model: VideoModel, size: tuple[int, int] | None) -> tuple[Layout, int]:
     """Layout and block of a full memory."""
-    options = bench.MemoryOptions().with_defaults(model.manifest.cache.model_dump())
+    options = MemoryOptions().with_defaults(model.manifest.cache.model_dump())
     grid = resolve.grid_for(model, size or model.manifest.size)
     layout = resolve.layout_for(model, options, grid, num_blocks=bench.EARLY)
     return layout, layout.sink_blocks + layout.recent_blocks + layout.top_k + 1
@@ -115,7 +115,7 @@ def _attention_rows(
     with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         exact = Kernel("math")(some.float(), k.float(), v.float())
     chosen: dict[str, Kernel] = {}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in attention.runnable(device=device, dtype=dtype, heads=heads, head_dim=head_dim):
         try:
             kernel = attention.choose(name, device=device, dtype=dtype, heads=heads, head_dim=head_dim)
@@ -188,13 +188,13 @@ def _layer(model: VideoModel, tokens: int, *, repeats: int, compiled: bool) -> d
         before(layer, x, modulation, *angles)
         after(layer, x, heads, modulation, pair)
 
-    calls: dict[str, Callable[[], object]] = {"eager": lambda: run(_before_attention, _after_attention)}
+    calls: dict[str, Callable[[], object]] = {"eager": lambda: run(before_attention, after_attention)}
     if compiled:
-        fast = compiling.compiled(_before_attention), compiling.compiled(_after_attention)
+        fast = compiling.compiled(before_attention), compiling.compiled(after_attention)
         calls["compiled"] = lambda: run(*fast)
     took = bench.measure(calls, device, repeats=repeats)
     with counting.moved_bytes() as moved:
-        run(_before_attention, _after_attention)
+        run(before_attention, after_attention)
     return {
         **{name: value.to_json() for name, value in took.items()},
         "eager_bytes": moved.bytes,
@@ -246,8 +246,8 @@ def precision(
                     place, device=device, dtype=registry.dtype_name(whole.dtype), quantize=mode
                 ).load()
                 row["weight_bytes"] = _weight_bytes(small)
-        except (UsageError, EnvironmentProblem) as problem:
-            row["not measured"] = problem.message
+        except (UsageError, EnvironmentProblem, ImportError) as problem:
+            row["not measured"] = getattr(problem, "message", "torchao is not installed")
             continue
         off = output(small) - reference
         row["error"] = float(off.norm() / reference.norm())

@@ -23,7 +23,7 @@ from packforcing_cli.config import MemoryOptions
 from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule, block_noise
-from packforcing_cli.vae import Codec, TinyCodec, WanCodec
+from packforcing_cli.vae import Codec, TinyCodec, WanCodec, put_channels_last
 
 WARM_UP = 3  # blocks of a full memory before the first that counts
 ORDER = (False, True, True, False)  # overlap or not, of the videos
@@ -76,13 +76,19 @@ def _ways(codec: Codec) -> dict[str, Codec]:
     """The ways a codec can decode. Weights are copied: their layout is one of the differences."""
     ways: dict[str, Codec] = {}
     if isinstance(codec, TinyCodec):
-        for name, form in (("first", torch.contiguous_format), ("last", torch.channels_last)):
-            autoencoder = copy.deepcopy(codec.module).to(memory_format=form)
+        for name in ("first", "last"):
+            autoencoder = copy.deepcopy(codec.module)
+            for weight in autoencoder.parameters():
+                weight.data = weight.data.contiguous()
+            if name == "last":
+                put_channels_last(autoencoder)
             ways[f"tiny VAE, channels {name}"] = TinyCodec(autoencoder)
         return ways
     assert isinstance(codec, WanCodec)
     for layout in (False, True):
         module = copy.deepcopy(codec.module)
+        for weight in module.parameters():
+            weight.data = weight.data.contiguous()
         for number in (1, 2, 4):
             name = f"Wan VAE, {'channels last' if layout else 'channels first'}, {number} a call"
             ways[name] = WanCodec(module, latents_per_call=number, channels_last=layout)

@@ -194,7 +194,23 @@ def unpack(
         ) from error
 
 
-def _unpack(tar: tarfile.TarFile, said: str, *, update: bool, advance: Advance) -> tuple[Path, Manifest]:
+def unpack_stream(stream: IO[bytes], folder: Path) -> Manifest:
+    """Unpack a bundle that comes in over a stream into a folder, which is not there yet.
+
+    Raises: WeightsError, DiskFullError as `unpack`; nothing is left then.
+    """
+    try:
+        with tarfile.open(fileobj=stream, mode="r|") as content:
+            return _unpack(content, "what was sent", update=False, advance=lambda _, __: None, folder=folder)[
+                1
+            ]
+    except tarfile.TarError as error:
+        raise WeightsError(f"what was sent is not a whole bundle: {error}", hint="Send it again.") from error
+
+
+def _unpack(
+    tar: tarfile.TarFile, said: str, *, update: bool, advance: Advance, folder: Path | None = None
+) -> tuple[Path, Manifest]:
     first = tar.next()
     if first is None or first.name != MANIFEST or not first.isreg() or first.size > 1 << 24:
         raise WeightsError(
@@ -202,8 +218,9 @@ def _unpack(tar: tarfile.TarFile, said: str, *, update: bool, advance: Advance) 
             hint="Make one with packforcing models pack.",
         )
     manifest = packages.parse_manifest(_read(tar, first).decode("utf-8", "replace"), f"{said}: {MANIFEST}")
-    folder = packages.install_folder(manifest.name)
-    if manifest.name == "demo":
+    is_installed = folder is None
+    folder = folder or packages.install_folder(manifest.name)
+    if manifest.name == "demo" and is_installed:
         raise UsageError(
             f"{said} is called demo, as the model that comes with packforcing", hint="Rename it."
         )

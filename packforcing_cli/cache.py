@@ -297,9 +297,8 @@ class KVCache:
         self._sinks, self._ring = len(full.sink), max(1, len(full.recent))
         self._place_of: dict[int, int] = {}  # of every block that is kept in compressed form
         self._banked: set[int] = set()  # those of them that are in the bank; the others are backups
-        self._turned: dict[
-            int, tuple[int, Fraction]
-        ] = {}  # which block lies turned in a place of recent, to where
+        # Which block lies turned in a place of recent, and to which slot.
+        self._turned: dict[int, tuple[int, Fraction]] = {}
         self._angles: dict[object, tuple[Tensor, Tensor]] = {}
         self._cells: dict[Fraction, Tensor] = {}
         self._open: CacheContext | None = None
@@ -395,7 +394,8 @@ class KVCache:
     def _score(self, layers: slice, q_sums: Tensor | None) -> Tensor:
         """[l, M] affinity of the bank, oldest first, to the last commit's queries plus `q_sums` [l,B,N,D]."""
         places = [self._place_of[block] for block in self.bank_blocks]
-        key_sums = self._bank.key_sums[layers, :, : 1 + max(self._place_of.values())]
+        # As many as are there once the last backup has come, whether it has or not: a sum's last bit may depend on it.
+        key_sums = self._bank.key_sums[layers, :, : len(places) + self._backups]
         queries = self._q_sum[layers]
         scores = selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
         return scores[:, torch.tensor(places, device=self.device)]
@@ -434,8 +434,7 @@ class KVCache:
                         f"block {block} leaves recent without a backup: call add_backup({block}) before"
                     )
             for block in leaving:
-                self._make_room()
-                self._banked.add(block)
+                self._take_in(block)
             self._q_sum.copy_(kv.q_sum)
         if i in after.sink or i in after.recent:
             slots, place = self.layout.slots(after), self._place(i)
@@ -465,26 +464,25 @@ class KVCache:
             raise ValueError(f"add_backup({i}): recent is {[*recent]}, with backups of {backed_up}")
         self._check_shape(kv, self.layout.grid.compressed_tokens)
         if last_before_cut:
-            self._make_room()
+            self._take_in(i)
         taken = {*self._place_of.values()}
         place = next(n for n in range(len(taken) + 1) if n not in taken)
-        if place == self._bank.places:
-            assert self._growing
-            self._bank.resize(place + 1)
         self._bank.write(place, kv.k, kv.v)
         self._place_of[i] = place
-        if last_before_cut:
-            self._banked.add(i)
 
-    def _make_room(self) -> None:
-        """The oldest block of a full bank that is not pinned goes."""
-        if self.layout.bank is None or len(self._banked) < self.layout.bank:
-            return
-        unpinned = self._banked - self.layout.pins
-        if not unpinned:
-            raise ValueError(f"all {len(self._banked)} blocks of the bank are pinned: nothing can make room")
-        self._banked.remove(min(unpinned))
-        del self._place_of[min(unpinned)]
+    def _take_in(self, block: int) -> None:
+        """Make a block one of the bank; if that is full, its oldest that is not pinned goes."""
+        if self.layout.bank is not None and len(self._banked) == self.layout.bank:
+            unpinned = self._banked - self.layout.pins
+            if not unpinned:
+                raise ValueError(
+                    f"all {len(self._banked)} blocks of the bank are pinned: nothing can make room"
+                )
+            self._banked.remove(min(unpinned))
+            del self._place_of[min(unpinned)]
+        self._banked.add(block)
+        if self._growing:
+            self._bank.resize(len(self._banked) + self._backups)
 
     # -- keeping and showing --------------------------------------------------------------------------------
 

@@ -47,6 +47,7 @@ KV_DTYPES = ("auto", *KV_BYTES)
 BANK_DEVICES = ("auto", "device", "host")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
+FROZEN_QUANTIZATIONS = ("none", "int8", "fp8")  # of what a training does not train
 OFFLOADS = ("none", "text", "all")
 ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "fa3", "sage")
 CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")

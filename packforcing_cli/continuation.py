@@ -18,6 +18,7 @@ from packforcing_cli import jobs, packages, provenance, runfolder, sameness
 from packforcing_cli.config import GenerateRequest, PlanRequest, SourceVideo
 from packforcing_cli.errors import RunFolderError, UsageError
 from packforcing_cli.jobs import Job
+from packforcing_cli.manifest import ExtendRequest
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.source import Source
 from packforcing_cli.tasks import file_sha256
@@ -97,6 +98,34 @@ def request_of(
             "keep_run": True,
         }
     )
+
+
+FILE_CHANGES = ("guard", "codec", "crf", "preset", "metadata", "snapshot_every")
+ELSEWHERE = ("model", "size", "fit", "from_time", "to_time", "only_new")
+"""Options for videos made elsewhere: a branch keeps those of its run."""
+
+
+def request_of_branch(
+    old: RunFolder, request: ExtendRequest, timeline: Timeline
+) -> tuple[GenerateRequest, int]:
+    """What a line of a batch that goes on with a run asks for, and how many blocks are taken over.
+
+    Raises: as `lengths` and `timeline_of`.
+    """
+    blocks, total = lengths(old, request.seconds, request.start)
+    changes = {"seed": request.seed, "device": request.device}
+    changes |= {name: getattr(request, name) for name in FILE_CHANGES}
+    whole = request_of(
+        old.record,
+        seconds=total,
+        timeline=timeline_of(old.record, blocks, total, request.prompt, timeline),
+        has_new_prompts=request.prompt is not None or bool(timeline.scenes),
+        output=None,
+        overwrite=request.overwrite,
+        frames=request.frames,
+        changes=changes,
+    )
+    return whole, blocks
 
 
 def lengths(old: RunFolder, seconds: float, start: str | None) -> tuple[int, float]:

@@ -171,6 +171,7 @@ def prepare(
             f" {on.machine.device} has {planner.gb(on.machine.memory_bytes)} free"
         )
         request, fitted = request.changed(**plan.change, auto_fit=False), (said,)
+        on = replace(on, dtype=plan.change.get("dtype", on.dtype))
     request = request.model_copy(
         update={
             "seed": config.random_seed() if request.seed is None else request.seed,
@@ -239,10 +240,9 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
 
 
 def _history(request: GenerateRequest, plan: Plan) -> History | None:
-    from packforcing_cli import past
-
     if request.source is None:
         return None
+    from packforcing_cli import past
 
     return past.open_history(request, plan.layout.grid, fps=plan.fps, size=plan.size)
 

@@ -4,6 +4,9 @@
                  ^  |
                  +--+  progress; a dead process's job is queued again by whoever looks next
 
+A job may come after another one, whose video it goes on with: it is not given before that is done, and when that fails
+or is cancelled it does, too.
+
 Any number of processes of one machine may use it at once: one writes at a time, and every change of a job names the
 process that holds it, so that one which lost its job changes nothing. A holder is (host, boot, process, start time):
 whether it lives can be told on its own machine only; one of another machine is believed to live.
@@ -33,12 +36,14 @@ from typing import Any, Self
 from packforcing_cli import durable
 from packforcing_cli.errors import DiskFullError, LockedError, PackforcingError, RunFolderError, UsageError
 
-SCHEMA = 1
+SCHEMA = 2
 NAME = "ledger.sqlite3"
 BUSY_SECONDS = 60.0
 STATUSES = ("queued", "started", "done", "failed", "cancelled")
 MAX_DEATHS = 5
 """So many processes in a row may die over a job without a new block before it is given up."""
+SOURCE_FAILED = "SourceFailed"
+"""Kind of the error of a job that comes after one which failed or was cancelled."""
 _ORPHAN = "orphan "  # and a job's id: a note in meta
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "ceph", "lustre", "gpfs", "glusterfs", "beegfs")
 
@@ -55,6 +60,7 @@ CREATE TABLE jobs (
     load_key TEXT NOT NULL,
     layout_key TEXT NOT NULL,
     weight REAL NOT NULL,
+    after TEXT NOT NULL DEFAULT '',
     status TEXT NOT NULL DEFAULT 'queued',
     attempt INTEGER NOT NULL DEFAULT 0,
     retries INTEGER NOT NULL DEFAULT 0,
@@ -72,12 +78,19 @@ CREATE TABLE jobs (
 );
 CREATE INDEX jobs_by_status ON jobs (status, position);
 CREATE INDEX jobs_by_key ON jobs (key);
+CREATE INDEX jobs_by_after ON jobs (after);
 CREATE TABLE events (
     at REAL NOT NULL, job TEXT NOT NULL, event TEXT NOT NULL, attempt INTEGER NOT NULL,
     holder TEXT NOT NULL, said TEXT NOT NULL
 );
 CREATE INDEX events_by_job ON events (job);
 """
+_FROM_1 = (
+    "ALTER TABLE jobs ADD COLUMN after TEXT NOT NULL DEFAULT ''",
+    "CREATE INDEX jobs_by_after ON jobs (after)",
+    "UPDATE meta SET value = '2' WHERE name = 'schema'",
+)
+_IS_READY = "NOT EXISTS (SELECT 1 FROM jobs AS first WHERE first.id = jobs.after AND first.status != 'done')"
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,7 @@ class Entry:
               not be planned, and goes when a manifest does not have it any more.
     weight:   how much work it is, in any unit.
     problem:  why it cannot be done; it is queued as failed then.
+    after:    id of the job whose video it goes on with; "" = of none.
     """
 
     id: str
@@ -106,6 +120,7 @@ class Entry:
     layout_key: str
     weight: float
     problem: PackforcingError | None = None
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +143,7 @@ class Row:
     load_key: str
     layout_key: str
     weight: float
+    after: str
     status: str
     attempt: int
     retries: int
@@ -354,8 +370,8 @@ class Ledger:
                 if only_look:
                     continue
                 base.execute(
-                    "INSERT INTO jobs (id, key, position, line, shown, output, spec, load_key, layout_key, weight)"
-                    " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                    "INSERT INTO jobs (id, key, position, line, shown, output, spec, load_key, layout_key, weight,"
+                    " after) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                     (
                         entry.id,
                         entry.key,
@@ -367,17 +383,26 @@ class Ledger:
                         entry.load_key,
                         entry.layout_key,
                         entry.weight,
+                        entry.after,
                     ),
                 )
                 self._event(base, entry.id, "queued", 0, "", "")
                 if entry.problem is not None:
                     self._fail(base, entry.id, 0, "", entry.problem)
+                elif entry.after:
+                    self._fail_with_source(base, entry.id)
         return added
 
     # -- a worker's side
 
     def claim(
-        self, holder: str, *, load_key: str = "", layout_key: str = "", ids: Iterable[str] = ()
+        self,
+        holder: str,
+        *,
+        load_key: str = "",
+        layout_key: str = "",
+        ids: Iterable[str] = (),
+        not_of: Iterable[str] = (),
     ) -> Row | None:
         """Take the next job that may begin: of the same model and layout if there is one, else in the manifest's order.
 
@@ -385,10 +410,11 @@ class Ledger:
         Args:
             load_key, layout_key: of the job the holder did before.
             ids: if given, only one of these.
+            not_of: load keys of jobs that the holder cannot do.
         """
         with self._write() as base:
             self._take_over(base)
-            row = self._next(base, load_key, layout_key, 1, 0, ids)
+            row = self._next(base, load_key, layout_key, 1, 0, ids, not_of)
             if not row:
                 return None
             base.execute(
@@ -485,12 +511,12 @@ class Ledger:
             self._give_back(base, row, "cancelled" if cancelled or row["wants_cancel"] else "queued", why)
         return True
 
-    def lost(self, job: str, holder: str) -> bool:
-        """Give a job back whose worker died. Returns: False if the holder had lost it."""
+    def lost(self, job: str, holder: str, *, said: str = "") -> bool:
+        """Give a job back whose worker died. said: which one. Returns: False if the holder had lost it."""
         with self._write() as base:
             row = self._held(base, job, holder)
             if row is not None:
-                self._queue_after_death(base, row)
+                self._queue_after_death(base, row, said)
         return row is not None
 
     # -- a person's side
@@ -505,14 +531,17 @@ class Ledger:
                     base.execute("UPDATE jobs SET status = 'cancelled' WHERE id = ?", (row["id"],))
                     self._event(base, row["id"], "cancelled", row["attempt"], "", "")
                     cancelled += 1
+                    if jobs is not None:
+                        self._fail_those_after(base, row["id"])
                 elif row["status"] == "started":
                     base.execute("UPDATE jobs SET wants_cancel = 1 WHERE id = ?", (row["id"],))
                     asked += 1
         return cancelled, asked
 
     def retry(self, jobs: Sequence[str] | None = None, *, lost: bool = False) -> int:
-        """Queue failed jobs again; with `jobs` also cancelled ones, and done ones, whose file is then looked at.
+        """Queue failed jobs again; with `jobs` also cancelled ones.
 
+        With a job those go that it comes after, as it could not begin without them, and those that failed with it.
         Args:
             lost: also jobs that processes of other machines hold: a person knows that those are gone.
         Returns: how many.
@@ -520,7 +549,8 @@ class Ledger:
         count = 0
         with self._write() as base:
             self._take_over(base)
-            for row in self._chosen(base, jobs):
+            chosen = None if jobs is None else self._with_their_own(base, jobs)
+            for row in self._chosen(base, chosen):
                 wanted = row["status"] == "failed" or (jobs is not None and row["status"] == "cancelled")
                 if lost and row["status"] == "started":
                     wanted = host_of(row["holder"]) != socket.gethostname()
@@ -535,6 +565,8 @@ class Ledger:
                     )
                     self._event(base, row["id"], "requeued", row["attempt"], "", "by a person")
                     count += 1
+            for row in base.execute("SELECT id FROM jobs WHERE status = 'queued' AND after != ''").fetchall():
+                count -= self._fail_with_source(base, row["id"])
         return count
 
     def again(self, job: str, why: str) -> None:
@@ -590,6 +622,14 @@ class Ledger:
         sql = f"SELECT DISTINCT holder FROM jobs WHERE status = 'started'{only}"
         return {row[0] for row in self._all(sql, *values)}
 
+    def ready(self, not_of: Iterable[str] = ()) -> int:
+        """How many queued jobs wait for no other one, those of some load keys left out."""
+        sql = f"SELECT COUNT(*) FROM jobs WHERE status = 'queued' AND {_IS_READY}"
+        found = self._one(
+            f"{sql} AND load_key NOT IN (SELECT value FROM json_each(?))", json.dumps(sorted(not_of))
+        )
+        return int(found[0])
+
     def next_start(self, ids: Iterable[str] = ()) -> float | None:
         """When the next queued job, or the next of `ids`, may begin, in seconds since 1970; None if none is queued."""
         only, values = _only(ids)
@@ -619,7 +659,12 @@ class Ledger:
             if "no such table" in error.message:
                 raise UsageError(f"{self.path} is no ledger of a batch") from error
             raise
-        if found != str(SCHEMA):
+        if found == "1":
+            with self._write() as base:
+                if base.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()[0] == "1":
+                    for statement in _FROM_1:
+                        base.execute(statement)
+        elif found != str(SCHEMA):
             raise UsageError(
                 f"{self.path} has schema {found}; this version of packforcing reads {SCHEMA}",
                 hint="Use the version that made it.",
@@ -633,18 +678,20 @@ class Ledger:
         limit: int,
         skip: int,
         ids: Iterable[str],
+        not_of: Iterable[str] = (),
     ) -> list[sqlite3.Row]:
         """Jobs that may begin; a worker without a model takes one that no other works with first."""
         if base.execute("SELECT 1 FROM meta WHERE name = 'paused'").fetchone() is not None:
             return []
         only, values = _only(ids)
         return base.execute(
-            f"SELECT * FROM jobs WHERE status = 'queued' AND not_before <= ?{only}"
+            f"SELECT * FROM jobs WHERE status = 'queued' AND not_before <= ? AND {_IS_READY}"
+            f" AND load_key NOT IN (SELECT value FROM json_each(?)){only}"
             " ORDER BY load_key = ? DESC, load_key = ? AND layout_key = ? DESC,"
             " load_key IN (SELECT load_key FROM jobs WHERE status = 'started'),"
             " MIN(position) OVER (PARTITION BY load_key),"
             " MIN(position) OVER (PARTITION BY load_key, layout_key), position LIMIT ? OFFSET ?",
-            (time.time(), *values, load_key, load_key, layout_key, limit, skip),
+            (time.time(), json.dumps(sorted(not_of)), *values, load_key, load_key, layout_key, limit, skip),
         ).fetchall()
 
     def _take_over(self, base: sqlite3.Connection) -> int:
@@ -658,10 +705,11 @@ class Ledger:
             self._queue_after_death(base, row)
         return count
 
-    def _queue_after_death(self, base: sqlite3.Connection, row: sqlite3.Row) -> None:
-        self._event(base, row["id"], "died", row["attempt"], row["holder"], "")
+    def _queue_after_death(self, base: sqlite3.Connection, row: sqlite3.Row, said: str = "") -> None:
+        self._event(base, row["id"], "died", row["attempt"], row["holder"], said)
         if row["wants_cancel"]:
             base.execute("UPDATE jobs SET status = 'cancelled', holder = '' WHERE id = ?", (row["id"],))
+            self._fail_those_after(base, row["id"])
         elif row["deaths"] + 1 >= MAX_DEATHS:
             error = RunFolderError(
                 f"{MAX_DEATHS} processes in a row died over this job",
@@ -684,6 +732,8 @@ class Ledger:
         base.execute("UPDATE jobs SET status = ?, holder = '' WHERE id = ?", (status, row["id"]))
         event = "released" if status == "queued" else status
         self._event(base, row["id"], event, row["attempt"], row["holder"], why)
+        if status == "cancelled":
+            self._fail_those_after(base, row["id"])
 
     def _orphan(self, base: sqlite3.Connection, job: str, holder: str | None) -> None:
         """Remember that the holder of a job is known to be gone, or with None that it does not matter any more."""
@@ -703,6 +753,45 @@ class Ledger:
             (_error_text(error), time.time(), job),
         )
         self._event(base, job, "failed", attempt, holder, str(error))
+        self._fail_those_after(base, job)
+
+    def _fail_those_after(self, base: sqlite3.Connection, job: str) -> None:
+        """Fail the queued jobs that go on with one which failed or was cancelled, and those after them."""
+        for row in base.execute(
+            "SELECT id FROM jobs WHERE after = ? AND status = 'queued'", (job,)
+        ).fetchall():
+            self._fail_with_source(base, row["id"])
+
+    def _fail_with_source(self, base: sqlite3.Connection, job: str) -> bool:
+        """Fail a job if the one it comes after failed or was cancelled. Returns: whether it did."""
+        first = base.execute(
+            "SELECT first.* FROM jobs JOIN jobs AS first ON first.id = jobs.after"
+            " WHERE jobs.id = ? AND first.status IN ('failed', 'cancelled')",
+            (job,),
+        ).fetchone()
+        if first is not None:
+            self._fail(base, job, 0, "", _source_failed(_row(first)))
+        return first is not None
+
+    def _with_their_own(self, base: sqlite3.Connection, jobs: Iterable[str]) -> list[str]:
+        """Jobs, all that they come after, and all that failed because one of these did."""
+        rows = {row["id"]: row for row in base.execute("SELECT id, after, status, error FROM jobs")}
+        found: dict[str, None] = {}
+        for job in jobs:
+            while job in rows and job not in found:
+                found[job] = None
+                job = rows[job]["after"]
+        size = -1
+        while size != len(found):
+            size = len(found)
+            found |= {
+                name: None
+                for name, row in rows.items()
+                if row["after"] in found
+                and row["status"] == "failed"
+                and json.loads(row["error"]).get("kind") == SOURCE_FAILED
+            }
+        return list(found)
 
     def _event(
         self, base: sqlite3.Connection, job: str, event: str, attempt: int, holder: str, said: str
@@ -738,6 +827,23 @@ class Ledger:
             yield
         except sqlite3.Error as error:
             raise _failure(error, self.path) from error
+
+
+class _SourceFailedError(PackforcingError):
+    """The reason why a job that goes on with another one's video cannot be done."""
+
+    kind = SOURCE_FAILED
+
+
+def _source_failed(first: Row) -> PackforcingError:
+    """The error of a job whose source failed or was cancelled."""
+    how = f"failed: {first.error.get('message', '')}" if first.status == "failed" else "was cancelled"
+    error = _SourceFailedError(
+        f"job {first.position} ({first.output}), whose video it goes on with, {how}",
+        hint=f"packforcing batch retry DIR --job {first.position} queues both again.",
+    )
+    error.exit_code = int(first.error.get("exit_code", 1)) if first.status == "failed" else 1
+    return error
 
 
 def _only(ids: Iterable[str]) -> tuple[str, tuple[str, ...]]:

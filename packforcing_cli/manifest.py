@@ -19,7 +19,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from pydantic import Field, TypeAdapter, field_validator
@@ -61,6 +61,8 @@ _STORY = ("at", "pin")
 _PICTURES = ("image", "pin_image", "lora", "frames", "timeline", "parity")
 GENERATE_KEYS = ("prompt", *SETTINGS, *_PICTURES, *_STORY, *_OF_THE_BATCH)
 _LISTS = ("at", "pin", "pin_image", "lora")
+CONTAINERS = (".mp4", ".mkv", ".mov")
+MAX_NAME_BYTES = 240  # leaves room for the names of parts
 HIDDEN = ".packforcing"
 """The folder, beside the videos, of run folders and logs."""
 _CHOICES: Mapping[str, Sequence[str]] = {
@@ -176,7 +178,7 @@ class Line:
     request: what it asks for. The prompts of a `timeline` file are not in it yet.
     output:  the file's name as written; None = from the template.
     title:   what lists show and the file is called after, if it is not the prompt.
-    columns: where each key stands in the line, from 1.
+    columns: where each key that was written stands in the line, from 1.
     problem: why it cannot be planned, found after it was read.
     """
 
@@ -222,6 +224,22 @@ def inside(name: str) -> str:
         return f"lies in {HIDDEN}, which is not for videos"
     if not name.isprintable():
         return "has a character that cannot be printed"
+    return ""
+
+
+def given_name(output: str) -> str:
+    """A name that a person gave, in one of the ways it may be written, with an ending."""
+    name = PurePosixPath(output).as_posix()
+    return name if PurePosixPath(name).suffix else f"{name}.mp4"
+
+
+def wrong_ending(name: str) -> str:
+    """What is wrong with the ending of a video's name, or its length; empty if nothing is."""
+    path = PurePosixPath(name)
+    if path.suffix.lower() not in CONTAINERS or not path.stem.strip(". "):
+        return f"must end in {', '.join(CONTAINERS[:-1])} or {CONTAINERS[-1]}"
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in path.parts):
+        return "is too long"
     return ""
 
 
@@ -481,7 +499,7 @@ def _line(
     }
     plain = dict(values)
     output, title = (_text(plain, name, problem, name_of) for name in _OF_THE_BATCH)
-    said = "" if output is None else inside(output)
+    said = "" if output is None else inside(output) or wrong_ending(given_name(output))
     if said:
         problem(name_of.get("output", "output"), f"output {output!r} {said}")
     scenes = _story(plain, problem, name_of)
@@ -505,7 +523,8 @@ def _line(
         if request.image is not None and request.pin_images:
             problem("pin_image", "image and pin_image both say what block 0 is")
             return None
-    return Line(index, entry.line, values, request, scenes, output, title, entry.columns)
+    columns = {name: entry.columns.get(key, 1) for name, key in name_of.items()}
+    return Line(index, entry.line, values, request, scenes, output, title, columns)
 
 
 def _text(plain: dict[str, Any], name: str, problem: Any, name_of: Mapping[str, str]) -> str | None:
@@ -540,10 +559,22 @@ def _story(plain: dict[str, Any], problem: Any, name_of: Mapping[str, str]) -> T
     return Timeline(tuple(scenes), tuple(spans))
 
 
+_KINDS_OF_VALUES = {
+    "integer": "a whole number",
+    "number": "a number",
+    "string": "text",
+    "boolean": "true or false",
+}
+
+
 def _said(error: Exception) -> str:
     """A message of the command line's options as one about a key."""
     text = error.message if isinstance(error, PackforcingError) else str(error)
     text = re.sub(r"^--(at|pin) (.*?), line 1, column (\d+): ", r"\1 \2, character \3: ", text)
+    text = re.sub(r"^PROMPT\b", "prompt", text)
+    wrong = re.search(r"input should be a valid (\w+).*", text, flags=re.IGNORECASE)
+    if wrong is not None and wrong[1] in _KINDS_OF_VALUES:
+        text = f"{text[: wrong.start()]}must be {_KINDS_OF_VALUES[wrong[1]]}"
     found = re.match(r"--([a-z-]+) ", text)
     return text if found is None else found[1].replace("-", "_") + text[found.end(1) :]
 
@@ -712,6 +743,10 @@ _OWN_SCHEMAS: Mapping[str, dict[str, Any]] = {
         "description": "width and height in pixels: 832x480",
     },
     "mid_span": {"type": ["number", "string"], "description": "a number, a fraction, block or fit"},
+    "bank_memory": {
+        "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}],
+        "description": "the most memory the bank may take: bytes, or a size such as 8GB, 500MB or 2GiB",
+    },
     "bank": {
         "anyOf": [{"type": "integer", "minimum": 1}, {"const": "unlimited"}],
         "description": "compressed blocks kept",

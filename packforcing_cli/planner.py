@@ -619,9 +619,12 @@ def _warnings(parts: _Parts, slots: SlotPlan) -> tuple[str, ...]:
             f" {step}"
         )
     if layout.top_k and layout.bank is not None and layout.bank <= layout.top_k < parts.blocks:
-        found.append(
-            f"a bank of {layout.bank} blocks leaves nothing to select from; use --bank above --top-k"
-        )
+        memory = parts.request.memory
+        capped = memory.bank_memory is not None and layout.bank != memory.bank
+        step = "a larger --bank-memory" if capped else "--bank above --top-k"
+        if capped and layout.kv_dtype == "auto":
+            step += ", or --kv-dtype int8"
+        found.append(f"a bank of {layout.bank} blocks leaves nothing to select from; use {step}")
     pins = len(layout.mid_pins)
     if pins and parts.blocks > layout.top_k + layout.sink_blocks:
         found.append(

@@ -1,39 +1,50 @@
 """A batch on the machines of a Ray cluster: an actor for each GPU, or for some CPU cores, loads a model once.
 
     driver: ledger --claim--> actor.give       at most two jobs an actor: one at work, one looked ahead to
-            ledger <--events-- actor.events    progress, done, failed …
+            ledger <--events-- actor.events    ready, begun, progress, done, failed, refused …
 
 Ray places actors, sends messages and notices what is gone; the driver alone writes the ledger. Outputs and run folders
 lie on storage that all machines see under the same path, so that a lost machine's job is gone on with elsewhere. When
 the driver is gone Ray ends its actors; the same command goes on.
+
+Messages may be lost while a machine cannot be reached: events are numbered and kept until the driver has seen them, and
+what an actor was told is told again. An actor that cannot begin, or not with some model, says so; its jobs go back and
+others do them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import queue
 import shutil
+import signal
 import socket
 import tempfile
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from packforcing_cli import __version__, catalog, ledger, packages
+from packforcing_cli import __version__, ledger, packages
 from packforcing_cli.batch import HIDDEN, POLL_SECONDS, Engine, Folder, State
-from packforcing_cli.errors import EnvironmentProblem, PackforcingError, UsageError
-from packforcing_cli.tasks import Options, Task
+from packforcing_cli.errors import EnvironmentProblem, PackforcingError, UsageError, WeightsError
+from packforcing_cli.tasks import Options, Task, failure_of, model_hash
 
 INSTALL = 'pip install "packforcing[ray]"'
 LONG_POLL_SECONDS = 0.5
 OBJECT_STORE_BYTES = 100_000_000  # of a cluster started here: only messages go through it
-START_SECONDS = 300.0
+CHUNK_BYTES = 64 << 20  # of a model that is sent
+CONNECT_SECONDS = 10.0
+WAIT_SECONDS = 60.0  # after which a person is told that no actor is ready
+MAX_DEATHS = 3  # of actors in a row that began no job
+INSTALL_THERE = "Install packforcing with the same Python on every machine of the cluster."
 _HUNG_FACTOR, _HUNG_MORE = 2.0, 30.0  # a job that does not end at --timeout has its actor killed after this
 
 
@@ -91,16 +102,16 @@ class _QueueBoard:
         retry_in: float | None = None,
         fit: Mapping[str, Any] | None = None,
     ) -> None:
-        said = {
-            "message": getattr(error, "message", "") or " ".join(str(error).split()) or "no message",
-            "hint": getattr(error, "hint", ""),
-            "kind": type(error).__name__,
-            "exit_code": getattr(error, "exit_code", 1),
-        }
-        self._tell("failed", task, error=said, retry_in=retry_in, fit=None if fit is None else dict(fit))
+        self._tell(
+            "failed", task, error=failure_of(error), retry_in=retry_in, fit=None if fit is None else dict(fit)
+        )
 
     def release(self, task: Task, *, cancelled: bool = False, why: str = "") -> None:
         self._tell("released", task, cancelled=cancelled, why=why)
+
+    def refuse(self, task: Task, error: BaseException) -> bool:
+        self._tell("refused", task, error=failure_of(error))
+        return True
 
     def pause(self, why: str) -> None:
         self.events.put({"event": "paused", "why": why})
@@ -116,27 +127,30 @@ class _QueueBoard:
 
 
 class BatchActor:
-    """A worker on some machine of the cluster; Ray makes an actor of it."""
+    """A worker on some machine of the cluster; Ray makes an actor of it. All that may go wrong is told as an event.
 
-    def __init__(self, options: dict[str, Any], token: str, version: str, bundles: dict[str, bytes]) -> None:
-        if version != __version__:
-            raise EnvironmentProblem(
-                f"{socket.gethostname()} has packforcing {__version__}, and the driver {version}"
-            )
-        if not Path(token).is_file():
-            raise EnvironmentProblem(
-                f"{Path(token).parents[1]} cannot be seen on {socket.gethostname()}",
-                hint="--out must lie on storage that all machines have under the same path.",
-            )
-        for name, content in bundles.items():
-            _install(name, content)
+    setup: options, token, version, and models: name -> hash of those to be sent if they are not here.
+    """
+
+    def __init__(self, setup: dict[str, Any]) -> None:
         self._board = _QueueBoard()
+        self._given: set[tuple[str, int]] = set()
+        self._kept: deque[tuple[int, dict[str, Any]]] = deque()
+        self._number, self._lock = 0, threading.Lock()
+        self._parcels: queue.SimpleQueue[dict[str, list[Any]]] = queue.SimpleQueue()
         self._ended = threading.Event()
-        threading.Thread(target=self._work, args=(Options(**options),), daemon=True).start()
+        threading.Thread(target=self._work, args=(setup,), daemon=True).start()
 
-    def _work(self, options: Options) -> None:
-        from packforcing_cli.worker import Worker
-
+    def _work(self, setup: Mapping[str, Any]) -> None:
+        where = f"{socket.gethostname()} {os.getpid()}"
+        try:
+            options = self._begun(setup)
+            from packforcing_cli.worker import Worker
+        except Exception as error:
+            self._board.events.put({"event": "refused", "error": failure_of(error), "where": where})
+            self._ended.set()
+            return
+        self._board.events.put({"event": "ready", "where": where})
         try:
             for _ in Worker(self._board, options, stop=lambda: self._board.why).run():
                 pass
@@ -149,13 +163,38 @@ class BatchActor:
                 self._board.release(task)
             self._ended.set()
 
-    def where(self) -> tuple[str, int]:
-        """Machine and process."""
-        return socket.gethostname(), os.getpid()
+    def _begun(self, setup: Mapping[str, Any]) -> Options:
+        """Look at what is here, have models sent that are not. Raises: PackforcingError if this machine cannot work."""
+        if setup["version"] != __version__:
+            raise EnvironmentProblem(
+                f"packforcing is {__version__} there, and the driver's is {setup['version']}",
+                hint="Install the same version on every machine.",
+            )
+        token = Path(setup["token"])
+        if not token.is_file():
+            raise EnvironmentProblem(
+                f"the folder {token.parents[1]} cannot be seen there",
+                hint="--out must lie on storage that all machines have under the same path.",
+            )
+        options = Options(**setup["options"])
+        lacking = {name: wanted for name, wanted in setup["models"].items() if not _has(name, wanted)}
+        places = {name: shipped_folder(wanted) for name, wanted in lacking.items()}
+        absent = [name for name, place in places.items() if not _has(str(place), lacking[name])]
+        if absent:
+            self._board.events.put({"event": "lacks", "models": absent})
+            for name, chunks in self._parcels.get().items():
+                _install(places[name], lacking[name], chunks)
+        return replace(options, places={name: str(place) for name, place in places.items()})
+
+    def bring(self, parcels: dict[str, list[Any]]) -> None:
+        """Models that were asked for: name -> the pieces of a bundle in Ray's object store."""
+        self._parcels.put(parcels)
 
     def give(self, task: dict[str, Any]) -> None:
-        """Take one more job."""
-        self._board.give(Task(**task))
+        """Take one more job; the same attempt once only."""
+        if (name := (task["id"], task["attempt"])) not in self._given:
+            self._given.add(name)
+            self._board.give(Task(**task))
 
     def order(self, job: str, why: str) -> None:
         """End a job after the block it is at."""
@@ -165,29 +204,74 @@ class BatchActor:
         """Begin no more jobs; anything but "drain" also ends the one at work after its block."""
         self._board.why = why
 
-    def events(self) -> tuple[list[dict[str, Any]], bool]:
-        """What happened since the last call, waited for a moment; and whether nothing will follow."""
-        ended = self._ended.is_set()
-        found: list[dict[str, Any]] = []
-        with contextlib.suppress(queue.Empty):
-            found.append(self._board.events.get(timeout=0 if ended else LONG_POLL_SECONDS))
-            while True:
-                found.append(self._board.events.get_nowait())
-        return found, ended and self._board.events.empty()
+    def events(self, seen: int) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+        """Numbered events after those that were seen, waited for a moment; and whether nothing will follow."""
+        with self._lock:  # a call whose answer got lost may still be waiting
+            while self._kept and self._kept[0][0] <= seen:
+                self._kept.popleft()
+            ended = self._ended.is_set()
+            with contextlib.suppress(queue.Empty):
+                wait = 0 if ended or self._kept else LONG_POLL_SECONDS
+                self._keep(self._board.events.get(timeout=wait))
+                while True:
+                    self._keep(self._board.events.get_nowait())
+            return list(self._kept), ended and self._board.events.empty()
+
+    def _keep(self, event: dict[str, Any]) -> None:
+        self._number += 1
+        self._kept.append((self._number, event))
 
 
-def _install(name: str, content: bytes) -> None:
-    """Install a shipped model where it is not here yet."""
+def shipped_folder(wanted: str) -> Path:
+    """Where a model is kept that was sent to this machine: in the user's cache, under the hash of its files."""
+    return packages.models_folder().parent / "shipped" / wanted[:32]
+
+
+def _has(name: str, wanted: str) -> bool:
+    """Whether a model is here with just these files."""
+    try:
+        return model_hash(name) == wanted
+    except PackforcingError:
+        return False
+
+
+def _install(place: Path, wanted: str, chunks: Sequence[Any]) -> None:
+    """Install a model that was sent, unless another actor of this machine did meanwhile.
+
+    Raises: WeightsError if it is not the wanted one; DiskFullError.
+    """
+    from huggingface_hub import utils as hub_utils
+
     from packforcing_cli import bundle
 
-    with contextlib.suppress(PackforcingError):
-        folder = packages.find_package(name)
-        packages.require_complete(folder, packages.read_manifest(folder))
-        return
-    with tempfile.TemporaryDirectory() as place:
-        tar = Path(place) / "model.tar"
-        tar.write_bytes(content)
-        bundle.unpack(tar)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = place.with_name(f".{place.name}.lock")
+    with hub_utils.WeakFileLock(lock):  # type: ignore[attr-defined]
+        if _has(str(place), wanted):
+            return
+        with io.BufferedReader(_Chunks(chunks)) as stream:
+            bundle.unpack_stream(stream, place)
+        if not _has(str(place), wanted):
+            shutil.rmtree(place, ignore_errors=True)
+            raise WeightsError("the model that was sent is not the one the jobs were planned with")
+
+
+class _Chunks(io.RawIOBase):
+    """The bytes of a bundle, fetched piece by piece from Ray's object store."""
+
+    def __init__(self, chunks: Sequence[Any]) -> None:
+        self._left, self._now = deque(chunks), memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._now and self._left:
+            self._now = memoryview(_ray().get(self._left.popleft()))
+        view = memoryview(buffer).cast("B")
+        count = min(len(view), len(self._now))
+        view[:count], self._now = self._now[:count], self._now[count:]
+        return count
 
 
 # ---------------------------------------------------------------------------------------------------------- the driver
@@ -195,15 +279,26 @@ def _install(name: str, content: bytes) -> None:
 
 @dataclass
 class _Member:
-    """An actor as the driver knows it. jobs: given and not ended, with the moment each began."""
+    """An actor as the driver knows it.
+
+    poll:  its next events; None until `poll_at`, after it could not be reached.
+    seen:  number of its last event.  where: machine and process, "" until it is ready.
+    jobs:  given and not ended, with the moment each began.  tasks: what it was given for them.
+    refused: load keys of jobs that it cannot do.  lacks: models it asked for and is waiting for.
+    """
 
     actor: Any
-    poll: Any
     slot: int
+    poll: Any = None
+    poll_at: float = 0.0
+    seen: int = 0
+    where: str = ""
     load_key: str = ""
     layout_key: str = ""
-    where: str = ""
     jobs: dict[str, float | None] = field(default_factory=dict)
+    tasks: dict[str, Task] = field(default_factory=dict)
+    refused: set[str] = field(default_factory=set)
+    lacks: list[str] = field(default_factory=list)
 
 
 class Ray(Engine):
@@ -213,7 +308,8 @@ class Ray(Engine):
     cpus:     cores of an actor; None = a GPU each, or one core where the cluster has none.
     workers:  how many; None = as many as fit.
     threads:  CPU threads of each.
-    ship:     names of models to send along for machines that lack them.
+    ship:     names of models to send to machines that lack them, with the hashes of their files. Not needed for a
+              cluster that is started here.
     Raises: EnvironmentProblem, from `run`, if Ray is not installed, or the cluster has no room or is gone.
     """
 
@@ -226,44 +322,66 @@ class Ray(Engine):
         cpus: float | None = None,
         workers: int | None = None,
         threads: int = 1,
-        ship: Sequence[str] = (),
+        ship: Mapping[str, str] | None = None,
         max_failures: int | None = None,
     ) -> None:
         super().__init__(folder, max_failures=max_failures)
         self._options, self._address, self._cpus = options, address, cpus
-        self._wanted, self._threads, self._ship = workers, threads, ship
+        self._wanted, self._threads, self._ship = workers, threads, dict(ship or {})
         self._members: list[_Member] = []
         self._holder = ledger.this_process()
         self._orphans: set[str] = set()
-        self._ordered: set[str] = set()
-        self._lost_idle = 0
-        self._bundles: Any = None
+        self._ordered: dict[str, str] = {}
+        self._retired: dict[int, PackforcingError] = {}
+        self._refusals: dict[str, PackforcingError] = {}
+        self._deaths: dict[int, int] = {}
+        self._parcels: dict[str, list[Any]] = {}
         self._token = self.folder.path / HIDDEN / f"seen-{uuid.uuid4().hex[:12]}"
         self._gpus = 0.0
+        self._said: set[str] = set()
 
     def run(self) -> Iterator[State]:
         """Do all jobs; yields how it stands, a few times a second."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        if (
-            self._address is None
-        ):  # read when Ray is imported: a cluster of this machine alone is not on the network
+        if self._address is None or _is_on_loopback(self._address):  # read when Ray is imported
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray = _ray()
         count = self._connect(ray)
+        began = time.monotonic()
         try:
             self._token.write_text("seen\n", encoding="ascii")
-            self._bundles = ray.put({name: _packed(name) for name in self._ship})
+            setup = {
+                "options": asdict(replace(self._options, slot=0, may_exit=False)),
+                "token": str(self._token),
+                "version": __version__,
+                "models": {} if self._address is None else self._ship,
+            }
             while True:
-                self._staff(ray, count)
+                self.folder.ledger.take_over()
+                self._staff(ray, count, setup)
                 self._hand_out()
                 self._hear(ray)
-                self._look_after(ray)
+                self._look_after()
+                if (
+                    not any(member.where for member in self._members)
+                    and time.monotonic() - began > WAIT_SECONDS
+                ):
+                    self._say(
+                        f"no worker is ready after {WAIT_SECONDS:g} s: the cluster may have no room for one"
+                    )
+                self._find_problem(count)
                 state = self.state(len(self._members))
                 yield state
                 if self.too_many(state):
                     self.drain("too many failures")
+                if self.problem is not None:
+                    return
                 if not any(member.jobs for member in self._members) and not self.has_work():
                     return
+        except ConnectionError as error:
+            raise EnvironmentProblem(
+                f"the Ray cluster is gone: {_first_line(error)}", hint="The same command goes on."
+            ) from error
         finally:
             self.kill()
             self._token.unlink(missing_ok=True)
@@ -308,12 +426,14 @@ class Ray(Engine):
         else:
             options["address"] = self._address
         try:
-            ray.init(**options)
+            with _own_signals(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the error says what there is to say
+                ray.init(**options)
             there = ray.cluster_resources()
         except Exception as error:
             raise EnvironmentProblem(
-                f"no Ray cluster at {self._address or 'this machine'}: {error}",
-                hint="ray start --head starts one; without --address one is started here.",
+                f"no Ray cluster at {self._address or 'this machine'}: {_first_line(error)}",
+                hint="If the cluster wants a token, set RAY_AUTH_MODE=token; without --address one is started here.",
             ) from error
         self._gpus = 1.0 if self._cpus is None and there.get("GPU", 0) >= 1 else 0.0
         each = self._cpus or 1.0
@@ -325,15 +445,16 @@ class Ray(Engine):
             )
         return min(room, self._wanted or room)
 
-    def _staff(self, ray: Any, count: int) -> None:
-        """Have as many actors as there is work for."""
+    def _staff(self, ray: Any, count: int, setup: Mapping[str, Any]) -> None:
+        """Have as many actors as there is work for; all of them once one cannot do some of it."""
         base = self.folder.ledger
         if self.why or base.meta("paused") is not None:
             return
-        needed = min(count, base.counts()["queued"] + sum(bool(member.jobs) for member in self._members))
-        slots = [n for n in range(count) if n not in {member.slot for member in self._members}]
-        for slot in slots[: max(0, needed - len(self._members))]:
-            options = asdict(replace(self._options, slot=0, may_exit=False))
+        busy = sum(bool(member.jobs) for member in self._members)
+        needed = count if self._refusals or self._retired else min(count, base.ready() + busy)
+        taken = {member.slot for member in self._members} | set(self._retired)
+        slots = [n for n in range(count) if n not in taken]
+        for slot in slots[: max(0, needed - len(taken))]:
             actor = (
                 ray.remote(BatchActor)
                 .options(
@@ -348,73 +469,113 @@ class Ray(Engine):
                         }
                     },
                 )
-                .remote(options, str(self._token), __version__, self._bundles)
+                .remote(dict(setup))
             )
-            self._members.append(_Member(actor, actor.events.remote(), slot))
+            self._members.append(_Member(actor, slot))
 
     def _hand_out(self) -> None:
-        """Give jobs: one to each, and one to look ahead to where others would not wait for it."""
+        """Give jobs to actors that are ready: one to each, and one to look ahead to if no other would wait for it."""
         base = self.folder.ledger
         for depth in (1, 2):
             for member in self._members:
-                if self.why or len(member.jobs) >= depth:
+                if self.why or not member.where or len(member.jobs) >= depth:
                     continue
-                if depth == 2 and base.counts()["queued"] <= len(self._members):
+                if depth == 2 and base.ready() <= len(self._members):
                     return
-                row = base.claim(self._holder, load_key=member.load_key, layout_key=member.layout_key)
+                row = base.claim(
+                    self._holder,
+                    load_key=member.load_key,
+                    layout_key=member.layout_key,
+                    not_of=member.refused,
+                )
                 if row is None:
-                    return
+                    continue
                 task = self.folder.task(row, is_orphan=row.id in self._orphans or base.is_orphan(row.id))
-                member.jobs[row.id] = None
+                member.jobs[row.id], member.tasks[row.id] = None, task
                 member.load_key, member.layout_key = row.load_key, row.layout_key
                 member.actor.give.remote(asdict(task))
 
     def _hear(self, ray: Any) -> None:
         """Write what actors tell into the ledger, and notice those that are gone."""
-        polls = {member.poll: member for member in self._members}
+        for member in self._members:
+            if member.poll is None and time.monotonic() >= member.poll_at:
+                member.poll = member.actor.events.remote(member.seen)
+        polls = {member.poll: member for member in self._members if member.poll is not None}
         if not polls:
             time.sleep(POLL_SECONDS)
             return
         ready, _ = ray.wait(list(polls), num_returns=len(polls), timeout=POLL_SECONDS)
         for ref in ready:
             member = polls[ref]
+            if member not in self._members:
+                continue
             try:
                 events, ended = ray.get(ref)
+            except ray.exceptions.ActorUnavailableError:  # Ray says later whether it is gone
+                self._tell_again(ray, member)
+                continue
             except ray.exceptions.RayError as error:
                 self._gone(member, error)
                 continue
-            for event in events:
-                self._note(member, event)
+            for number, event in events:
+                if member in self._members and number > member.seen:
+                    member.seen = number
+                    self._note(ray, member, event)
+            if member not in self._members:
+                continue
+            member.poll = None
             if ended:
                 self._members.remove(member)
                 for job in member.jobs:
                     self.folder.ledger.release(job, self._holder)
                 with contextlib.suppress(Exception):
                     ray.kill(member.actor)
-            else:
-                member.poll = member.actor.events.remote()
 
-    def _note(self, member: _Member, event: Mapping[str, Any]) -> None:
+    def _bring(self, ray: Any, member: _Member) -> None:
+        member.actor.bring.remote({name: self._parcel(ray, name) for name in member.lacks})
+
+    def _tell_again(self, ray: Any, member: _Member) -> None:
+        """Repeat what an actor was told that could not be reached: it may have got lost."""
+        member.poll, member.poll_at = None, time.monotonic() + LONG_POLL_SECONDS
+        if member.lacks:
+            self._bring(ray, member)
+        for job in member.jobs:
+            member.actor.give.remote(asdict(member.tasks[job]))
+            if job in self._ordered:
+                member.actor.order.remote(job, self._ordered[job])
+        if self.why:
+            member.actor.end.remote("drain" if self.why == "too many failures" else "stop")
+
+    def _note(self, ray: Any, member: _Member, event: Mapping[str, Any]) -> None:
         base, kind, job = self.folder.ledger, event["event"], event.get("job", "")
-        if kind == "paused":
+        if kind == "ready":
+            member.where, member.lacks = event["where"], []
+        elif kind == "lacks":
+            member.lacks = event["models"]
+            self._bring(ray, member)
+        elif kind == "paused":
             base.set_meta("paused", event["why"])
-            return
-        if kind == "broken":
-            raise EnvironmentProblem(f"a worker cannot work: {event['text']}")
+        elif kind == "note":
+            self._say(event["text"])
+        elif kind == "broken":
+            self._gone(member, RuntimeError(event["text"]))
+        elif kind == "refused" and not job:
+            self._retire(member, RemoteError(**event["error"]), event["where"])
         if job not in member.jobs:
             return
-        self._lost_idle = 0
+        self._deaths.pop(member.slot, None)
         if kind == "begun":
             member.jobs[job] = time.monotonic()
             return
         if kind == "progress":
             why = base.progress(job, self._holder, event["blocks"], event["total"])
             if why and job not in self._ordered:
-                self._ordered.add(job)
+                self._ordered[job] = why
                 member.actor.order.remote(job, why)
             return
         del member.jobs[job]
-        self._ordered.discard(job)
+        task = member.tasks.pop(job)
+        self._ordered.pop(job, None)
         if kind == "done":
             self._orphans.discard(job)
             base.done(job, self._holder, event["result"])
@@ -423,31 +584,91 @@ class Ray(Engine):
             base.fail(job, self._holder, error, retry_in=event["retry_in"], fit=event["fit"])
             if "CUDA error" in error.message:  # the GPU's context is spoiled: another process takes over
                 self._gone(member, error)
+        elif kind == "refused":
+            error = RemoteError(**event["error"])
+            member.refused.add(task.load_key)
+            self._refusals.setdefault(task.load_key, error)
+            base.release(job, self._holder, why=f"{_host(member.where)} cannot: {error.message}")
+            model = task.spec["request"]["model"]
+            self._say(f"{_host(member.where)} makes no videos with {model}: {error.message}")
         else:
             base.release(job, self._holder, cancelled=event["cancelled"], why=event["why"])
 
-    def _gone(self, member: _Member, error: BaseException) -> None:
-        """An actor is lost: its jobs are gone on with by others. Raises: EnvironmentProblem if all are lost at once."""
-        ray = _ray()
+    def _say(self, text: str) -> None:
+        """Have a person told, once."""
+        if text not in self._said:
+            self._said.add(text)
+            self._notes.append(text)
+
+    def _parcel(self, ray: Any, name: str) -> list[Any]:
+        """A model as a bundle with all its parts, in pieces in Ray's object store; made once."""
+        if name not in self._parcels:
+            from packforcing_cli import bundle
+
+            beside = packages.models_folder().parent
+            beside.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".shipping-", dir=beside) as place:
+                tar = Path(place) / "model.tar"
+                bundle.pack(packages.find_package(name), tar, with_parts=True)
+                with tar.open("rb") as content:
+                    self._parcels[name] = [
+                        ray.put(chunk) for chunk in iter(lambda: content.read(CHUNK_BYTES), b"")
+                    ]
+        return self._parcels[name]
+
+    def _retire(self, member: _Member, error: PackforcingError, where: str) -> None:
+        """Do without an actor that cannot begin, and another in its place."""
+        self._drop(member)
+        self._retired[member.slot] = error
+        self._say(f"a worker on {_host(where)} cannot begin: {error.message}")
+
+    def _drop(self, member: _Member) -> None:
         if member in self._members:
             self._members.remove(member)
         with contextlib.suppress(Exception):
-            ray.kill(member.actor)
-        cause = getattr(error, "cause", None)
-        if isinstance(cause, PackforcingError):  # it refused to begin
-            raise cause
+            _ray().kill(member.actor)
+
+    def _gone(self, member: _Member, error: BaseException) -> None:
+        """An actor is lost: its jobs are gone on with by others."""
+        self._drop(member)
+        where = member.where or "an actor that did not begin"
         for job, began in member.jobs.items():
             self._orphans.add(job)
             if began is None:
-                self.folder.ledger.release(job, self._holder, why="its actor is gone")
+                self.folder.ledger.release(job, self._holder, why=f"{where} is gone")
             else:
-                self.folder.ledger.lost(job, self._holder)
-        self._lost_idle += not any(member.jobs.values())
-        if self._lost_idle > 5:
-            said = " ".join(str(error).split())[:300]
-            raise EnvironmentProblem(f"Ray's actors end before they begin a job: {said}")
+                self.folder.ledger.lost(job, self._holder, said=where)
+        if getattr(error, "actor_init_failed", False):  # its class cannot be made there
+            said = str(error).strip().splitlines()[-1]
+            self._retire(member, EnvironmentProblem(f"its process fails: {said}", hint=INSTALL_THERE), "")
+            return
+        if any(member.jobs.values()):
+            return
+        deaths = self._deaths[member.slot] = self._deaths.get(member.slot, 0) + 1
+        if deaths >= MAX_DEATHS:
+            said = f"{deaths} times in a row its process ended before it began a job: {_first_line(error)}"
+            self._retire(member, EnvironmentProblem(said, hint="See the logs of Ray."), member.where)
 
-    def _look_after(self, ray: Any) -> None:
+    def _find_problem(self, count: int) -> None:
+        """Notice that jobs are left which no actor can do: they stay queued."""
+        base = self.folder.ledger
+        if self.why or base.meta("paused") is not None or any(member.jobs for member in self._members):
+            return
+        if len(self._members) + len(self._retired) < count or not all(one.where for one in self._members):
+            return
+        shared = set.intersection(*(one.refused for one in self._members)) if self._members else set[str]()
+        if not base.ready() or (self._members and base.ready(shared)):
+            return
+        left = dict.fromkeys(row.load_key for row in base.rows("queued"))
+        errors = [self._refusals[key] for key in left if key in shared] or list(self._retired.values())
+        found = RemoteError(
+            f"no worker can do the jobs that are left: {errors[0].message}",
+            hint=f"{errors[0].hint} They stay queued: the same command goes on.".strip(),
+            exit_code=errors[0].exit_code,
+        )
+        self.problem = found
+
+    def _look_after(self) -> None:
         """Kill the actor of a job that does not end at its timeout."""
         limit = self._options.timeout
         if limit is None:
@@ -459,6 +680,7 @@ class Ray(Engine):
                     self.folder.ledger.fail(job, self._holder, error)
                     del member.jobs[job]
                     self._gone(member, error)
+                    break
 
 
 def _ray() -> Any:
@@ -470,15 +692,61 @@ def _ray() -> Any:
     return ray
 
 
-def _packed(name: str) -> bytes:
-    """A model as a bundle with all its parts."""
-    from packforcing_cli import bundle
+def parse_address(text: str) -> tuple[str, int] | None:
+    """Host and port of HOST:PORT or ray://HOST:PORT; None for auto. Raises: UsageError."""
+    if text == "auto":
+        return None
+    host, colon, port = text.removeprefix("ray://").rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536 or "/" in host:
+        raise UsageError(
+            f"--address {text}: must be auto, HOST:PORT or ray://HOST:PORT",
+            hint="ray start --head prints the address; without --address a cluster is started on this machine.",
+        )
+    return host.strip("[]"), int(port)
 
-    if catalog.of_random(name) is not None:
-        raise UsageError(f"{name} has no files to ship")
-    place = Path(tempfile.mkdtemp())
+
+def _is_on_loopback(address: str) -> bool:
+    """Whether a cluster is of this machine alone: Ray would look for it on the network.
+
+    Raises: EnvironmentProblem if nobody listens there: Ray would try for minutes.
+    """
+    place = parse_address(address)
+    if place is None:
+        return False
+    host, port = place
+    with contextlib.suppress(OSError):
+        if host in ("localhost", "127.0.0.1", "::1") and not address.startswith("ray://"):
+            for other in socket.gethostbyname_ex(socket.gethostname())[2]:
+                with contextlib.suppress(OSError), socket.create_connection((other, port), CONNECT_SECONDS):
+                    return other.startswith("127.")
     try:
-        bundle.pack(packages.find_package(name), place / "model.tar", with_parts=True)
-        return (place / "model.tar").read_bytes()
+        socket.create_connection((host, port), CONNECT_SECONDS).close()
+    except OSError as error:
+        raise EnvironmentProblem(
+            f"no Ray cluster at {address}: {error.strerror or error}",
+            hint="ray start --head starts one and prints its address; without --address one is started here.",
+        ) from error
+    return host in ("localhost", "127.0.0.1", "::1") and not address.startswith("ray://")
+
+
+@contextlib.contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what is to happen on SIGINT and SIGTERM: Ray puts in an end of its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _host(where: str) -> str:
+    return where.partition(" ")[0] or "some machine"
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]

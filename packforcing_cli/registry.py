@@ -71,7 +71,14 @@ from packforcing_cli.text import (
     encoder_parts,
 )
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
-from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
+from packforcing_cli.vae import (
+    Codec,
+    TinyAutoencoder,
+    TinyAutoencoderConfig,
+    TinyCodec,
+    WanCodec,
+    put_channels_last,
+)
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -645,9 +652,7 @@ def _wan_class() -> Any:
 def _tiny_codec(module: TinyAutoencoder, device: torch.device) -> TinyCodec:
     """A tiny VAE as this kind of device runs it: channels innermost, as cuDNN takes them, on a GPU."""
     if device.type == "cuda":
-        for weight in module.parameters():
-            if weight.ndim == 4:
-                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        put_channels_last(module)
     return TinyCodec(module)
 
 

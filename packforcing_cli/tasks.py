@@ -65,6 +65,9 @@ class Board(Protocol):
     def release(self, task: Task, *, cancelled: bool = False, why: str = "") -> None:
         """It is given back, unfinished."""
 
+    def refuse(self, task: Task, error: BaseException) -> bool:
+        """This worker cannot have the job's model on its device. Returns: whether another one may; it is given back."""
+
     def pause(self, why: str) -> None:
         """Nobody should begin another job."""
 
@@ -78,6 +81,7 @@ class Options:
     auto_fit: make the smallest change that lets a job fit in memory, before and after memory ran out.
     may_exit: whether the process may end itself when a job hangs or spoiled the GPU.
     slot:     number of this worker among its like, from 0.
+    places:   model -> the folder where it is on this machine, of models that are not where a job says.
     """
 
     timeout: float | None = None
@@ -85,6 +89,17 @@ class Options:
     auto_fit: bool = False
     may_exit: bool = False
     slot: int = 0
+    places: Mapping[str, str] = field(default_factory=dict)
+
+
+def failure_of(error: BaseException) -> dict[str, Any]:
+    """What is kept of a failure: kind, message, hint and exit code."""
+    return {
+        "kind": getattr(error, "kind", "") or type(error).__name__,
+        "message": getattr(error, "message", "") or " ".join(str(error).split()) or "no message",
+        "hint": getattr(error, "hint", ""),
+        "exit_code": getattr(error, "exit_code", 1),
+    }
 
 
 def run_folder(folder: Path, job: str) -> Path:

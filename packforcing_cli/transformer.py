@@ -395,7 +395,7 @@ class Layer(nn.Module):
         return _gated_sum(x.to(acc), out, ffn_gate, index).to(x.dtype)
 
 
-def _before_attention(
+def before_attention(
     layer: Layer, x: Tensor, modulation: Modulation, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """A layer up to self-attention: rotated q, rotated k, v, un-rotated k [B,S,N,D] and the sum of q [B,N,D]."""
@@ -403,11 +403,22 @@ def _before_attention(
     return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, k, _token_sum(q)
 
 
-def _after_attention(
+def after_attention(
     layer: Layer, x: Tensor, attended: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor]
 ) -> Tensor:
     """A layer from self-attention on, [B,S,d]."""
     return layer.after_attention(x, attended, modulation, text)
+
+
+def _keep_and(
+    keep: Callable[[Tensor, Tensor, Tensor], None],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *tensors: Tensor,
+) -> Tensor:
+    """Self-attention of un-rotated q, k, v that also hands on what a clean pass keeps: k, v and the sum of q."""
+    q, k, v = tensors
+    keep(k, v, _token_sum(q))
+    return attend(q, k, v)
 
 
 class _TwoLinear(nn.Module):
@@ -498,7 +509,7 @@ class WanTransformer(nn.Module):
         self._seat: _Seat | None = None
         self._recomputes = False
         self._kernel = Kernel()
-        self._before, self._after = _before_attention, _after_attention
+        self._regions: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # compiled
         self._recordings: Recordings | None = None
 
     def stream_layers(self, device: torch.device) -> None:
@@ -528,8 +539,7 @@ class WanTransformer(nn.Module):
 
     def compile_layers(self) -> None:
         """Compile the two regions of a layer between which self-attention lies; the first pass of a shape waits."""
-        self._before = compiling.compiled(_before_attention)
-        self._after = compiling.compiled(_after_attention)
+        self._regions = compiling.compiled(before_attention), compiling.compiled(after_attention)
 
     def record_passes(self, record: Recorder) -> None:
         """Record passes once a context's length stays, and replay them; results are the same."""
@@ -620,27 +630,52 @@ class WanTransformer(nn.Module):
             keep: of a clean pass: called with layer, un-rotated k, v and query sum. The last layer is then only
                 projected: nobody reads its output (docs/method.md 7.6, own notes).
         """
+        pairs = TextKV(tuple(zip(text[::2], text[1::2], strict=True)))
+        attend = self._attend_in(context, angles, batch)
         if torch.is_grad_enabled() and keep is None:
-            pairs = TextKV(tuple(zip(text[::2], text[1::2], strict=True)))
             first = [x]
             del x  # as above
-            return self.run_layers(first.pop(), modulation, pairs, self._attend_in(context, angles, batch))
+            return self.run_layers(first.pop(), modulation, pairs, attend)
         with self._kernel.active():
             for i, layer in enumerate(self._layers()):
-                q, k, v, raw_k, q_sum = self._before(layer, x, modulation, *angles)
-                if keep is not None:
-                    keep(i, raw_k, v, q_sum)
-                    if i == len(self.blocks) - 1:
-                        return x
-                del raw_k
-                out = self._attend(i, context, batch, q, k, v, q_sum)
-                del q, k, v
-                x = self._after(layer, x, out, modulation, (text[2 * i], text[2 * i + 1]))
-                del out
+                if keep is not None and i == len(self.blocks) - 1:
+                    q, k, v = layer.inputs_alone(x, modulation)
+                    keep(i, k, v, _token_sum(q))
+                elif self._regions is not None:
+                    x = self._by_regions(
+                        i, layer, x, modulation, pairs.layers[i], context, angles, batch, keep
+                    )
+                else:
+                    own = partial(attend, i)
+                    own = own if keep is None else partial(_keep_and, partial(keep, i), own)
+                    x = layer(x, modulation, pairs.layers[i], own)
         return x
 
+    def _by_regions(
+        self,
+        i: int,
+        layer: Layer,
+        x: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        context: Context,
+        angles: tuple[Tensor, Tensor],
+        batch: int,
+        keep: Callable[[int, Tensor, Tensor, Tensor], None] | None,
+    ) -> Tensor:
+        """A layer in two compiled regions, self-attention between them."""
+        assert self._regions is not None
+        before, after = self._regions
+        q, k, v, raw_k, q_sum = before(layer, x, modulation, *angles)
+        if keep is not None:
+            keep(i, raw_k, v, q_sum)
+        del raw_k
+        out = self._attend(i, context, batch, q, k, v, q_sum)
+        del q, k, v
+        return after(layer, x, out, modulation, text)
+
     def _attend_in(self, context: Context, angles: tuple[Tensor, Tensor], batch: int) -> Attend:
-        """Self-attention of a pass in which gradients flow; see `run_layers`."""
+        """Self-attention in a context, of un-rotated q and k; see `run_layers`."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             turned = (rope.rotate(q, *angles), rope.rotate(k, *angles))

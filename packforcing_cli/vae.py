@@ -768,7 +768,7 @@ class WanCodec:
         self._latents_per_call, self._layout = latents_per_call, torch.contiguous_format
         if channels_last:
             self._layout = torch.channels_last_3d
-            _put_channels_last(self.module)
+            put_channels_last(self.module)
         self._facts = CodecFacts(
             kind="wan",
             latent_channels=config.z_dim,
@@ -882,7 +882,7 @@ class WanStreamingDecoder:
         self._features = _features_from(state, self._module.decoder, self._layout)
 
 
-def _put_channels_last(module: nn.Module) -> None:
+def put_channels_last(module: nn.Module) -> None:
     """Lay the weights of all convolutions out with the channels innermost; their values stay."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv3d):

@@ -20,6 +20,7 @@ import hashlib
 import logging
 import os
 import shutil
+import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -38,8 +39,10 @@ from packforcing_cli.config import GenerateRequest
 from packforcing_cli.durable import is_full_disk
 from packforcing_cli.errors import (
     DiskFullError,
+    EnvironmentProblem,
     GenerationError,
     LockedError,
+    OfflineError,
     PackforcingError,
     RunFolderError,
     UsageError,
@@ -47,11 +50,13 @@ from packforcing_cli.errors import (
     WeightsError,
 )
 from packforcing_cli.jobs import Device, Job
+from packforcing_cli.manifest import ExtendRequest
 from packforcing_cli.prompts import Story
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.rollout import Block
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.tasks import Board, Options, Task, file_sha256, model_hash
+from packforcing_cli.timeline import Timeline
 
 TICK_SECONDS = 0.1
 HUNG_EXIT = 75
@@ -61,12 +66,17 @@ HANG_SECONDS = 10.0
 WARM_JOBS = 64
 """So many jobs have their prompts encoded at a time where encoder and transformer do not fit together."""
 _BACKOFF_SECONDS, _MAX_BACKOFF_SECONDS = 1.0, 60.0
+_LOCKED_TRIES, _LOCKED_SECONDS = 12, 5.0
 _PASSING = frozenset(
     {errno.EIO, errno.EAGAIN, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.ENOLCK, errno.EMFILE}
 )
 """Errors of the system that may be gone a moment later."""
 
 _log = logging.getLogger(__name__)
+
+
+class _NotHereError(Exception):
+    """The model of a job cannot be had on this machine; the cause says why."""
 
 
 class _EndedError(Exception):
@@ -79,12 +89,16 @@ class _Loaded:
 
     source:   its text encoder stays loaded.
     is_roomy: whether text encoder and transformer fit in memory together.
+    dtype:    the precision that was asked for.
+    weights:  how its weights are, see `_weights`.
     """
 
     key: str
     on: Device
     source: ModelSource
     is_roomy: bool
+    dtype: str
+    weights: tuple[object, ...]
     model: VideoModel | None = None
 
 
@@ -191,6 +205,15 @@ class Worker:
         except _EndedError as ended:
             self._ended(task, str(ended))
             return None
+        except _NotHereError as wrapped:
+            error = wrapped.__cause__
+            assert isinstance(error, Exception)
+            self._unload()
+            if self._board.refuse(task, error):
+                self._held.pop(task.id, None)
+            else:
+                self._failed(task, error)
+            return None
         except Exception as error:
             self._failed(task, error)
             return None
@@ -201,19 +224,28 @@ class Worker:
         seconds: dict[str, float] = {}
         if "problem" in task.spec:
             raise UsageError(task.spec["problem"], hint="Put it right, and run the batch again.")
+        task = _resolved(task)
         request = _request(task, self._options)
-        if self._loaded is None or self._loaded.key != task.load_key:
-            self._unload()
-            _check_model(task)
-            on = jobs.choose_device(request, Path(task.output).parent)
-            job = _prepare(task, request, on)
-            self._loaded = _Loaded(task.load_key, on, _keeping(jobs.open_source(job)), _is_roomy(job))
         loaded = self._loaded
-        warm = self._warm.pop((task.id, task.retries), None)
+        if loaded is not None and loaded.key != task.load_key:
+            loaded = None
+        warm = None if loaded is None else self._warm.pop((task.id, task.retries), None)
+        if loaded is None:
+            self._unload()
+            with _needed_here():
+                _check_model(task, self._options)
+        with _needed_here():
+            on = _device(task, request, loaded)
+        job = warm[0] if warm is not None else _prepare(task, request, on)
+        if loaded is None or loaded.weights != _weights(job):
+            self._unload()
+            with _needed_here():
+                source = _keeping(jobs.open_source(job))
+            loaded = _Loaded(task.load_key, on, source, _is_roomy(job), request.dtype, _weights(job))
+            self._loaded = loaded
         if warm is not None:
-            job, story, seconds["text_ahead"] = warm
+            _, story, seconds["text_ahead"] = warm
         else:
-            job = _prepare(task, request, loaded.on)
             began = time.perf_counter()
             if loaded.model is not None and not loaded.is_roomy:  # the encoder would not fit beside it
                 loaded.model = None
@@ -229,7 +261,8 @@ class Worker:
             if not loaded.is_roomy:
                 loaded.source = _keeping(jobs.open_source(job))  # the encoder goes
                 _free_memory()
-            loaded.model = loaded.source.load()
+            with _needed_here():
+                loaded.model = loaded.source.load()
             seconds["load"] = time.perf_counter() - began
         seconds["prepare"] = time.perf_counter() - started
         return _Work(task, job, story, seconds)
@@ -248,7 +281,11 @@ class Worker:
                 wanted.add(name)
                 if name not in self._warm:
                     began = time.perf_counter()
-                    job = _prepare(task, _request(task, self._options), loaded.on)
+                    task = _resolved(task)
+                    request = _request(task, self._options)
+                    job = _prepare(task, request, _device(task, request, loaded))
+                    if _weights(job) != loaded.weights:
+                        break
                     story = jobs.encode(job, loaded.source)
                     self._warm[name] = (job, story, time.perf_counter() - began)
         except Exception as error:
@@ -294,7 +331,7 @@ class Worker:
             if work.why or why:
                 raise _EndedError(work.why or why)
 
-        run = _open_run(task, job, loaded.model)
+        run = _open_run(task, _as_planned(task, job), loaded.model)
         try:
             made = jobs.make(job, loaded.model, work.story, run=run, on_block=on_block)
             if made.ended:
@@ -378,6 +415,11 @@ class Worker:
             self._unload_later()
             self._fail(task, told, retry_in=pause if left > 0 else None, fit={**task.fit, **fit})
             return
+        if isinstance(
+            error, LockedError
+        ):  # a worker that a lost driver left behind ends within half a minute
+            left = max(self._options.retries, _LOCKED_TRIES) - task.retries
+            pause = max(pause, _LOCKED_SECONDS)
         spoiled = "CUDA error" in str(error)
         passing = spoiled or isinstance(error, LockedError) or _errno(error) in _PASSING
         self._fail(task, error, retry_in=pause if passing and left > 0 else None)
@@ -420,12 +462,35 @@ class Worker:
 # ---------------------------------------------------------------------------------------------------- parts of a job
 
 
+def _resolved(task: Task) -> Task:
+    """The job; of one that goes on with another job's video, which is made now, with what that decides.
+
+    Raises: RunFolderError if the other job's run folder is gone; UsageError for prompts and times that do not suit it.
+    """
+    if "after" not in task.spec or "blocks" in task.spec:
+        return task
+    run = Path(task.run).with_name(task.spec["after"][:32])
+    if not (run / runfolder.HEADER).is_file():
+        raise RunFolderError(
+            f"{run} is gone, the run folder of the video it goes on with",
+            hint="Give the video another name, and that as the source.",
+        )
+    asked = {**task.spec["asked"], "source": str(run)}
+    with RunFolder.open_to_read(run) as old:
+        request, blocks = continuation.request_of_branch(
+            old, ExtendRequest(**asked), Timeline.from_json(task.spec["timeline"])
+        )
+    more = {"request": request.to_values(), "blocks": blocks, "run": str(run)}
+    return replace(task, spec={**task.spec, **more})
+
+
 def _request(task: Task, options: Options) -> GenerateRequest:
     """What is made: the request of the manifest, changed as memory demanded, into the job's own file and run folder."""
     request = GenerateRequest.from_values(task.spec["request"])
     if task.fit:
         request = request.changed(**task.fit)
     changes = {
+        "model": options.places.get(request.model, request.model),
         "output": Path(task.output),
         "auto_fit": request.auto_fit or options.auto_fit,
         "keep_run": True,
@@ -444,6 +509,42 @@ def _prepare(task: Task, request: GenerateRequest, on: Device) -> Job:
     job = jobs.prepare(request, on=on, path=request.output if there else None, blocks=blocks, why=why)
     job.plan.require_fit()
     return job
+
+
+def _as_planned(task: Task, job: Job) -> Job:
+    """The job with its model called as the manifest calls it, whatever folder that is in here: for records."""
+    name = task.spec["request"]["model"]
+    if job.request.model == name:
+        return job
+    return replace(job, request=job.request.model_copy(update={"model": name}), place=name)
+
+
+@contextlib.contextmanager
+def _needed_here() -> Iterator[None]:
+    """What goes wrong inside is about this machine and its models, not about the job. Raises: _NotHereError."""
+    try:
+        yield
+    except (EnvironmentProblem, WeightsError, OfflineError, UsageError, OSError) as error:
+        if is_full_disk(error) or _errno(error) in _PASSING:
+            raise
+        raise _NotHereError from error
+    except (MemoryError, RuntimeError) as error:
+        if not jobs.is_out_of_memory(error):
+            raise
+        raise _NotHereError from error
+
+
+def _device(task: Task, request: GenerateRequest, loaded: _Loaded | None) -> Device:
+    """Where a job is made: as the loaded model, unless another precision is asked for."""
+    if loaded is not None and request.dtype == loaded.dtype:
+        return loaded.on
+    return jobs.choose_device(request, Path(task.output).parent)
+
+
+def _weights(job: Job) -> tuple[object, ...]:
+    """What auto-fit may change of a loaded model."""
+    request = job.request
+    return (request.dtype, request.quantize, request.quantize_text, request.offload)
 
 
 def _check_place(output: Path, task: Task) -> None:
@@ -508,10 +609,10 @@ def _branch(task: Task, job: Job, model: VideoModel) -> RunFolder:
         return continuation.branch(old, blocks, job, model, Path(task.run), other_memory=other)
 
 
-def _check_model(task: Task) -> None:
+def _check_model(task: Task, options: Options) -> None:
     """Raises: WeightsError if the model here is not the one the job was planned with."""
     name = task.spec["request"]["model"]
-    if model_hash(name) != task.spec["model"]:
+    if model_hash(options.places.get(name, name)) != task.spec["model"]:
         raise WeightsError(
             f"{name} is not the model the job was planned with",
             hint="Run the batch again, or install the same version on every machine.",
@@ -558,6 +659,7 @@ def _facts_of_file(task: Task, frames: int, latents: str, **more: Any) -> dict[s
         "latents_sha256": latents,
         "frames": frames,
         **more,
+        "worker": f"{socket.gethostname()} {os.getpid()}",
         "attempt": task.attempt,
         "fit": dict(task.fit),
     }

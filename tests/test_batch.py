@@ -83,6 +83,8 @@ def test_names_are_short_different_and_stay_inside(prompts: list[str], text: str
         ("{seed!r}", "not possible"),
         (".packforcing/{slug}", "not for videos"),
         (" ", "empty"),
+        ("{slug}.avi", "must end in .mp4, .mkv or .mov"),
+        ("{slug}.WebM", "must end in"),
     ],
 )
 def test_a_template_that_is_not_possible_is_refused(text: str, said: str) -> None:
@@ -92,7 +94,8 @@ def test_a_template_that_is_not_possible_is_refused(text: str, said: str) -> Non
 
 
 @pytest.mark.parametrize(
-    "output", ["../x.mp4", "/x.mp4", "a/../../x.mp4", "C:/x.mp4", "a\\..\\x.mp4", "x.avi"]
+    "output",
+    ["../x.mp4", "/x.mp4", "a/../../x.mp4", "C:/x.mp4", "a\\..\\x.mp4", "x.avi", "x" * 250 + ".mp4"],
 )
 def test_an_output_that_leaves_the_folder_is_refused(output: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="line 1, column 1: output"):
@@ -272,6 +275,83 @@ def test_jobs_keep_their_names_when_the_manifest_grows(tmp_path: Path) -> None:
         folder.add(planned([{"prompt": "a", "seed": 1}]), source="x")
         more = [{"prompt": "b", "seed": 2}, {"prompt": "a", "seed": 1}]
         assert names(more, there=base.rows()) == ["0001-b-2.mp4", "0001-a-1.mp4"]
+
+
+def chain(**more: Any) -> list[dict[str, Any]]:
+    """Three jobs, each with the video of the one before."""
+    return [
+        {"prompt": "a", "seed": 1, "output": "one.mp4", **more},
+        {"source": "one.mp4", "seconds": 2, "output": "sub/two"},
+        {"source": "sub/two.mp4", "seconds": 2, "seed": 3, "prompt": "c"},
+    ]
+
+
+def test_a_job_may_go_on_with_the_video_of_an_earlier_line(tmp_path: Path) -> None:
+    first, second, third = planned(chain(), root=tmp_path)
+    assert [entry.problem for entry in (first, second, third)] == [None] * 3
+    assert [entry.after for entry in (first, second, third)] == ["", first.id, second.id]
+    assert first.load_key == second.load_key == third.load_key
+    written = chain()
+    written[1]["source"] = str(tmp_path / "one.mp4")
+    assert [entry.id for entry in planned(written, root=tmp_path)] == [first.id, second.id, third.id]
+    (tmp_path / "one.mp4").write_bytes(b"made")  # as when the batch goes on
+    assert planned(written, root=tmp_path)[1].id == second.id
+
+
+def test_the_identity_of_a_job_has_that_of_the_one_it_goes_on_with_in_it(tmp_path: Path) -> None:
+    plain, other = planned(chain(), root=tmp_path), planned(chain(crf=30), root=tmp_path)
+    assert not {entry.id for entry in plain} & {entry.id for entry in other}
+    image = tmp_path / "a.png"
+    image.write_bytes(b"1")
+    before = planned(chain(image=str(image)))
+    image.write_bytes(b"2")
+    after = planned(chain(image=str(image)))
+    for one, changed in zip(before, after):
+        assert one.key == changed.key and one.id != changed.id
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(before, source="x")
+        folder.add(after, source="x")
+        assert [row.after for row in base.rows()] == ["", after[0].id, after[1].id]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({0: {"output": "other.mp4"}, 2: {"output": "one.mp4"}}, "the output of line 3, which comes later"),
+        ({1: {"output": "one.mp4"}, 0: {"output": "x.mp4"}}, "line 2, column 1: source 'one.mp4' is its own output"),
+        ({2: {"source": "here.mp4"}, 0: {"output": "here.mp4"}}, r"write \./here.mp4 for the file, .*v/here.mp4"),
+    ],
+)  # fmt: skip
+def test_sources_that_are_not_possible_are_told_before_anything_begins(
+    change: dict[int, Any], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("here.mp4").write_bytes(b"mine")
+    jobs = [job | change.get(number, {}) for number, job in enumerate(chain())]
+    with pytest.raises(UsageError, match=said):
+        planned(jobs, root=tmp_path / "v")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({0: {"image": "none.png"}}, "line 1, whose video it goes on with: there is no file"),
+        ({0: {"keep_run": False}}, "line 1, whose video it goes on with, keeps no run folder"),
+        ({1: {"from-time": "0:01"}}, "from_time is for videos made elsewhere; one.mp4 goes on from its run"),
+    ],
+)
+def test_a_job_fails_with_the_reason_of_the_one_it_goes_on_with(
+    change: dict[int, Any], said: str, tmp_path: Path
+) -> None:
+    _, second, third = planned([job | change.get(n, {}) for n, job in enumerate(chain())], root=tmp_path)
+    assert second.problem is not None and said in second.problem.message
+    assert third.problem is not None and third.problem.message.startswith("line 2, whose video it goes on")
+
+
+def test_jobs_that_follow_each_other_are_in_one_shard(tmp_path: Path) -> None:
+    entries = planned([{"prompt": "z", "seed": 0}, *chain(), {"prompt": "y", "seed": 0}], root=tmp_path)
+    assert [[entry.line for entry in batch.of_shard(entries, (n, 2))] for n in (1, 2)] == [[1, 5], [2, 3, 4]]
 
 
 def test_shards_are_parts_that_nothing_is_missing_from() -> None:

@@ -24,7 +24,7 @@ def run(*arguments: str) -> dict[str, Any]:
 
 
 def test_forty_jobs_survive_kills_of_workers_and_driver() -> None:
-    found = run("40", "--seed", "2", "--pause", "2", "4")
+    found = run("--jobs", "40", "--seed", "2", "--pause", "2", "4")
     assert found["kills"]["worker"] >= 1
     assert found["kills"]["driver"] >= 1
 
@@ -32,11 +32,11 @@ def test_forty_jobs_survive_kills_of_workers_and_driver() -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_three_hundred_jobs_survive_kills_of_workers_and_driver() -> None:
-    found = run("300", "--seed", "7")
+    found = run("--jobs", "300", "--seed", "7")
     assert found["kills"]["worker"] >= 5 and found["kills"]["driver"] >= 2
 
 
 @pytest.mark.slow
 def test_jobs_under_ray_survive_kills_of_actors_and_driver() -> None:
     pytest.importorskip("ray")
-    assert run("40", "--engine", "ray", "--pause", "10", "20")["kills"]["worker"] >= 1
+    assert run("--jobs", "40", "--engine", "ray", "--pause", "10", "20")["kills"]["worker"] >= 1

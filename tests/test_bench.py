@@ -136,7 +136,9 @@ def test_the_memory_of_the_1_3b_model_moves_what_must_be_moved_and_no_more(
     own = layout.tokens(500)
     assert own.active == attended
     share = counts[0][0] / (5 * bench.attention_bytes(grid, attended, 2))
-    assert share < 0.125  # of the five passes' attention; 0.049 of it, or 0.063, is storing the block itself
+    assert share < 0.125  # of the five passes' attention; more than half of it is storing the block itself
+    if frames == 3:  # README
+        assert (f"{counts[0][0] / 1e9:.2f}", f"{share:.0%}") == ("2.98", "12%")
 
 
 def test_a_policy_that_needs_more_memory_than_there_is_is_named_and_not_measured(tmp_path: Path) -> None:

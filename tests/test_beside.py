@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded
 import torch
 from test_runfolder import folder_of, latents, packets
 from test_runfolder import make as to_file
@@ -82,6 +83,15 @@ def test_cuts_and_pins_are_the_same(model: VideoModel) -> None:
     """The block before a cut is remembered at once: the next one's context needs it in the bank."""
     told = story(model, cuts=(4, 6), pins=frozenset({2}))
     require_equal(make(model, {}, overlap=True, story=told), make(model, {}, overlap=False, story=told))
+
+
+def test_recorded_passes_of_late_blocks_give_the_same_video(model: VideoModel) -> None:
+    """Between the passes over a block the one over the compressed tokens of the block before is replayed."""
+    late = video_model()
+    late.transformer.record_passes(recorded.record)
+    require_equal(make(late, {}, overlap=True), make(model, {}, overlap=False))
+    assert late.transformer._recordings is not None
+    assert late.transformer._recordings.replays > 0
 
 
 def test_each_block_is_finished_while_the_next_is_denoised(

@@ -417,6 +417,29 @@ def test_a_backup_may_come_as_late_as_its_block_is_recent() -> None:
     assert cache.bank_blocks == [1]
 
 
+@pytest.mark.parametrize("bank", [5, None])
+def test_what_is_chosen_does_not_depend_on_when_a_backup_comes(bank: int | None) -> None:
+    """Also to the last bit of the scores, which the trace keeps: a block's backup may come while the next is made."""
+    soon, late = (make_cache((2, 1, 3, bank, 1), torch.float32) for _ in range(2))
+    for i in range(NUM_BLOCKS):
+        contexts = [soon.context(i), late.context(i)]
+        if i and late.needs_backup(i - 1):
+            late.add_backup(i - 1, random_kv(i - 1, COMPRESSED, torch.float32))
+        for one, two in zip(
+            *(denoise(c, x) for c, x in zip((soon, late), contexts, strict=True)), strict=True
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        if contexts[0].scores is not None:
+            assert torch.equal(contexts[0].scores, contexts[1].scores)  # type: ignore[arg-type]
+        for cache in (soon, late):
+            cache.commit(i, random_kv(i, BLOCK, torch.float32))
+        if soon.needs_backup(i):
+            soon.add_backup(i, random_kv(i, COMPRESSED, torch.float32))
+    late.add_backup(NUM_BLOCKS - 1, random_kv(NUM_BLOCKS - 1, COMPRESSED, torch.float32))
+    states = soon.state_dict(), late.state_dict()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_gradients_stay_outside() -> None:
     cache = make_cache(SETTINGS["default-like"])
     kv = random_kv(0, BLOCK)
@@ -653,11 +676,14 @@ def bank_of(cache: KVCache) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in tensors(cache).items() if name.startswith("bank_")}
 
 
+FAR = ("default-like", "two recent, unlimited bank")
+
+
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
-def test_a_bank_that_is_far_gives_the_same_bits(mode: str, kv_dtype: str) -> None:
+@pytest.mark.parametrize(("name", "kv_dtype"), [(name, kind) for name in FAR for kind in ("auto", "int8")])
+def test_a_bank_that_is_far_gives_the_same_bits(mode: str, name: str, kv_dtype: str) -> None:
     """The path of a bank in host memory: fetched ahead, layer by layer, from places that are used again."""
-    setting = SETTINGS["default-like"]
+    setting = SETTINGS[name]
     near = make_cache(setting, torch.bfloat16, select=mode, kv_dtype=kv_dtype)
     far = make_cache(setting, torch.bfloat16, select=mode, kv_dtype=kv_dtype, bank_device="cpu")
     for i in range(NUM_BLOCKS):

@@ -621,6 +621,44 @@ def test_what_cannot_run_here_is_refused_in_the_plan(
     assert (told.code, said in told.err) == (code, True), told.err
 
 
+def test_a_run_is_expected_to_take_its_operations_at_half_the_machines_rate(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = fresh()
+    stage = stage_of(model)
+    context = stage.cache.context(STEADY)
+    guided = counting.flops_of(lambda: velocity_of(model, stage, context, stage.guided))
+    with torch.no_grad():
+        clean = counting.flops_of(lambda: model.transformer.commit(stage.noisy(), stage.text, context))
+    monkeypatch.setattr(bench, "matmul_rate", lambda *_, **__: 2.0 * (2 * guided + clean))
+    schedule = Schedule.build("euler", steps=2, shift=5.0, guidance=2.0)
+    blocks = STEADY + 1
+    assert bench.expected_seconds(model, stage.layout, schedule, blocks=blocks) == pytest.approx(blocks)
+
+
+def velocity_of(model: registry.VideoModel, stage: bench.Stage, context: Any, text: TextKV) -> Tensor:
+    with torch.no_grad():
+        return rollout.velocity(model, text, context, stage.noisy(), 0.5)
+
+
+def test_auto_goes_without_cudnn_where_its_numbers_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        attention, "usual", lambda _: attention.Kernel("auto", backends=tuple(attention.BACKENDS.values()))
+    )
+    found = attention.choose("auto", device=CPU, dtype=torch.float32)
+    assert (found.taken, len(found.backends), found.warning) == ("flash (CPU)", 4, "")
+    real = attention.Kernel.__call__
+
+    def wrong(self: attention.Kernel, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return real(self, q, k, v).roll(1 if self.backends else 0, 1)
+
+    monkeypatch.setattr(attention.Kernel, "__call__", wrong)
+    found = attention.choose("auto", device=CPU, dtype=torch.float32)
+    assert (found.taken, found.backends) == ("flash (CPU)", ())
+    assert "gives wrong numbers here" in found.warning
+    assert "PyTorch's own choice is taken" in found.warning
+
+
 def test_a_long_run_on_a_gpu_is_told_of_compile_and_never_switched() -> None:
     assert generate.compile_tip(30) == ""
     assert "--compile --cuda-graphs" in generate.compile_tip(1200)

@@ -362,7 +362,7 @@ def test_a_ledger_is_whole_as_soon_as_it_is_there(tmp_path: Path) -> None:
         from pathlib import Path
         from packforcing_cli.ledger import Ledger
         with Ledger.create(Path({str(path)!r}), meta={{}}) as base:
-            assert base.meta("schema") == "1"
+            assert base.meta("schema") == "2"
         """
     )
     processes = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(6)]
@@ -372,6 +372,87 @@ def test_a_ledger_is_whole_as_soon_as_it_is_there(tmp_path: Path) -> None:
                 assert base.counts()["done"] == 0
     assert [process.wait() for process in processes] == [0] * 6
     assert [name.name for name in tmp_path.glob(".ledger*.tmp*")] == []
+
+
+def test_a_ledger_from_before_jobs_could_follow_each_other_is_gone_on_with(tmp_path: Path) -> None:
+    path = tmp_path / ledger.NAME
+    with Ledger.create(path, meta={}) as base:
+        base.add([entry(1)])
+    with sqlite3.connect(path) as old:
+        old.execute("DROP INDEX jobs_by_after")
+        old.execute("ALTER TABLE jobs DROP COLUMN after")
+        old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
+    old.close()
+    for _ in range(2):
+        with Ledger.open(path) as base:
+            base.add([entry(1), entry(2, after="id-1")])
+            assert [row.after for row in base.rows()] == ["", "id-1"]
+            assert base.meta("schema") == "2"
+
+
+def chain(base: Ledger) -> None:
+    """Three jobs, each with the video of the one before, and one alone."""
+    base.add([entry(1), entry(2, after="id-1"), entry(3, after="id-2"), entry(4)])
+
+
+def test_a_job_waits_for_the_one_whose_video_it_goes_on_with(base: Ledger) -> None:
+    chain(base)
+    assert base.ready() == 2
+    order = []
+    first, other = base.claim(ME), base.claim(ME)
+    assert first is not None and other is not None and base.claim(ME) is None
+    assert [row.position for row in base.upcoming(limit=9)] == []
+    for row in (first, other):
+        assert base.done(row.id, ME, RESULT)
+    while (following := base.claim(ME)) is not None:
+        assert base.claim(ME) is None
+        assert base.done(following.id, ME, RESULT)
+        order.append(following.position)
+    assert ([first.position, other.position], order) == ([1, 4], [2, 3])
+
+
+@pytest.mark.parametrize("how", ["fails", "is cancelled", "is ended", "dies", "was there"])
+def test_with_a_job_those_fail_that_go_on_with_its_video(how: str, base: Ledger) -> None:
+    if how == "was there":
+        base.add([entry(1, problem=UsageError("no image"))])
+    chain(base)
+    if how in ("fails", "is ended", "dies"):
+        assert base.claim(dead_process() if how == "dies" else ME) is not None
+    if how == "fails":
+        base.fail("id-1", ME, GenerationError("NaN"))
+    elif how != "was there":
+        base.cancel(["id-1"])
+    if how == "is ended":
+        base.release("id-1", ME)
+    elif how == "dies":
+        base.take_over()
+    rows = base.rows()
+    first = "failed" if how in ("fails", "was there") else "cancelled"
+    assert [row.status for row in rows] == [first, "failed", "failed", "queued"]
+    why = {"fails": "failed: NaN", "was there": "failed: no image"}.get(how, "was cancelled")
+    assert rows[1].error["message"] == f"job 1 (1.mp4), whose video it goes on with, {why}"
+    assert rows[2].error["message"].startswith("job 2 (2.mp4), whose video it goes on with, failed: job 1")
+    assert base.retry(["id-1"]) == 3
+    assert base.counts()["queued"] == 4
+
+
+def test_a_job_is_not_tried_again_without_what_it_goes_on_with(base: Ledger) -> None:
+    chain(base)
+    assert base.claim(ME) is not None
+    base.fail("id-1", ME, GenerationError("NaN"))
+    assert base.retry(["id-3"]) == 3
+    base.cancel(["id-1"])
+    assert base.counts()["cancelled"] == 1
+    assert base.retry() == 0  # what was cancelled waits for its name
+    assert [row.status for row in base.rows()] == ["cancelled", "failed", "failed", "queued"]
+
+
+def test_jobs_of_some_models_can_be_left_to_others(base: Ledger) -> None:
+    base.add([entry(1, load_key="a"), entry(2, load_key="b")])
+    assert (base.ready(), base.ready(["a"]), base.ready(["a", "b"])) == (2, 1, 0)
+    row = base.claim(ME, not_of=["a"])
+    assert row is not None and row.position == 2
+    assert base.claim(ME, not_of=["a"]) is None
 
 
 def test_shards_have_ledgers_of_their_own(tmp_path: Path) -> None:

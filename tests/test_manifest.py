@@ -176,6 +176,9 @@ def test_every_mistake_is_listed_in_one_go() -> None:
             '{"prompt": "\\ud800"}',
             '{"prompt": NaN}',
             '{"prompt": "x", "parity": "letter"}',
+            '{"prompt": ["x"]}',
+            '{"prompt": "x", "seed": "seven", "guidance": "much"}',
+            '{"prompt": "x", "output": "clip.avi"}',
             GOOD,
         ]
     )
@@ -197,6 +200,10 @@ def test_every_mistake_is_listed_in_one_go() -> None:
         r"line 14, column 2: prompt: '\\\\ud800' is no text",
         r"line 15, column 1: not JSON: NaN is no JSON value",
         r"line 16, column 17: parity letter: must be paper",
+        r"line 17, column 2: prompt: must be text",
+        r"line 18, column 17: seed seven: must be a whole number",
+        r"line 18, column 34: guidance much: must be a number",
+        r"line 19, column 17: output 'clip.avi' must end in .mp4, .mkv or .mov",
     ]
     assert len(found) == len(expected)
     for said, pattern in zip(found, expected, strict=True):

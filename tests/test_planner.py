@@ -424,6 +424,8 @@ def test_a_bank_of_smaller_numbers_takes_less_and_a_cap_keeps_fewer_blocks(
     assert blocks == (2 * GB - sums) // (182 * a_token + sums) == capped.to_json()["memory"]["bank"]
     assert capped.memory.bank <= 2 * GB < capped.memory.bank + 182 * a_token + sums
     assert plan(paper(memory=MemoryOptions(bank=8, bank_memory=2 * GB))).layout.bank == 8
+    small = plan(paper(memory=MemoryOptions(kv_dtype=kv_dtype, bank_memory=GB // 5)))
+    assert any("nothing to select from; use a larger --bank-memory" in said for said in small.warnings)
     unlimited = plan(
         paper(seconds=600, memory=MemoryOptions(bank=None, kv_dtype=kv_dtype, bank_memory=2 * GB))
     )

@@ -306,9 +306,11 @@ def run(
                     cpus=cpus,
                     workers=workers,
                     threads=fixed,
-                    ship=sorted({str(line.request.model) for line in lines if line.problem is None})
-                    if ship
-                    else (),
+                    ship={
+                        entry.spec["request"]["model"]: entry.spec["model"]
+                        for entry in entries
+                        if ship and entry.problem is None
+                    },
                     max_failures=max_failures,
                 )
             else:
@@ -320,12 +322,14 @@ def run(
                     threads=fixed,
                     max_failures=max_failures,
                 )
-            shown.begin(folder, engine, entries, count, fixed)
+            shown.begin(folder, engine, entries, workers if is_ray else count, fixed)
             code = _drive(engine, shown)
             rows = base.rows()
-            code = code or _code(base, rows)
+            code = code or (engine.problem.exit_code if engine.problem else _code(base, rows))
             shown.end(folder, rows, engine, code)
             _print(folder, rows, engine, code, as_json=as_json)
+            if engine.problem is not None:
+                raise engine.problem
     except PackforcingError as error:
         if shown.error(error):
             raise typer.Exit(error.exit_code) from error
@@ -433,6 +437,10 @@ def _is_ray(engine: str, address: str | None, cpus: float | None, *, ship: bool)
     ]
     if engine == "local" and given:
         raise UsageError(f"{given[0]} is for --engine ray", hint="Add --engine ray, or leave it away.")
+    if address is not None:
+        from packforcing_cli.ray_engine import parse_address
+
+        parse_address(address)
     return engine == "ray"
 
 
@@ -455,6 +463,12 @@ def _place(out: str | None, manifest: str) -> tuple[Path, Any]:
     if not brace:
         if Path(out).is_file():
             raise UsageError(f"--out {out} is a file", hint="Give a folder.")
+        if Path(out).suffix.lower() in batch.CONTAINERS and not Path(out).is_dir():
+            raise UsageError(
+                f"--out {out}: must be a folder; there are many videos",
+                hint=f"Name them with a template, --out '{Path(out).with_suffix('')}-{{index}}{Path(out).suffix}',"
+                " or one line with its output.",
+            )
         return Path(out), batch.Template()
     folder = head.rpartition("/")[0] if "/" in head else ""
     folder = "/" if not folder and head.startswith("/") else folder
@@ -526,13 +540,14 @@ def _base_seed(value: object) -> int:
 def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
     """The lines with models decided: `auto` once for all that have it; a bundle is installed.
 
-    A bundle that cannot be is the problem of its lines. Raises: for `auto`, as `choose.resolve_model`.
+    A bundle that cannot be, or a device that is not there, is the problem of its lines.
+    Raises: for `auto`, as `choose.resolve_model`; EnvironmentProblem if no line has a device that is there.
     """
     from dataclasses import replace
 
     from packforcing_cli.cli import choose
     from packforcing_cli.config import GenerateRequest
-    from packforcing_cli.errors import DiskFullError, PackforcingError, UsageError
+    from packforcing_cli.errors import DiskFullError, EnvironmentProblem, PackforcingError, UsageError
 
     chosen: dict[str, str] = {}
     failed: dict[str, PackforcingError] = {}
@@ -549,6 +564,9 @@ def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
                 )
                 try:
                     chosen[name] = choose.resolve_model(asked, folder.absolute())[0].model
+                except EnvironmentProblem as error:  # of the line's device: others may do without it
+                    found.append(replace(line, problem=error))
+                    continue
                 except PackforcingError as error:
                     if name == choose.AUTO or isinstance(error, DiskFullError):
                         raise
@@ -560,6 +578,9 @@ def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
                 continue
             request = request.model_copy(update={"model": chosen[name]})
         found.append(replace(line, request=request))
+    errors = [line.problem for line in found if isinstance(line.problem, EnvironmentProblem)]
+    if errors and len(errors) == len(found):
+        raise errors[0]
     return found
 
 
@@ -620,6 +641,8 @@ def _drive(engine: Engine, shown: Display) -> int:
     told = False
     try:
         for state in engine.run():
+            for note in state.notes:
+                shown.warn(note)
             shown.state(state)
             if code and not told:
                 told = True
@@ -840,13 +863,13 @@ class Display:
         return False
 
     def begin(
-        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int, threads: int
+        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int | None, threads: int
     ) -> None:
-        """The work begins."""
+        """The work begins. workers: None = as many as a cluster has room for."""
         self.meter = _Meter(time.monotonic())
+        who = "as many workers as there is room for" if workers is None else _count(workers, "worker")
         self.note(
-            f"{_counted(folder.ledger.counts())}, in {folder.path}; {_count(workers, 'worker')},"
-            f" {_count(threads, 'thread')} each"
+            f"{_counted(folder.ledger.counts())}, in {folder.path}; {who}, {_count(threads, 'thread')} each"
         )
 
     def state(self, state: State) -> None:
@@ -941,7 +964,7 @@ class _JsonLines(Display):
         return True
 
     def begin(
-        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int, threads: int
+        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int | None, threads: int
     ) -> None:
         self.meter = _Meter(time.monotonic())
         self._folder = folder
@@ -983,7 +1006,7 @@ class _Live(Display):
         self._stopping = ""
 
     def begin(
-        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int, threads: int
+        self, folder: Folder, engine: Engine, entries: Sequence[Entry], workers: int | None, threads: int
     ) -> None:
         from rich.live import Live
 

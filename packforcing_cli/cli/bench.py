@@ -545,22 +545,26 @@ def _load_tables(found: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def _rate(flops_per_second: float) -> str:
+    scale, unit = (1e12, "TFLOP/s") if flops_per_second >= 1e12 else (1e9, "GFLOP/s")
+    return f"{flops_per_second / scale:.4g} {unit}"
+
+
 def _kernel_tables(found: dict[str, Any]) -> list[Table]:
     top = _table(f"ceilings, {found['dtype']}", "what", "figure")
     for name, value in found["ceilings"].items():
         what, _, _ = name.partition("_per_second")
-        unit = "GB/s" if what.endswith("bytes") else "TFLOP/s"
-        scale = 1e9 if unit == "GB/s" else 1e12
-        top.add_row(what.rpartition("_")[0].replace("_", " "), f"{value / scale:.4g} {unit}")
+        shown = f"{value / 1e9:.4g} GB/s" if what.endswith("bytes") else _rate(value)
+        top.add_row(what.rpartition("_")[0].replace("_", " "), shown)
     rows = _table(
         f"attention of {found['tokens']:,} tokens to {found['attended_tokens']:,}, one layer",
-        *("--attention", "takes", "min ms", "median ms", "TFLOP/s", "error"),
+        *("--attention", "takes", "min ms", "median ms", "rate", "error"),
     )
     for row in found["attention"]:
         if "seconds" not in row:
             rows.add_row(row["kernel"], row["not measured"], "", "", "", "")
             continue
-        rate = f"{row['flops_per_second'] / 1e12:.4g}"
+        rate = _rate(row["flops_per_second"])
         rows.add_row(row["kernel"], row["taken"], *_ms(row["seconds"]), rate, f"{row['error']:.1e}")
     parts = _table("a layer beside attention", "what", "min ms", "median ms")
     for title, values in (("q, k, v", found["projections"]), ("layer", found["layer"])):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from packforcing_cli.cli.train_progress import Lines
     from packforcing_cli.training.data import EncodedData
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
     from packforcing_cli.training.recipes import AnyRecipe
 
 MAX_UNSEEN = 0.1  # share of the data that a recipe may leave unused
@@ -61,6 +61,14 @@ def train(
             help="Share the weights out among the processes of torchrun (FSDP2) instead of copying them.",
         ),
     ] = False,
+    quantize_frozen: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize-frozen",
+            metavar="MODE",
+            help="Keep weights of what is not trained in 8 bits: none, int8 or fp8. Default none.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Only go on with a run: refuse to start a new one.")
     ] = False,
@@ -100,16 +108,24 @@ def train(
                     f"{option} {value}: a {chosen.kind} recipe uses no {what}", hint=f"Leave {option} away."
                 )
             changed.append(f"{key}={json.dumps(str(value))}")
+        if quantize_frozen is not None:
+            _require_frozen(chosen, quantize_frozen)
+            changed += [f"quantize_frozen={quantize_frozen}"] * _takes(chosen, "quantize_frozen")
         chosen = recipes.load(recipe, changed)
         folder = out or Path("runs") / recipes.find(recipe).stem
         if fsdp:
             _require_sharing(chosen)
+            if getattr(chosen, "quantize_frozen", "none") != "none":
+                raise UsageError(
+                    "--fsdp shares weights out, and --quantize-frozen makes those that are frozen small; not both",
+                    hint="Leave one of them away.",
+                )
         if resume and not loop.checkpoints_of(folder / "checkpoints"):
             raise UsageError(
                 f"there is no run to go on with in {folder}", hint="Check --out, or leave --resume away."
             )
         _make_folder(folder)
-        again = _command(recipe, folder, settings or [], vae, data, fsdp=fsdp, force=force)
+        again = _command(recipe, folder, settings or [], vae, data, quantize_frozen, fsdp=fsdp, force=force)
         talk = train_progress.choose(chosen.train.steps, silent=quiet or not is_first)
         code, figures = _run(chosen, folder, talk, again, fsdp=fsdp, force=force, verbose=verbose)
     except PackforcingError as error:
@@ -151,6 +167,24 @@ def _takes(recipe: AnyRecipe, key: str) -> bool:
     return True
 
 
+def _require_frozen(recipe: AnyRecipe, mode: str) -> None:
+    """Raises: UsageError for an unknown mode, or a recipe that trains all it loads."""
+    from packforcing_cli.config import FROZEN_QUANTIZATIONS
+    from packforcing_cli.errors import UsageError
+
+    if mode not in FROZEN_QUANTIZATIONS:
+        raise UsageError(
+            f"--quantize-frozen {mode}: unknown", hint=f"Use one of {', '.join(FROZEN_QUANTIZATIONS)}."
+        )
+    if mode == "none":
+        return
+    if not _takes(recipe, "quantize_frozen") or getattr(recipe, "trains_all", False):
+        raise UsageError(
+            f"--quantize-frozen {mode}: a {recipe.kind} recipe trains every weight, nothing is frozen",
+            hint="Leave it away, or use a recipe with a teacher, adapters, or compressor-distill.",
+        )
+
+
 def _make_folder(folder: Path) -> None:
     """Raises: UsageError if there is no writing into the folder."""
     from packforcing_cli.errors import UsageError
@@ -172,6 +206,7 @@ def _command(
     settings: list[str],
     vae: str | None,
     data: Path | None,
+    quantize_frozen: str | None,
     *,
     fsdp: bool,
     force: bool,
@@ -184,6 +219,7 @@ def _command(
         words += ["--vae", vae]
     if data is not None:
         words += ["--data", str(data)]
+    words += [] if quantize_frozen is None else ["--quantize-frozen", quantize_frozen]
     words += ["--fsdp"] if fsdp else []
     words += ["--force"] if force else []
     count, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
@@ -210,6 +246,7 @@ def _introduce(recipe: AnyRecipe, folder: Path, talk: Lines, *, verbose: bool) -
         "demo-distill": "the demo as a few-step student",
         "finetune": f"{getattr(recipe, 'model', '')} on clips",
         "finetune-lora": f"adapters of {getattr(recipe, 'model', '')} on clips",
+        "compressor-distill": f"the compressor of {getattr(recipe, 'model', '')}, its transformer frozen",
         "self-forcing": "a few-step student and its compressor",
     }
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
@@ -313,21 +350,44 @@ def _is_lost_partner(error: Exception) -> bool:
 def _prepare(
     recipe: AnyRecipe, folder: Path, talk: Lines, stop: _Stop, *, fsdp: bool, force: bool
 ) -> EncodedData | None:
-    """Say what the training takes, refuse what cannot go well, and encode clips where there are any.
+    """Say what the training takes, refuse what cannot go well, and encode or make clips where it is to have any.
 
     Raises: UsageError if inference would leave the trained context, or most of the data could not be used;
         MemoryFitError; what reading clips raises.
     """
-    from packforcing_cli.training.estimate import estimate, would_fit
     from packforcing_cli.training.loop import Workers
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
 
     workers = Workers.start()
     device, processes = workers.device, workers.count if fsdp else 1
+    if isinstance(recipe, CompressorDistill) and not recipe.data.folder:
+        _check(
+            recipe, device, None, talk, processes=processes, force=force
+        )  # before videos are made: that takes long
+        return _rollouts(recipe, folder, talk, stop, device)
     clips, blocks, met = None, None, ""
-    if isinstance(recipe, Finetune):
+    if isinstance(recipe, Finetune | CompressorDistill):
         clips = _clips(recipe, folder, talk, stop, device)
-        blocks, met = _use(recipe, clips, talk, force=force)
+        blocks = max((scene.blocks for scene in clips.scenes), default=None)
+        if isinstance(recipe, Finetune):
+            blocks, met = _use(recipe, clips, talk, force=force)
+    _check(recipe, device, blocks, talk, met, processes=processes, force=force)
+    return clips
+
+
+def _check(
+    recipe: AnyRecipe,
+    device: torch.device,
+    blocks: int | None,
+    talk: Lines,
+    met: str = "",
+    *,
+    processes: int,
+    force: bool,
+) -> None:
+    """Say what the training takes, and how many mids it meets. Raises: as `_prepare`."""
+    from packforcing_cli.training.estimate import estimate, would_fit
+
     found = estimate(recipe, device, scene_blocks=blocks, processes=processes)
     for line in [*found.lines(), *filter(None, [met])]:
         talk.say(line)
@@ -338,7 +398,49 @@ def _prepare(
     found.require_fit(
         would_fit(recipe, device, scene_blocks=blocks, processes=processes) if found.is_too_large else ()
     )
-    return clips
+
+
+def _rollouts(
+    recipe: CompressorDistill, folder: Path, talk: Lines, stop: _Stop, device: torch.device
+) -> EncodedData:
+    """The model's own videos, those made now that are not there yet; the processes share them."""
+    from packforcing_cli import registry
+    from packforcing_cli.training import frozen, rollout_data
+    from packforcing_cli.training.estimate import precision
+    from packforcing_cli.training.loop import Workers
+    from packforcing_cli.training.self_forcing import read_prompts
+
+    settings = recipe.data
+    prompts = read_prompts(settings.prompts)
+    mode = frozen.MODES.get(recipe.quantize_frozen, "none")
+    source = registry.open_model(
+        recipe.model,
+        device=device,
+        dtype=precision(recipe, device),
+        quantize=mode,
+        quantize_text="none" if mode == "none" else "int8",
+    )
+
+    def made(done: int, total: int, prompt: str) -> None:
+        talk.say(f"video {done}/{total}: {prompt}")
+
+    talk.say(
+        f"{settings.rollouts} videos of the model's own, {settings.rollout_blocks} blocks each, are made in"
+        f" {folder / 'data'}, those that are not there yet …"
+    )
+    stop.what = "block"
+    return rollout_data.make(
+        folder / "data",
+        source,
+        prompts,
+        count=settings.rollouts,
+        blocks=settings.rollout_blocks,
+        seed=settings.rollout_seed,
+        workers=Workers.start(),
+        quantize=recipe.quantize_frozen,
+        on_video=made,
+        should_stop=stop.asked,
+    )
 
 
 def _use(recipe: Finetune, clips: EncodedData, talk: Lines, *, force: bool) -> tuple[int, str]:
@@ -385,7 +487,9 @@ def _use(recipe: Finetune, clips: EncodedData, talk: Lines, *, force: bool) -> t
     )
 
 
-def _clips(recipe: Finetune, folder: Path, talk: Lines, stop: _Stop, device: torch.device) -> EncodedData:
+def _clips(
+    recipe: Finetune | CompressorDistill, folder: Path, talk: Lines, stop: _Stop, device: torch.device
+) -> EncodedData:
     """The encoded data a recipe names, encoded now if it is a folder of clips; by the first process alone.
 
     Raises: loop.Stopped in every process when the first one is asked to stop.
@@ -424,7 +528,8 @@ def _clips(recipe: Finetune, folder: Path, talk: Lines, stop: _Stop, device: tor
         stop.what = "clip"
         talk.say(f"encoding the clips of {given} into {folder / 'data'}, what is not there yet …")
         try:
-            source = registry.open_model(recipe.model, device=device)
+            small = "none" if recipe.quantize_frozen == "none" else "int8"
+            source = registry.open_model(recipe.model, device=device, quantize_text=small)
             data.encode(given, folder / "data", source, wanted, on_clip=told, should_stop=stop.asked)
         except (PackforcingError, Stopped) as error:
             failure = error
@@ -438,7 +543,7 @@ def _clips(recipe: Finetune, folder: Path, talk: Lines, stop: _Stop, device: tor
     return found
 
 
-def _require_settings(recipe: Finetune, found: EncodedData) -> None:
+def _require_settings(recipe: Finetune | CompressorDistill, found: EncodedData) -> None:
     """Raises: UsageError if a recipe asks for what only encoding could do, and encoded data is otherwise."""
     from packforcing_cli.errors import UsageError
     from packforcing_cli.training import data
@@ -468,7 +573,7 @@ def _train(
     fsdp: bool,
     force: bool,
 ) -> dict[str, Any]:
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
 
     def told(record: dict[str, Any]) -> None:
         pool = record.get("event") == "pool"
@@ -486,6 +591,13 @@ def _train(
         return finetune.train(
             recipe, folder, clips, share=fsdp, accept=force, on_log=told, should_stop=stop.asked
         )
+    if isinstance(recipe, CompressorDistill):
+        from packforcing_cli.training import compressor_distill
+
+        assert clips is not None
+        return compressor_distill.train(
+            recipe, folder, clips, accept=force, on_log=told, should_stop=stop.asked
+        )
     if recipe.kind == "self-forcing":
         from packforcing_cli.training import self_forcing
 
@@ -502,7 +614,7 @@ def _train(
 def _report(recipe: AnyRecipe, folder: Path, talk: Lines, figures: dict[str, Any]) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
-    from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
 
     if recipe.kind == "demo-vae":
         result = folder / "vae"
@@ -514,10 +626,13 @@ def _report(recipe: AnyRecipe, folder: Path, talk: Lines, figures: dict[str, Any
         samples = getattr(recipe, "samples", None)
         if samples is not None and samples.every:
             talk.say(f"samples on the way: {folder / 'samples'}")
-        if isinstance(recipe, Finetune):
+        if isinstance(recipe, Finetune | CompressorDistill):
             talk.say(f"curve: {folder / 'curve.png'}")
         if isinstance(recipe, FinetuneLora):
             talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
+        if recipe.kind == "compressor-distill":
+            alone = shlex.quote(str(result / "compressor"))
+            talk.say(f"the compressor alone: packforcing generate … --compressor {alone}")
         talk.say(
             'Done. Try it: packforcing generate "a red circle moving right on a blue background"'
             f" --model {shlex.quote(str(result))}"

@@ -24,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.packages import read_manifest
-from packforcing_cli.registry import Schedule
+from packforcing_cli.packages import Part, read_manifest
+from packforcing_cli.registry import LAYERS, Schedule
 from packforcing_cli.sampler import renoise_sigmas, shifted
-from packforcing_cli.training import demo_flow, demo_package, demo_text, loop
+from packforcing_cli.training import demo_flow, demo_package, demo_text, frozen, loop
 from packforcing_cli.training.demo_flow import Alone, Batch, Models, Packed, Pool
 from packforcing_cli.training.recipes import DemoDistill
 
+PARTS: tuple[Part, ...] = ("transformer", "compressor", "text_encoder")
+"""What makes a teacher."""
 ROLES = ("transformer", "compressor")
 """What student, target and teacher have of their own."""
 
@@ -68,6 +70,7 @@ class Trainer:
         student.text.model.requires_grad_(False).eval()
         self.recipe, self.student = recipe, student
         self.teacher, self.target = frozen_copy(student), frozen_copy(student)
+        frozen.shrink(self.teacher.transformer, recipe.quantize_frozen, LAYERS)
         self.sigmas = torch.tensor(levels(recipe))  # [levels, teacher steps + 1]
 
     def learning(self) -> dict[str, nn.Module]:
@@ -172,8 +175,10 @@ def train(
         loop.MovingAverage(learning, settings.average),
         demo_flow.optimizers_of(learning, settings),
     )
-    judges = {f"teacher.{part}": own.part_hash(part) for part in (*ROLES, "text_encoder")}
+    judges = {f"teacher.{part}": own.part_hash(part) for part in PARTS}
     facts = demo_flow.facts_of(recipe, codec, workers) | judges
+    if recipe.quantize_frozen == "none":
+        del facts["quantize_frozen"]
     loop.check_facts(out / "checkpoints", facts, accept=accept)
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:

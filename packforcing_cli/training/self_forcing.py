@@ -35,11 +35,11 @@ from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache, encode
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.prompts import Prompt, Story
+from packforcing_cli.registry import LAYERS, VideoModel, load_model, write_package
 from packforcing_cli.registry import Schedule as ScheduleRecord
-from packforcing_cli.registry import VideoModel, load_model, write_package
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, renoise_sigmas
 from packforcing_cli.timeline import Script
-from packforcing_cli.training import dmd, loop, shards, world
+from packforcing_cli.training import dmd, frozen, loop, shards, world
 from packforcing_cli.training.recipes import SelfForcing
 from packforcing_cli.training.samples import Sampler
 from packforcing_cli.training.student_rollout import Student, rollout
@@ -70,14 +70,17 @@ class Roles:
             ("critic", self.critic),
         ):
             for parameter in network.parameters():
-                owner = places.setdefault(parameter.untyped_storage().data_ptr(), name)
-                if owner != name:
-                    raise ValueError(f"{owner} and {name} share storage")
+                for part in frozen.plain(parameter):
+                    owner = places.setdefault(part.untyped_storage().data_ptr(), name)
+                    if owner != name:
+                        raise ValueError(f"{owner} and {name} share storage")
 
     @classmethod
-    def of(cls, model: VideoModel, teacher: VideoModel | None = None) -> Roles:
+    def of(cls, model: VideoModel, teacher: VideoModel | None = None, *, quantize: str = "none") -> Roles:
         """Student and critic from a model, the teacher from another or from the same; copies all.
 
+        Args:
+            quantize: of the teacher, which is frozen: "none", "int8" or "fp8".
         Raises: UsageError if the model has no trained compressor to learn, or the two differ in shape.
         """
         if model.compressor is None:
@@ -94,7 +97,9 @@ class Roles:
         student = Student(
             _copy(model.transformer, learns=True), _copy(model.compressor, learns=True), model.codec
         )
-        return cls(student, _copy(source.transformer, learns=False), _copy(source.transformer, learns=True))
+        judge = _copy(source.transformer, learns=False)
+        frozen.shrink(judge, quantize, LAYERS)
+        return cls(student, judge, _copy(source.transformer, learns=True))
 
     def share_out(self, workers: loop.Workers, *, checkpointing: bool) -> None:
         """Share the weights of all networks out among the processes, on their devices.
@@ -350,9 +355,12 @@ def train(
         )
     # Three copies are made of what is loaded; those that will be shared out need not fit on the device.
     place = torch.device("cpu") if share else workers.device
-    model = load_model(_place(recipe.student), device=place, dtype="fp32", fuse=False)
+    small_text = "none" if recipe.quantize_frozen == "none" else "int8"
+    model = load_model(
+        _place(recipe.student), device=place, dtype="fp32", quantize_text=small_text, fuse=False
+    )
     teacher = None if recipe.teacher == recipe.student else _other(recipe.teacher, place)
-    roles = Roles.of(model, teacher)
+    roles = Roles.of(model, teacher, quantize=recipe.quantize_frozen)
     prompts = read_prompts(recipe.prompts)
     embeds, unconditional = (t.to(workers.device) for t in encode_prompts(model, prompts))
     if share:
@@ -376,11 +384,12 @@ def train(
         loop.MovingAverage(_averaged(modules), settings.average),
         [trainer.student_optimizer, trainer.critic_optimizer],
     )
+    free: dict[str, Any] = {"samples": True, "train": {"steps", "checkpoint_minutes", "threads"}}
+    if recipe.quantize_frozen == "none":
+        free["quantize_frozen"] = True
     facts = {
         "kind": recipe.kind,
-        "recipe": recipe.model_dump_json(
-            exclude={"samples": True, "train": {"steps", "checkpoint_minutes", "threads"}}
-        ),
+        "recipe": recipe.model_dump_json(exclude=free),
         "student": model.hashes["transformer"],
         "teacher": (teacher or model).hashes["transformer"],
         "prompts": str(len(prompts)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_generate import PROMPT, num_frames, write_tiny
 
 from packforcing_cli import batch, durable, generate_many, jobs, ledger, manifest, rollout, worker
 from packforcing_cli.batch import Folder, LedgerBoard
 from packforcing_cli.errors import DiskFullError, LockedError
 from packforcing_cli.ledger import Ledger, Row
+from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.tasks import Options
 from packforcing_cli.video import VideoWriter, remux
 from packforcing_cli.worker import Worker
@@ -378,6 +381,31 @@ def events(place: Path) -> list[dict[str, Any]]:
         return base.events()
 
 
+def test_a_run_folder_that_is_locked_is_waited_for(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a worker that a killed driver of a cluster left behind, though nothing else is to be tried again."""
+    monkeypatch.setattr(worker, "_LOCKED_SECONDS", 0.1)
+    monkeypatch.setattr(worker, "_BACKOFF_SECONDS", 0.0)
+    folder = open_folder(tmp_path / "v", some_jobs(package, 1))
+    with folder.ledger as base:
+        time_out(folder)
+        (run,) = (tmp_path / "v/.packforcing/runs").iterdir()
+        held = RunFolder.open(run)
+        base.retry()
+        told = LedgerBoard.fail
+
+        def fail(board: LedgerBoard, task: Any, error: BaseException, **more: Any) -> None:
+            told(board, task, error, **more)
+            if task.retries == 3:
+                held.close()
+
+        monkeypatch.setattr(LedgerBoard, "fail", fail)
+        run_worker(folder, retries=0)
+        (row,) = base.rows()
+        assert (row.status, row.retries) == ("done", 4)
+
+
 def test_what_does_not_pass_is_not_tried_again(
     package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -398,6 +426,24 @@ def test_memory_that_ran_out_takes_the_next_smaller_plan(
     assert made.error == ""
     assert made.result["fit"], "a change was made"
     assert rows_of(tmp_path / "v")[0].retries == 1
+
+
+def test_a_job_with_other_weights_than_the_last_one_has_them_loaded(
+    package: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Auto-fit may quantize one job; the next one is made as it would be alone."""
+    monkeypatch.setattr(worker, "_BACKOFF_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "_smaller", lambda *_: {"quantize_text": "int8"})
+    opened: list[str] = []
+    open_source = jobs.open_source
+    monkeypatch.setattr(
+        jobs, "open_source", lambda job: opened.append(job.request.quantize_text) or open_source(job)
+    )
+    fail_once(monkeypatch, MemoryError())
+    made = list(generate_many(some_jobs(package, 2, seconds=1), tmp_path / "v", auto_fit=True))
+    assert [one.error for one in made] == ["", ""]
+    assert opened == ["none", "int8", "none"] or opened == ["none", "int8"]
+    assert {one.number: one.result["fit"] for one in made} == {0: {"quantize_text": "int8"}, 1: {}}
 
 
 def test_a_full_disk_ends_the_batch_and_the_same_command_goes_on(
@@ -520,6 +566,51 @@ def test_jobs_make_videos_longer(package: Path, tmp_path: Path) -> None:
     }
 
 
+def test_a_job_goes_on_with_the_video_of_an_earlier_one(package: Path, tmp_path: Path) -> None:
+    (first,) = some_jobs(package, 1)
+    more = {"seconds": 1, "prompt": "a blue square"}
+    chain = [
+        {"source": "two.mp4", "seconds": 1, "at": "0:03.9 a red circle"},
+        {"source": "one.mp4", "output": "two.mp4", **more},
+        {**first, "output": "one.mp4"},
+    ]
+    made = {one.number: one for one in generate_many(list(reversed(chain)), tmp_path / "v")}
+    assert [made[number].error for number in range(3)] == [""] * 3
+    assert [made[number].result["frames"] for number in range(3)] == [45, 61, 77]
+    for one in made.values():
+        assert one.path is not None and num_frames(one.path) == one.result["frames"]
+    (again,) = generate_many([{"source": str(tmp_path / "v/one.mp4"), **more}], tmp_path / "w")
+    for name in HASHES:
+        assert again.result[name] == made[1].result[name]
+    with Ledger.open(tmp_path / "v" / ledger.NAME) as base:
+        finished = [event["job"] for event in base.events() if event["event"] == "done"]
+        assert finished == [row.id for row in base.rows()]
+
+
+def test_a_chain_is_cut_off_where_it_breaks(package: Path, tmp_path: Path) -> None:
+    (first,) = some_jobs(package, 1, seconds=1)
+    wanted = [
+        {**first, "size": "65x65", "output": "one.mp4"},
+        {"source": "one.mp4", "seconds": 1, "output": "two.mp4"},
+        {"source": "two.mp4", "seconds": 1},
+        first,
+    ]
+    made = {one.number: one for one in generate_many(wanted, tmp_path / "v")}
+    assert "does not fit" in made[0].error and made[3].error == ""
+    assert made[1].error.startswith("job 1 (one.mp4), whose video it goes on with, failed: ")
+    assert made[2].error.startswith("job 2 (two.mp4), whose video it goes on with, failed: ")
+
+
+def test_a_video_whose_run_folder_is_gone_is_not_gone_on_with(package: Path, tmp_path: Path) -> None:
+    (first,) = some_jobs(package, 1, seconds=1, output="one.mp4")
+    list(generate_many([first], tmp_path / "v"))
+    shutil.rmtree(tmp_path / "v/.packforcing/runs")
+    made = {
+        one.number: one for one in generate_many([first, {"source": "one.mp4", "seconds": 1}], tmp_path / "v")
+    }
+    assert made[0].error == "" and "the run folder of the video it goes on with" in made[1].error
+
+
 # -- the command ----------------------------------------------------------------------------------------------------
 
 
@@ -592,10 +683,16 @@ def test_what_failed_waits_to_be_asked_for(package: Path, run_command: Any, tmp_
         (("good.txt", "--shard", "3/2"), "must be I/N"),
         (("good.txt", "--engine", "rey"), "did you mean ray?"),
         (("good.txt", "--address", "auto"), "--address is for --engine ray"),
+        (
+            ("good.txt", "--engine", "ray", "--address", "nowhere"),
+            "must be auto, HOST:PORT or ray://HOST:PORT",
+        ),
         (("good.txt", "--out", "{slog}"), "the nearest is {slug}"),
         (("good.txt", "--format", "xml"), "must be one of"),
         (("good.txt", "--progress", "loud"), "--progress loud"),
         (("good.txt", "--out", "good.txt"), "is a file"),
+        (("good.txt", "--out", "clip.mp4"), "template, --out 'clip-{index}.mp4'"),
+        (("good.txt", "--out", "v/{slug}.avi"), "must end in .mp4, .mkv or .mov"),
         (("status", "nowhere"), "is no folder of a batch"),
         (("retry", "nowhere"), "is no folder of a batch"),
     ],
@@ -652,6 +749,18 @@ def test_planning_a_batch_loads_no_torch(four: Path) -> None:
         [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_is_the_problem_of_its_line(run_command: Any, tmp_path: Path) -> None:
+    lines = [{"prompt": "a", "device": "cuda"}, {"prompt": "b"}]
+    (tmp_path / "j.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    done = run_command("batch", "j.jsonl", "--dry-run", "--json")
+    assert done.code == 0, done.err
+    first, second = json.loads(done.out)["jobs"]
+    assert "sees no CUDA GPU" in first["problem"] and second["problem"] is None
+    (tmp_path / "j.jsonl").write_text(json.dumps(lines[0]), encoding="utf-8")
+    assert run_command("batch", "j.jsonl", "--dry-run").code == 4
 
 
 def test_the_schema_is_json(run_command: Any) -> None:
