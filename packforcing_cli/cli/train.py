@@ -574,6 +574,7 @@ def _train(
     force: bool,
 ) -> dict[str, Any]:
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
+    from packforcing_cli.training.recipes import DemoDistill
 
     def told(record: dict[str, Any]) -> None:
         pool = record.get("event") == "pool"
@@ -602,7 +603,7 @@ def _train(
         from packforcing_cli.training import self_forcing
 
         return self_forcing.train(recipe, folder, share=fsdp, on_log=told, should_stop=stop.asked)
-    if recipe.kind == "demo-distill":
+    if isinstance(recipe, DemoDistill):
         from packforcing_cli.training import demo_distill
 
         return demo_distill.train(recipe, folder, accept=force, on_log=told, should_stop=stop.asked)
