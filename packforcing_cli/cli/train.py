@@ -522,6 +522,7 @@ def _train(
     recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None, *, fsdp: bool
 ) -> dict[str, Any]:
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
+    from packforcing_cli.training.recipes import DemoDistill
 
     if recipe.kind == "demo-vae":
         from packforcing_cli.training import demo_vae
@@ -547,7 +548,7 @@ def _train(
         return self_forcing.train(
             recipe, folder, share=fsdp, on_log=lines, should_stop=lambda: stop.code != 0
         )
-    if recipe.kind == "demo-distill":
+    if isinstance(recipe, DemoDistill):
         from packforcing_cli.training import demo_distill
 
         return demo_distill.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
