@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -351,6 +352,33 @@ class ConditionEmbedder(nn.Module):
         return head, self.time_proj(F.silu(head)).unflatten(-1, (6, -1))
 
 
+def _recomputed(layer: Layer, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which runs a layer, keeping only its inputs for the backward pass.
+
+    A layer whose weights are fixed for this pass is run again with fixed weights, whatever they are by then.
+    """
+    fixed = not any(p.requires_grad for p in layer.parameters())
+
+    def again(*inputs: Any) -> Any:
+        with weights_fixed(layer if fixed else None):
+            return run(*inputs)
+
+    return partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
+
+
+@contextmanager
+def weights_fixed(module: nn.Module | None) -> Iterator[None]:
+    """Build no graph to a module's weights inside; what flows through it still does. None = nothing is fixed."""
+    learning = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 class _Seat:
     """Room for one layer on a device; the layers take it in turn.
 
@@ -448,7 +476,7 @@ class WanTransformer(nn.Module):
         for i, layer in enumerate(self._layers()):
             run: Callable[..., Tensor] = layer
             if self._recomputes and torch.is_grad_enabled():
-                run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+                run = _recomputed(layer, layer)
             x = run(x, modulation, text.layers[i], partial(attend, i), attend_text)
         return x
 
@@ -515,11 +543,27 @@ class WanTransformer(nn.Module):
                 q, k, v = layer.inputs_alone(x, modulation)
                 kept.append((k, v, _token_sum(q)))
                 break
-
-            def keep(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
-                kept.append((k, v, _token_sum(q)))
-                return attend(i, q, k, v)
-
-            x = layer(x, modulation, text.layers[i], keep)
+            run: Callable[..., Any] = self._commit_layer
+            if self._recomputes and torch.is_grad_enabled():
+                run = _recomputed(layer, run)
+            x, k, v, q_sum = run(layer, x, modulation, text.layers[i], partial(attend, i))
+            kept.append((k, v, q_sum))
         k, v, q_sum = (torch.stack(parts) for parts in zip(*kept, strict=True))
         return BlockKV(k, v, q_sum)
+
+    @staticmethod
+    def _commit_layer(
+        layer: Layer,
+        x: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B,S,d] after one layer; its keys, values and query sums."""
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+
+        def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            found.append((k, v, _token_sum(q)))
+            return attend(q, k, v)
+
+        return (layer(x, modulation, text, keep), *found[0])
