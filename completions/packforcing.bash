@@ -70,7 +70,7 @@ _packforcing() {
         "packforcing runs remove") words="-y --yes --help -h" ;;
         "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
-        "packforcing train") words="--out --set --vae --data --resume --force -q --quiet -v --verbose --help -h" ;;
+        "packforcing train") words="--out --set --vae --data --fsdp --resume --force -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }
