@@ -3,13 +3,16 @@ _packforcing() {
     local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}"
     local path="packforcing" words="" word i
     case "$previous" in
+        --attention) COMPREPLY=($(compgen -W "auto cudnn flash efficient math fa3 sage" -- "$current")); return ;;
         --bank) COMPREPLY=($(compgen -W "unlimited" -- "$current")); return ;;
+        --bank-device) COMPREPLY=($(compgen -W "auto device host" -- "$current")); return ;;
         --codec) COMPREPLY=($(compgen -W "h264 hevc h264_nvenc hevc_nvenc" -- "$current")); return ;;
         --compressed-context) COMPREPLY=($(compgen -W "sinks history" -- "$current")); return ;;
         --compressor) COMPREPLY=($(compgen -W "auto none hr+lr hr lr pool identity" -- "$current")); return ;;
         --device) COMPREPLY=($(compgen -W "auto cpu cuda" -- "$current")); return ;;
         --dtype) COMPREPLY=($(compgen -W "auto bf16 fp16 fp32" -- "$current")); return ;;
         --fit) COMPREPLY=($(compgen -W "crop pad stretch" -- "$current")); return ;;
+        --kv-dtype) COMPREPLY=($(compgen -W "auto bf16 fp8 int8" -- "$current")); return ;;
         --mid-span) COMPREPLY=($(compgen -W "fit block 1 2" -- "$current")); return ;;
         --model) COMPREPLY=($(compgen -W "demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b" -- "$current")); return ;;
         --offload) COMPREPLY=($(compgen -W "none text all" -- "$current")); return ;;
@@ -17,13 +20,14 @@ _packforcing() {
         --policy) COMPREPLY=($(compgen -W "packforcing sink window full" -- "$current")); return ;;
         --progress) COMPREPLY=($(compgen -W "auto rich plain json none" -- "$current")); return ;;
         --quantize) COMPREPLY=($(compgen -W "none int8 int8-dynamic fp8 fp8-weight" -- "$current")); return ;;
+        --quantize-frozen) COMPREPLY=($(compgen -W "none int8 fp8" -- "$current")); return ;;
         --quantize-text) COMPREPLY=($(compgen -W "none int8" -- "$current")); return ;;
         --select) COMPREPLY=($(compgen -W "affinity-recent affinity fifo random none" -- "$current")); return ;;
-        --address|--at|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--data|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-bad|--max-failures|--name|--older-than|--out|--output|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--recent-blocks|--repeats|--retries|--rows|--run|--scene-seconds|--seam|--seconds|--seed|--seeds|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
+        --address|--at|--bank-memory|--base|--block|--clip|--compare|--cpus-per-worker|--crf|--data|--embeddings|--endpoint|--engine|--format|--fps|--frames|--frames-per-block|--from|--from-time|--guard|--guidance|--html|--image|--job|--jobs|--json|--kind|--layer|--license|--lora|--lora-alpha|--max-bad|--max-failures|--name|--older-than|--out|--output|--overlap|--pin|--pin-image|--plot|--preset|--prompt|--prompts|--quantize-skip|--recent-blocks|--repeats|--retries|--rows|--run|--scene-seconds|--seam|--seconds|--seed|--seeds|--self-forcing|--set|--shard|--sink-blocks|--size|--snapshot-every|--steps|--suite|--threads|--timeline|--timeout|--to-time|--top-k|--vae|--workers|-o) COMPREPLY=(); return ;;
     esac
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
-        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench load"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing data"|"packforcing data check"|"packforcing data encode"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing recipes"|"packforcing recipes copy"|"packforcing recipes list"|"packforcing recipes show"|"packforcing recipes validate"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
+        case "$path $word" in "packforcing batch"|"packforcing batch cancel"|"packforcing batch retry"|"packforcing batch run"|"packforcing batch schema"|"packforcing batch status"|"packforcing bench"|"packforcing bench all"|"packforcing bench cache"|"packforcing bench engine"|"packforcing bench kernels"|"packforcing bench load"|"packforcing bench peer"|"packforcing bench precision"|"packforcing bench scaling"|"packforcing bench startup"|"packforcing bench stream"|"packforcing data"|"packforcing data check"|"packforcing data encode"|"packforcing doctor"|"packforcing eval"|"packforcing extend"|"packforcing generate"|"packforcing inspect-cache"|"packforcing models"|"packforcing models convert"|"packforcing models embed"|"packforcing models list"|"packforcing models pack"|"packforcing models path"|"packforcing models pull"|"packforcing models remove"|"packforcing models show"|"packforcing models verify"|"packforcing recipes"|"packforcing recipes copy"|"packforcing recipes list"|"packforcing recipes show"|"packforcing recipes validate"|"packforcing resume"|"packforcing runs"|"packforcing runs list"|"packforcing runs prune"|"packforcing runs remove"|"packforcing runs show"|"packforcing show"|"packforcing train") path="$path $word" ;; esac
     done
     case "$path" in
         "packforcing") words="batch bench data doctor eval extend generate inspect-cache models recipes resume runs show train --version --help -h" ;;
@@ -33,21 +37,25 @@ _packforcing() {
         "packforcing batch run") words="--out --format --model --seconds --size --device --set --seed --workers --threads --engine --address --cpus-per-worker --ship-models --timeout --retries --auto-fit --max-failures --retry-failed --add --shard --dry-run --json --progress -q --quiet -v --verbose --help -h" ;;
         "packforcing batch schema") words="--help -h" ;;
         "packforcing batch status") words="--json --help -h" ;;
-        "packforcing bench") words="all cache engine load scaling startup --help -h" ;;
-        "packforcing bench all") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
-        "packforcing bench cache") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
-        "packforcing bench engine") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
-        "packforcing bench load") words="--model --dtype --device --force --json --help -h" ;;
-        "packforcing bench scaling") words="--model --size --dtype --device --repeats --force --json --help -h" ;;
+        "packforcing bench") words="all cache engine kernels load peer precision scaling startup stream --help -h" ;;
+        "packforcing bench all") words="--model --size --dtype --vae --device --attention --quantize --compile --no-compile --cuda-graphs --no-cuda-graphs --repeats --force --json --help -h" ;;
+        "packforcing bench cache") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
+        "packforcing bench engine") words="--model --size --dtype --vae --device --attention --quantize --compile --no-compile --cuda-graphs --no-cuda-graphs --repeats --force --json --help -h" ;;
+        "packforcing bench kernels") words="--model --size --dtype --device --compile --no-compile --repeats --force --json --help -h" ;;
+        "packforcing bench load") words="--model --dtype --vae --device --force --json --help -h" ;;
+        "packforcing bench peer") words="--self-forcing --device --attention --compile --no-compile --repeats --force --json --help -h" ;;
+        "packforcing bench precision") words="--model --size --dtype --device --json --help -h" ;;
+        "packforcing bench scaling") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
         "packforcing bench startup") words="--force --json --help -h" ;;
+        "packforcing bench stream") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
         "packforcing data") words="check encode --help -h" ;;
         "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;
         "packforcing data encode") words="--out --model --scene-seconds --enlarge --max-bad --device -q --quiet --help -h" ;;
         "packforcing doctor") words="--config --json --help -h" ;;
         "packforcing eval") words="--prompt --clip --seam --plot --overwrite --explain --offline --suite --quick --model --out --rows --prompts --seeds --seconds --jobs --device --record --dry-run --json -q --quiet --help -h" ;;
         "packforcing extend") words="--seconds --from --prompt --at --pin --seed -o --output --overwrite --device --codec --crf --preset --frames --metadata --no-metadata --run --no-run --snapshot-every --model --size --fit --from-time --to-time --only-new --guard --force --json --progress -q --quiet -v --verbose --help -h" ;;
-        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --lora --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --quantize --quantize-text --offload --vae --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --guard --snapshot-every --help -h" ;;
-        "packforcing inspect-cache") words="--at --block --layer --compare --follow --html --plot --overwrite --model --seconds --size --fps --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --quantize --quantize-text --offload --vae --json --help -h" ;;
+        "packforcing generate") words="-o --output --seconds --size --seed --model --steps --guidance --dtype --device --image --embeddings --lora --pin-image --fit --at --timeline --pin --codec --crf --preset --frames --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --kv-dtype --bank-memory --bank-device --quantize --quantize-skip --quantize-text --offload --vae --attention --compile --no-compile --cuda-graphs --no-cuda-graphs --auto-fit --parity --dry-run --json --progress -q --quiet -v --verbose --overwrite --from --metadata --no-metadata --run --no-run --guard --overlap --snapshot-every --help -h" ;;
+        "packforcing inspect-cache") words="--at --block --layer --compare --follow --html --plot --overwrite --model --seconds --size --fps --frames-per-block --dtype --policy --sink-blocks --recent-blocks --top-k --bank --select --mid-span --compressor --compressed-context --rope-adjustment --no-rope-adjustment --kv-dtype --bank-memory --bank-device --quantize --quantize-skip --quantize-text --offload --vae --json --help -h" ;;
         "packforcing models") words="convert embed list pack path pull remove show verify --help -h" ;;
         "packforcing models convert") words="-o --output --base --ema --no-ema --lora --lora-alpha --kind --frames-per-block --dtype --name --license --overwrite -q --quiet --help -h" ;;
         "packforcing models embed") words="-o --output --model --dtype --device --overwrite -q --quiet --help -h" ;;
@@ -70,7 +78,7 @@ _packforcing() {
         "packforcing runs remove") words="-y --yes --help -h" ;;
         "packforcing runs show") words="--json --help -h" ;;
         "packforcing show") words="--json --help -h" ;;
-        "packforcing train") words="--out --set --vae --data --fsdp --resume --force -q --quiet -v --verbose --help -h" ;;
+        "packforcing train") words="--out --set --vae --data --fsdp --quantize-frozen --resume --force -q --quiet -v --verbose --help -h" ;;
     esac
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }

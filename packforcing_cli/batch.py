@@ -45,7 +45,10 @@ FIELDS = ("index", "line", "slug", "seed", "id")
 HIDDEN = manifest.HIDDEN
 CONTAINERS = (".mp4", ".mkv", ".mov")
 POLL_SECONDS = 0.2
-_LOAD_OPTIONS = ("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae", "loras")
+_LOAD_OPTIONS = (
+    *("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae", "loras"),
+    *("attention", "compile", "cuda_graphs", "quantize_skip"),
+)
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA's folder
 _MIN_STEM_BYTES = 8
 _MAX_FAST_DEATHS = 3  # workers in a row that end before they began a job

@@ -6,7 +6,7 @@ The life of a block, for sink_blocks = 2 and recent_blocks = 1:
     commit(i, kv) ....... i < 2: sink, for good. Else: recent; the block leaving recent goes on to the bank.
                           Before a cut all of recent does, block i too, as soon as its backup is there
     add_backup(i, kv) ... keys and values of i's compressed tokens: what goes on when i leaves recent
-    the bank is full .... its oldest block that is not pinned makes room
+    the bank is full .... its oldest block that is not pinned makes room, and another takes its place
 
 What attention reads is one buffer a layer, in which all that is valid is one contiguous run, so that no mask
 is needed (attention does not care in which order keys come):
@@ -14,12 +14,13 @@ is needed (attention does not care in which order keys come):
     keys, values   [ scratch: own tokens | sink | recent (a ring) | active mids, oldest first ]
                                          grows to the right until the memory is full -->
 
-Keys are kept as they were before RoPE. `context(i)` turns them once, to the slots of block i, into the
-buffer, and every pass over the block reads the same tensors. A block that moves to another slot is turned
-afresh from its raw keys, so nothing drifts. Values are never turned.
+Keys are turned to their slots when they come to where they are attended, once: those of sink and recent in `commit`,
+those of mids when they are recalled. Every pass over a block reads the same tensors. Where recent blocks move from
+slot to slot (`Layout.turns_again`) their keys are kept as they were before RoPE, too, and `context(i)` turns afresh
+what has moved, so nothing drifts. Values are never turned.
 
-The state changes in `commit` and `add_backup` only: raw keys, backups, bank, sums, and the values of sink and
-recent, which live in the buffer. All else in the buffer is derived from it. Inference only: gradients stay
+The state changes in `commit` and `add_backup` only: raw keys, compressed blocks, sums, and the keys and values of sink
+and recent, which live in the buffer. All else in the buffer is derived from it. Inference only: gradients stay
 outside.
 
 Which blocks are where, at which slots and in how many bytes is said by `layout.py`, and nowhere else. Knows
@@ -32,15 +33,16 @@ block, M blocks in the bank, K active mids.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from packforcing_cli import rope, selection
+from packforcing_cli.bank import DEPTH, Bank
 from packforcing_cli.errors import LayoutError
 from packforcing_cli.layout import BlockView, Layout, MemoryBytes, Position, Slots
 
@@ -61,6 +63,7 @@ class CacheStats:
     """What the cache holds: bytes of its tensors, block numbers; `active` has one tuple of them a layer.
 
     pinned: blocks of the bank that are always recalled.
+    near:   bytes where the model runs of what a bank in host memory has recalled, beside `bytes`.
     """
 
     bytes: MemoryBytes
@@ -69,6 +72,7 @@ class CacheStats:
     recent: tuple[int, ...]
     active: tuple[tuple[int, ...], ...]
     pinned: tuple[int, ...] = ()
+    near: int = 0
 
 
 class CacheContext:
@@ -83,7 +87,7 @@ class CacheContext:
     def __init__(self, cache: KVCache, view: BlockView, *, scored: bool) -> None:
         layers, device, slots = cache.layers, cache.device, cache.layout.slots(view)
         self.block, self.layout = view.current, cache.layout
-        self.positions = cache._block_positions([slots.current_start])
+        self.positions = cache._block_positions(slots.current_start)
         self.selected = torch.full((layers, view.active), -1, dtype=torch.int64, device=device)
         self.scores = torch.full((layers, len(view.mid)), torch.nan, device=device) if scored else None
         self.degenerate = torch.zeros(layers, dtype=torch.bool, device=device)
@@ -91,7 +95,14 @@ class CacheContext:
         self._num_tokens = cache.layout.tokens(view).stored
         self._view = view
         self._shared_angles = self._mid_angles(slots) if cache.layout.rope_adjustment else None
-        self._ready = [False] * layers
+        self._places = torch.zeros_like(self.selected)  # where in the bank they are
+        self._on_host: list[list[int]] = [[]] * layers
+        self._chosen, self._ready = [False] * layers, [False] * layers
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all that is attended is there already: reading a layer then writes the block's own tokens only."""
+        return all(self._ready)
 
     def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
         """Keys (rotated) and values this layer attends: the block's own and the context's.
@@ -104,12 +115,24 @@ class CacheContext:
         """
         self._check_open()
         if not self._ready[layer]:
-            self._recall(range(layer, layer + 1), q_sum.unsqueeze(0))
+            one = range(layer, layer + 1)
+            if not self._chosen[layer]:
+                self._choose(one, q_sum.unsqueeze(0))
+            self._recall(one)
         return self._cache._beside_own(layer, k, v, self._num_tokens)
 
+    @property
+    def fixed(self) -> tuple[object, ...] | None:
+        """Equal for contexts that give every layer memory of the same place and size; None while one has to choose.
+
+        Raises: ValueError if the cache has moved on.
+        """
+        self._check_open()
+        return self._cache._places(self._num_tokens) if all(self._ready) else None
+
     @torch.no_grad()
-    def _recall(self, layers: range, q_sums: Tensor | None = None, *, forced: Tensor | None = None) -> None:
-        """Choose the mids of these layers (or take the forced [l, K]) and bring them into the buffer."""
+    def _choose(self, layers: range, q_sums: Tensor | None = None, *, forced: Tensor | None = None) -> None:
+        """Choose the mids of these layers, or take the forced [l, K]."""
         cache, part = self._cache, slice(layers.start, layers.stop)
         if self.scores is not None:
             self.scores[part] = cache._score(part, q_sums)
@@ -127,17 +150,50 @@ class CacheContext:
             )
             forced, self.degenerate[part] = choice.ids, choice.degenerate
         self.selected[part] = forced
-        for layer in layers:
-            ids = self.selected[layer]
-            angles = self._shared_angles or self._mid_angles(cache.layout.slots(self._view, ids.tolist()))
-            cache._write_mids(layer, ids, *angles, end=cache._n + self._num_tokens)
-            self._ready[layer] = True
+        self._places[part] = cache._places_of(forced)
+        self._chosen[part] = [True] * len(layers)
+        if cache._bank.is_far:  # the host copies, so it has to know
+            self._on_host[part] = self._places[part].tolist()
+            for layer in layers[:DEPTH]:
+                self._fetch(layer)
+
+    def _fetch(self, layer: int) -> None:
+        if self._on_host[layer]:
+            self._cache._bank.fetch(layer, self._on_host[layer])
+
+    @torch.no_grad()
+    def _recall(self, layers: range) -> None:
+        """Bring these layers' chosen mids into the buffer, behind all that is valid there."""
+        cache, count = self._cache, self.selected.shape[1]
+        bank = cache._bank
+        if len(layers) > 1 and (bank.is_far or self._shared_angles is None):
+            for layer in layers:
+                self._recall(range(layer, layer + 1))
+            return
+        part, first = slice(layers.start, layers.stop), layers.start
+        self._ready[part] = [True] * len(layers)
+        if not count:
+            return
+        turns = self._shared_angles
+        if turns is None:
+            turns = self._mid_angles(cache.layout.slots(self._view, self.selected[first].tolist()))
+        if bank.is_far and not bank.has_near(first):
+            self._fetch(first)
+        end = cache._n + self._num_tokens
+        to = slice(end - count * cache.layout.grid.compressed_tokens, end)
+        bank.recall(layers, self._places[part], turns, cache._k[part, :, to], cache._v[part, :, to])
+        if bank.is_far and first + DEPTH < cache.layers and self._chosen[first + DEPTH]:
+            self._fetch(first + DEPTH)
 
     def _mid_angles(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """Rotations of the active mids; without RoPE adjustment each layer has its own."""
         cache = self._cache
-        mids = [cache.layout.compressed_positions(start, slots.span) for start in slots.mid_starts]
-        return cache._angles(cache._positions([position for mid in mids for position in mid]))
+
+        def positions() -> Tensor:
+            mids = [cache.layout.compressed_positions(start, slots.span) for start in slots.mid_starts]
+            return cache._positions([position for mid in mids for position in mid])
+
+        return cache._turns((slots.span, *slots.mid_starts), positions)
 
     def _check_open(self) -> None:
         if self._cache._open is not self:
@@ -156,6 +212,13 @@ class CompressedContext:
         self._cache = cache
         self._history = sees if isinstance(sees, CacheContext) else None
         self._num_tokens = sees._num_tokens if isinstance(sees, CacheContext) else sees
+
+    @property
+    def fixed(self) -> tuple[object, ...] | None:
+        """As `CacheContext.fixed`."""
+        if self._history is not None and self._history.fixed is None:
+            return None
+        return self._cache._places(self._num_tokens)
 
     def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
         """As `CacheContext.layer`, for N_c own tokens; `q_sum` is not used."""
@@ -185,7 +248,8 @@ class KVCache:
         """Allocate all that a video of `num_blocks` blocks needs; an unlimited bank grows block by block.
 
         Args:
-            bank_device: where the bank's keys and values live, by default `device`. Scores never read them.
+            bank_device: where the bank is kept, if that is far from where the model runs: see bank.py. None = near.
+                Scores never read its keys and values.
             select:      a mode of `selection.py`; with top_k 0 there is nothing to select, whatever it says.
             seed:        of `select="random"`.
             compressed_context: "sinks" or "history", see the method of that name.
@@ -210,26 +274,44 @@ class KVCache:
             return torch.zeros(grid.layers, batch, *shape, *per_head, dtype=dtype, device=device)
 
         tokens, compressed = layout.tokens(full), grid.compressed_tokens
-        backups = len(full.recent) if has_mid else 0
+        self._backups = len(full.recent) if has_mid else 0
         self._growing = layout.bank is None
-        bank, far = 0 if self._growing else len(full.mid), bank_device or device
         self._k, self._v = zeros(tokens.active), zeros(tokens.active)
-        self._raw_k = zeros(tokens.sink + tokens.recent)
-        self._backup_k, self._backup_v = zeros(backups, compressed), zeros(backups, compressed)
-        self._bank_k, self._bank_v = zeros(bank, compressed, device=far), zeros(bank, compressed, device=far)
-        self._key_sums = zeros(bank, dtype=torch.float32)
+        self._raw_k = zeros(tokens.recent if layout.turns_again else 0)
+        self._bank = Bank(
+            layers=grid.layers,
+            batch=batch,
+            places=self._backups + (0 if self._growing else len(full.mid)),
+            tokens=compressed,
+            heads=grid.heads,
+            head_dim=self._head_dim,
+            dtype=dtype,
+            kv_dtype=layout.kv_dtype,
+            device=self.device,
+            far=None if bank_device is None else torch.device(bank_device),
+            recalled=full.active,
+        )
         self._q_sum = zeros(dtype=torch.float32) if has_mid else zeros(0, dtype=torch.float32)
 
         self.blocks = 0  # committed so far
         self._sinks, self._ring = len(full.sink), max(1, len(full.recent))
-        self._backed_up = [-1] * backups  # whose backup lies at each place of the ring
-        self._bank_ids: list[int] = []  # which block lies at each place of the bank
+        self._place_of: dict[int, int] = {}  # of every block that is kept in compressed form
+        self._banked: set[int] = set()  # those of them that are in the bank; the others are backups
+        # Which block lies turned in a place of recent, and to which slot.
+        self._turned: dict[int, tuple[int, Fraction]] = {}
+        self._angles: dict[object, tuple[Tensor, Tensor]] = {}
+        self._cells: dict[Fraction, Tensor] = {}
         self._open: CacheContext | None = None
 
     @property
     def bank_blocks(self) -> list[int]:
         """Numbers of the blocks in the bank, oldest first."""
-        return sorted(self._bank_ids)
+        return sorted(self._banked)
+
+    @property
+    def backup_may_wait(self) -> bool:
+        """Whether a block's compressed context outlives its own: `compressed_context` is "sinks"."""
+        return self._compressed_context == "sinks"
 
     def needs_backup(self, i: int) -> bool:
         """Whether block i is remembered in compressed form once it leaves recent (sinks never leave)."""
@@ -239,9 +321,10 @@ class KVCache:
 
     @torch.no_grad()
     def context(self, i: int, *, selected: Tensor | None = None) -> CacheContext:
-        """Prepare what block i attends: turn sink and recent to their slots, choose and bring in the mids.
+        """Prepare what block i attends: turn what has moved to another slot, choose and bring in the mids.
 
-        With `affinity` a layer's mids follow in the first pass over the block, when its queries are known.
+        With `affinity` a layer's mids follow in the first pass over the block, when its queries are known. From a bank
+        that is far they follow there as well; those of the first layers are on their way when this returns.
         Args:
             selected: [L, K] ascending block numbers to recall instead of choosing: a recorded choice.
         Raises: ValueError if i is not the next block, or if `selected` does not fit the bank.
@@ -253,16 +336,15 @@ class KVCache:
             raise ValueError(f"block {i - 1} has no backup: the cut at block {i} needs it in the bank")
         if selected is not None:
             self._check_selected(selected, view)
-        starts = dict(zip(view.sink, slots.sink_starts, strict=True))
-        starts |= dict(zip(view.recent, slots.recent_starts, strict=True))
-        self._turn_kept([starts[block] for block in sorted(starts, key=self._place)])
+        self._turn_recent(dict(zip(view.recent, slots.recent_starts, strict=True)))
         scored = self.select.startswith("affinity") and view.active > 0 and selected is None
-        self._open = CacheContext(self, view, scored=scored)
-        if selected is not None:
-            self._open._recall(range(self.layers), forced=selected.to(self.device))
-        elif not scored or self.select == "affinity-recent":
-            self._open._recall(range(self.layers))
-        return self._open
+        context = self._open = CacheContext(self, view, scored=scored)
+        if selected is not None or not scored or self.select == "affinity-recent":
+            forced = None if selected is None else selected.to(self.device)
+            context._choose(range(self.layers), forced=forced)
+            if not self._bank.is_far:
+                context._recall(range(self.layers))
+        return context
 
     @torch.no_grad()
     def compressed_context(self, i: int) -> CompressedContext:
@@ -277,7 +359,6 @@ class KVCache:
             raise ValueError(f"block {i} takes no backup yet, or never: the next block is {self.blocks}")
         slots, span = self.layout.slots(i), self.layout.grid.frames_per_block
         if self._compressed_context == "sinks":
-            self._turn_kept(slots.sink_starts)
             cells = self.layout.compressed_positions(self.layout.context_start, span)
             return CompressedContext(self, cells, self.layout.tokens(i).sink)
         if self._open is None or self._open.block != i:
@@ -285,31 +366,43 @@ class KVCache:
         cells = self.layout.compressed_positions(slots.current_start, span)
         return CompressedContext(self, cells, self._open)
 
-    def _turn_kept(self, starts: Sequence[Fraction]) -> None:
-        """Turn the keys of sink and recent, place by place, to these slots and into the buffer."""
-        if starts:
-            cos, sin = self._angles(self._block_positions(starts))
-            tokens = len(starts) * self._n
-            for layer in range(self.layers):
-                turned = rope.rotate(self._raw_k[layer, :, :tokens], cos, sin)
-                self._k[layer, :, self._n : self._n + tokens].copy_(turned)
+    def _turn_recent(self, starts: dict[int, Fraction]) -> None:
+        """Turn the keys of the recent blocks that are not at these slots yet, where they move from slot to slot."""
+        if not self.layout.turns_again:
+            return
+        for block, start in starts.items():
+            place = self._place(block)
+            if self._turned.get(place) != (block, start):
+                at = (place - self._sinks) * self._n
+                self._turn(self._raw_k[:, :, at : at + self._n], place, start)
+                self._turned[place] = (block, start)
 
-    def _write_mids(self, layer: int, ids: Tensor, cos: Tensor, sin: Tensor, *, end: int) -> None:
-        """Bring blocks [K] from the bank to where the buffer's valid part ends, their keys turned."""
-        if len(ids):
-            in_bank = torch.tensor(self._bank_ids, device=ids.device)
-            places = (ids[:, None] == in_bank).int().argmax(1).to(self._bank_k.device)
-            k = self._bank_k[layer].index_select(1, places).flatten(1, 2)
-            v = self._bank_v[layer].index_select(1, places).flatten(1, 2)
-            self._k[layer, :, end - k.shape[1] : end].copy_(rope.rotate(k.to(self.device), cos, sin))
-            self._v[layer, :, end - v.shape[1] : end].copy_(v)
+    def _turn(self, k: Tensor, place: int, start: Fraction) -> None:
+        """Write a block's keys [L, B, n, N, D], turned to a slot, to its place in the buffer."""
+        at = self._n * (1 + place)
+        into = self._k[:, :, at : at + self._n].flatten(0, 1)
+        turns = self._turns(start, lambda: self._block_positions(start))
+        rope.rotate_into(k.detach().flatten(0, 1), *turns, into)
+
+    def _places_of(self, ids: Tensor) -> Tensor:
+        """Where the blocks [l, K] of the bank are kept, [l, K]."""
+        bank = self.bank_blocks
+        blocks = torch.tensor(bank, device=ids.device)
+        places = torch.tensor([self._place_of[block] for block in bank], device=ids.device)
+        return places[torch.searchsorted(blocks, ids)] if bank else ids
 
     def _score(self, layers: slice, q_sums: Tensor | None) -> Tensor:
         """[l, M] affinity of the bank, oldest first, to the last commit's queries plus `q_sums` [l,B,N,D]."""
-        order = sorted(range(len(self._bank_ids)), key=self._bank_ids.__getitem__)
-        key_sums = self._key_sums[layers].index_select(2, torch.tensor(order, device=self.device))
+        places = [self._place_of[block] for block in self.bank_blocks]
+        # As many as are there once the last backup has come, whether it has or not: a sum's last bit may depend on it.
+        key_sums = self._bank.key_sums[layers, :, : len(places) + self._backups]
         queries = self._q_sum[layers]
-        return selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
+        scores = selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
+        return scores[:, torch.tensor(places, device=self.device)]
+
+    def _places(self, context_tokens: int) -> tuple[object, ...]:
+        """Where the buffer lies, and how much of it is context."""
+        return (self._k.data_ptr(), self._v.data_ptr(), *self._k.shape, self._n, context_tokens)
 
     def _beside_own(self, layer: int, k: Tensor, v: Tensor, context_tokens: int) -> tuple[Tensor, Tensor]:
         """Write a forward's own keys and values right before the context; return both together."""
@@ -334,13 +427,26 @@ class KVCache:
         self._check_shape(kv, self._n)
         before, after = self.layout.view(i), self.layout.view(i + 1)
         if self.layout.top_k:
-            for leaving in sorted({*before.recent} - {*after.recent}):
-                self._move_to_bank(leaving)
+            leaving = sorted({*before.recent} - {*after.recent})
+            for block in leaving:
+                if block not in self._place_of:
+                    raise ValueError(
+                        f"block {block} leaves recent without a backup: call add_backup({block}) before"
+                    )
+            for block in leaving:
+                self._take_in(block)
             self._q_sum.copy_(kv.q_sum)
         if i in after.sink or i in after.recent:
-            at = self._place(i) * self._n
-            self._raw_k[:, :, at : at + self._n].copy_(kv.k)
-            self._v[:, :, self._n + at : self._n + at + self._n].copy_(kv.v)
+            slots, place = self.layout.slots(after), self._place(i)
+            if i in after.sink:
+                self._turn(kv.k, place, slots.sink_starts[i])
+            elif not self.layout.turns_again:
+                self._turn(kv.k, place, slots.recent_starts[after.recent.index(i)])
+            else:
+                at = (place - self._sinks) * self._n
+                self._raw_k[:, :, at : at + self._n].copy_(kv.k)
+            at = self._n * (1 + place)
+            self._v[:, :, at : at + self._n].copy_(kv.v)
         self.blocks, self._open = i + 1, None
 
     @torch.no_grad()
@@ -352,50 +458,31 @@ class KVCache:
         Raises: ValueError if block i is neither, takes no backup or has one, or a shape is wrong.
         """
         recent = self.layout.view(self.blocks).recent
-        last_before_cut = not recent and i == self.blocks - 1 and i not in self._bank_ids
-        if not self.needs_backup(i) or not (i in recent or last_before_cut) or i in self._backed_up:
-            raise ValueError(f"add_backup({i}): recent is {[*recent]}, with backups of {self._backed_up}")
+        last_before_cut = not recent and i == self.blocks - 1
+        if not self.needs_backup(i) or not (i in recent or last_before_cut) or i in self._place_of:
+            backed_up = sorted({*self._place_of} - self._banked)
+            raise ValueError(f"add_backup({i}): recent is {[*recent]}, with backups of {backed_up}")
         self._check_shape(kv, self.layout.grid.compressed_tokens)
         if last_before_cut:
-            self._add_to_bank(i, kv.k, kv.v)
-            return
-        ring = self._place(i) - self._sinks
-        self._backup_k[:, :, ring].copy_(kv.k)
-        self._backup_v[:, :, ring].copy_(kv.v)
-        self._backed_up[ring] = i
+            self._take_in(i)
+        taken = {*self._place_of.values()}
+        place = next(n for n in range(len(taken) + 1) if n not in taken)
+        self._bank.write(place, kv.k, kv.v)
+        self._place_of[i] = place
 
-    def _move_to_bank(self, block: int) -> None:
-        ring = self._place(block) - self._sinks
-        if self._backed_up[ring] != block:
-            raise ValueError(f"block {block} leaves recent without a backup: call add_backup({block}) before")
-        self._add_to_bank(block, self._backup_k[:, :, ring], self._backup_v[:, :, ring])
-
-    def _add_to_bank(self, block: int, k: Tensor, v: Tensor) -> None:
-        """Store the compressed form [L, B, N_c, N, D] of a block; the oldest unpinned makes room if it must."""
-        at = len(self._bank_ids)
+    def _take_in(self, block: int) -> None:
+        """Make a block one of the bank; if that is full, its oldest that is not pinned goes."""
+        if self.layout.bank is not None and len(self._banked) == self.layout.bank:
+            unpinned = self._banked - self.layout.pins
+            if not unpinned:
+                raise ValueError(
+                    f"all {len(self._banked)} blocks of the bank are pinned: nothing can make room"
+                )
+            self._banked.remove(min(unpinned))
+            del self._place_of[min(unpinned)]
+        self._banked.add(block)
         if self._growing:
-            self._resize_bank(at + 1)
-        if at < self._bank_k.shape[2]:
-            self._bank_ids.append(block)
-        else:
-            at = self._bank_ids.index(self._oldest_unpinned())
-            self._bank_ids[at] = block
-        self._bank_k[:, :, at].copy_(k)
-        self._bank_v[:, :, at].copy_(v)
-        self._key_sums[:, :, at] = k.sum(2, dtype=torch.float32)
-
-    def _oldest_unpinned(self) -> int:
-        for block in self.bank_blocks:
-            if block not in self.layout.pins:
-                return block
-        raise ValueError(f"all {len(self._bank_ids)} blocks of the bank are pinned: nothing can make room")
-
-    def _resize_bank(self, size: int) -> None:
-        for name in ("_bank_k", "_bank_v", "_key_sums"):
-            old: Tensor = getattr(self, name)
-            new = old.new_zeros((*old.shape[:2], size, *old.shape[3:]))
-            new[:, :, : old.shape[2]].copy_(old[:, :, :size])
-            setattr(self, name, new)
+            self._bank.resize(len(self._banked) + self._backups)
 
     # -- keeping and showing --------------------------------------------------------------------------------
 
@@ -404,8 +491,8 @@ class KVCache:
         state = {name: kept.to("cpu", copy=True).contiguous() for name, kept in self._kept().items()}
         view = self.layout.view(self.blocks)
         state["blocks"] = torch.tensor([self.blocks, len(view.sink), len(view.recent)])
-        state["bank_ids"] = torch.tensor(self._bank_ids, dtype=torch.int64)
-        state["backed_up"] = torch.tensor(self._backed_up[: len(view.recent)], dtype=torch.int64)
+        rows = [(block, place, block in self._banked) for block, place in sorted(self._place_of.items())]
+        state["places"] = torch.tensor(rows, dtype=torch.int64).reshape(-1, 3)
         return state
 
     @torch.no_grad()
@@ -415,7 +502,7 @@ class KVCache:
         Raises: LayoutError if the state is of other settings; the cache is of no use then.
         """
         hint = "Load it with the memory settings, dtype and batch it was saved with."
-        expected = {*self._kept(), "blocks", "bank_ids", "backed_up"}
+        expected = {*self._kept(), "blocks", "places"}
         if set(state) != expected:
             raise LayoutError(
                 f"not a cache's state: it differs in {sorted(expected ^ set(state))}", hint=hint
@@ -424,11 +511,12 @@ class KVCache:
         view = self.layout.view(self.blocks)
         if self.blocks > self.num_blocks or kept != [len(view.sink), len(view.recent)]:
             raise LayoutError(f"the saved cache has {self.blocks} blocks, sinks and recent {kept}", hint=hint)
-        self._bank_ids, self._open = state["bank_ids"].tolist(), None
-        backed_up = state["backed_up"].tolist()
-        self._backed_up[:] = backed_up + [-1] * (len(self._backed_up) - len(backed_up))
+        self._open, rows = None, state["places"].tolist()
+        self._place_of = {block: place for block, place, _ in rows}
+        self._banked = {block for block, _, in_bank in rows if in_bank}
+        self._turned = {}
         if self._growing:
-            self._resize_bank(len(self._bank_ids))
+            self._bank.resize(self._backups + len(self._banked))
         for name, own in self._kept().items():
             found = state[name]
             if (own.shape, own.dtype) != (found.shape, found.dtype):
@@ -445,45 +533,48 @@ class KVCache:
             raise ValueError(f"there is no open context: ask for context({self.blocks})")
         attended = slice(self._n, self._n + self._open._num_tokens)
         kept, recent = self._kept(), self.layout.view(self.blocks).recent
-        backups = sum(block in recent for block in self._backed_up)
-        backed_up = (self._backup_k[:, :, :backups], self._backup_v[:, :, :backups])
-        bank = (kept[name] for name in ("bank_k", "bank_v", "key_sums", "q_sum"))
+        backups = sum(block in recent for block in {*self._place_of} - self._banked)
         return MemoryBytes(
             stored=self._k[:, :, attended].nbytes + self._v[:, :, attended].nbytes,
             current=self._k[:, :, : self._n].nbytes + self._v[:, :, : self._n].nbytes,
             raw_keys=kept["raw_k"].nbytes,
-            backups=sum(tensor.nbytes for tensor in backed_up),
-            bank=sum(tensor.nbytes for tensor in bank),
+            backups=backups * self._bank.place_bytes,
+            bank=len(self._banked) * self._bank.place_bytes + self._q_sum.nbytes,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is allocated. A bank that does not grow, and all else, keeps its storage for good."""
+        own = {"k": self._k, "v": self._v, "raw_k": self._raw_k, "q_sum": self._q_sum}
+        return own | {f"bank_{name}": tensor for name, tensor in self._bank.tensors().items()}
 
     def stats(self) -> CacheStats:
         """Bytes of the live tensors, all that is allocated, and numbers of the blocks, by partition."""
         view, buffer = self.layout.view(self.blocks), self._k.nbytes + self._v.nbytes
-        current = buffer // self._k.shape[2] * self._n
+        current, place = buffer // self._k.shape[2] * self._n, self._bank.place_bytes
         size = MemoryBytes(
             stored=buffer - current,
             current=current,
             raw_keys=self._raw_k.nbytes,
-            backups=self._backup_k.nbytes + self._backup_v.nbytes,
-            bank=sum(t.nbytes for t in (self._bank_k, self._bank_v, self._key_sums, self._q_sum)),
+            backups=self._backups * place,
+            bank=(self._bank.places - self._backups) * place + self._q_sum.nbytes,
         )
         active = tuple(tuple(ids) for ids in self._open.selected.tolist()) if self._open else ()
         bank, pins = self.bank_blocks, self.layout.pins
         pinned = tuple(block for block in bank if block in pins)
-        return CacheStats(size, tuple(view.sink), tuple(bank), tuple(view.recent), active, pinned)
+        near = sum(tensor.nbytes for name, tensor in self._bank.tensors().items() if name.endswith("_near"))
+        return CacheStats(size, tuple(view.sink), tuple(bank), tuple(view.recent), active, pinned, near)
 
     def _kept(self) -> dict[str, Tensor]:
         """Views of the valid part of all that cannot be derived."""
-        view, bank = self.layout.view(self.blocks), slice(len(self._bank_ids))
-        tokens, recent = (len(view.sink) + len(view.recent)) * self._n, slice(len(view.recent))
+        view, n = self.layout.view(self.blocks), self._n
+        sink, both = len(view.sink) * n, (len(view.sink) + len(view.recent)) * n
+        places = 1 + max(self._place_of.values(), default=-1)
+        again = self.layout.turns_again
         return {
-            "raw_k": self._raw_k[:, :, :tokens],
-            "v": self._v[:, :, self._n : self._n + tokens],
-            "backup_k": self._backup_k[:, :, recent],
-            "backup_v": self._backup_v[:, :, recent],
-            "bank_k": self._bank_k[:, :, bank],
-            "bank_v": self._bank_v[:, :, bank],
-            "key_sums": self._key_sums[:, :, bank],
+            "k": self._k[:, :, n : n + (sink if again else both)],
+            "raw_k": self._raw_k[:, :, : len(view.recent) * n if again else 0],
+            "v": self._v[:, :, n : n + both],
+            **{f"bank_{name}": tensor for name, tensor in self._bank.kept(places).items()},
             "q_sum": self._q_sum,
         }
 
@@ -495,20 +586,33 @@ class KVCache:
             return block
         return self._sinks + (block - self.layout.run_start(block)) % self._ring
 
-    def _block_positions(self, starts: Sequence[Fraction]) -> Tensor:
-        grid = self.layout.grid
-        shape = (grid.frames_per_block, grid.rows, grid.cols)
-        return torch.cat([rope.grid_positions(float(start), *shape, device=self.device) for start in starts])
+    def _block_positions(self, start: Fraction) -> Tensor:
+        """[n, 3] of a block of full-resolution tokens whose first frame is at slot `start`."""
+        if start not in self._cells:
+            grid = self.layout.grid
+            shape = (grid.frames_per_block, grid.rows, grid.cols)
+            _forget_oldest(self._cells)
+            self._cells[start] = rope.grid_positions(float(start), *shape, device=self.device)
+        return self._cells[start]
 
     def _positions(self, cells: Sequence[Position]) -> Tensor:
         rows = [[float(axis) for axis in cell] for cell in cells]
         return torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, 3)
 
-    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return rope.angles(positions, self._head_dim)
+    def _turns(self, key: object, positions: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """Cosines and sines [S, D/2] of positions, kept under a key: a full memory asks for the same ones every block.
+
+        A few MB, which are not counted with the cache's bytes.
+        """
+        if key not in self._angles:
+            cos, sin = rope.angles(positions(), self._head_dim)
+            compute = rope.compute_dtype(self.dtype)
+            _forget_oldest(self._angles)
+            self._angles[key] = cos.to(compute), sin.to(compute)
+        return self._angles[key]
 
     def _check_selected(self, selected: Tensor, view: BlockView) -> None:
-        rows, bank = selected.tolist(), {*self._bank_ids}
+        rows, bank = selected.tolist(), self._banked
         fits = [len(row) == view.active and row == sorted({*row}) and bank.issuperset(row) for row in rows]
         if fits != [True] * self.layers:
             raise ValueError(f"wanted {view.active} ascending of {sorted(bank)} in each layer, got {rows}")
@@ -517,3 +621,8 @@ class KVCache:
         wanted = (*self._k.shape[:2], tokens, *self._k.shape[3:])
         if kv.k.shape != wanted or kv.v.shape != wanted:
             raise ValueError(f"k {[*kv.k.shape]}, v {[*kv.v.shape]}: this cache takes {[*wanted]}")
+
+
+def _forget_oldest(kept: dict[Any, Any], *, most: int = 8) -> None:
+    if len(kept) >= most:
+        del kept[next(iter(kept))]

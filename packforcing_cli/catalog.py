@@ -311,11 +311,24 @@ def vae_kind(vae: str) -> str:
         ) from error
 
 
-def check_cpu(quantize: str, offload: str) -> None:
+CPU_ATTENTIONS = ("auto", "flash", "math")
+
+
+def check_cpu(quantize: str, offload: str, attention: str = "auto", *, cuda_graphs: bool = False) -> None:
     """Refuse what makes no sense, or does not work, where the model runs on the CPU.
 
-    Raises: UsageError if weights shall be kept off a GPU; EnvironmentProblem for products in fp8.
+    Raises: UsageError if weights shall be kept off a GPU; EnvironmentProblem for products in fp8, for a GPU's attention
+        and for graphs.
     """
+    if attention not in CPU_ATTENTIONS:
+        raise EnvironmentProblem(
+            f"--attention {attention} needs an NVIDIA GPU, and the model runs on the CPU",
+            hint=f"What can run here: {', '.join(CPU_ATTENTIONS)}.",
+        )
+    if cuda_graphs:
+        raise EnvironmentProblem(
+            "--cuda-graphs needs an NVIDIA GPU, and the model runs on the CPU", hint="Leave it away."
+        )
     if offload != "none":
         raise UsageError(
             f"--offload {offload} keeps weights off a GPU, and the model runs on the CPU",

@@ -16,6 +16,7 @@ import difflib
 import json
 import math
 import random
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,18 +37,23 @@ from pydantic import (
 
 from packforcing_cli import catalog
 from packforcing_cli.errors import ConfigError, UsageError
-from packforcing_cli.layout import POLICIES, Grid, Layout, Lengths, Shown, Span
+from packforcing_cli.layout import KV_BYTES, POLICIES, Grid, Layout, Lengths, Shown, Span
 from packforcing_cli.timeline import Timeline
 
 SELECTIONS = ("affinity-recent", "affinity", "fifo", "random", "none")
 COMPRESSORS = ("auto", "none", "hr+lr", "hr", "lr", "pool", "identity")
 COMPRESSED_CONTEXTS = ("sinks", "history")
+KV_DTYPES = ("auto", *KV_BYTES)
+BANK_DEVICES = ("auto", "device", "host")
 QUANTIZATIONS = ("none", "int8", "int8-dynamic", "fp8", "fp8-weight")
 TEXT_QUANTIZATIONS = ("none", "int8")
+FROZEN_QUANTIZATIONS = ("none", "int8", "fp8")  # of what a training does not train
 OFFLOADS = ("none", "text", "all")
+ATTENTIONS = ("auto", "cudnn", "flash", "efficient", "math", "fa3", "sage")
 CODECS = ("h264", "hevc", "h264_nvenc", "hevc_nvenc")
 FITS = ("crop", "pad", "stretch")
 GUARDS = ("warn", "retry", "stop")
+OVERLAPS = ("auto", "on", "off")
 DTYPES = ("auto", "bf16", "fp16", "fp32")
 DTYPE_BYTES = {"auto": 2, "bf16": 2, "fp16": 2, "fp32": 4}
 """Bytes of one number; "auto" is planned as bf16, which it is on every GPU the models are meant for."""
@@ -59,10 +65,12 @@ OTHER_VARIABLES = ("PACKFORCING_DEBUG",)
 """Variables with that prefix that are no settings."""
 
 _EXAMPLES = {
+    "quantize_skip": "For example --quantize-skip 0,28-29.",
     "size": "Write it as WIDTHxHEIGHT, for example --size 832x480.",
     "seconds": "For example --seconds 60.",
     "mid_span": "For example --mid-span 1, --mid-span 9/16, --mid-span block or --mid-span fit.",
     "bank": f"For example --bank 256, or --bank {UNLIMITED}.",
+    "bank_memory": "For example --bank-memory 8GB, or --bank-memory 500MB.",
     "prompt": 'For example packforcing generate "a red circle moving right on a blue background".',
     "crf": "0 is lossless, 18 looks lossless, 51 is the smallest file.",
     "device": "Use auto, cpu, cuda or cuda:1.",
@@ -100,6 +108,11 @@ class MemoryOptions(Options):
     compressed_context: what a compressed block saw when its keys were made: the sinks, or the block's history.
     rope_adjustment:    what attends takes contiguous temporal slots; False = every block keeps those of its own time,
                         so distances grow with the video (an ablation: docs/method.md 9.6).
+    kv_dtype:           how compressed blocks are kept: auto as the model computes, bf16, fp8 or int8. What attention
+                        reads is of the model's dtype in any case.
+    bank_memory:        bytes the bank may take ("8GB"); it has fewer blocks then, never more. None = as `bank` says.
+    bank_device:        where the bank is: device, where the model runs; host memory; or auto: host memory where it does
+                        not fit on the device. The video is the same.
     """
 
     policy: str = "packforcing"
@@ -112,6 +125,24 @@ class MemoryOptions(Options):
     compressor: str = "auto"
     compressed_context: str = "sinks"
     rope_adjustment: bool = True
+    kv_dtype: str = "auto"
+    bank_memory: int | None = Field(None, ge=1)
+    bank_device: str = "auto"
+
+    @field_validator("kv_dtype")
+    @classmethod
+    def _kv_dtype(cls, value: str) -> str:
+        return _one_of(value, KV_DTYPES)
+
+    @field_validator("bank_device")
+    @classmethod
+    def _bank_device(cls, value: str) -> str:
+        return _one_of(value, BANK_DEVICES)
+
+    @field_validator("bank_memory", mode="before")
+    @classmethod
+    def _bank_memory(cls, value: object) -> object:
+        return _size_bytes(value) if isinstance(value, str) else value
 
     @field_validator("policy")
     @classmethod
@@ -173,7 +204,7 @@ class MemoryOptions(Options):
             default_span:   the model's own mid_span.
         Raises: LayoutError if the numbers describe no possible context.
         """
-        return Layout.from_policy(
+        layout = Layout.from_policy(
             self.policy,
             grid=replace(grid, identity=self.compressor == "identity"),
             num_blocks=num_blocks,
@@ -184,7 +215,12 @@ class MemoryOptions(Options):
             mid_span=self.span(grid.frames_per_block, default_span),
             trained_frames=trained_frames,
             rope_adjustment=self.rope_adjustment,
+            kv_dtype=self.kv_dtype,
         )
+        if self.bank_memory is None or not layout.top_k:
+            return layout
+        most = layout.bank_within(self.bank_memory)
+        return replace(layout, bank=most if layout.bank is None else min(most, layout.bank))
 
     def with_defaults(self, defaults: Mapping[str, Any]) -> MemoryOptions:
         """Take a package's values for everything that was not set explicitly, and for the compressor "auto".
@@ -239,6 +275,7 @@ class PlanRequest(Options):
     frames_per_block: latent frames a block; None = the model's own.
     dtype:            of weights and cache; auto is bf16 for planning.
     quantize:         of the linears of the transformer's layers.
+    quantize_skip:    layers whose linears stay as they are, as `parse_layers` reads them: "0,28-29".
     quantize_text:    of those of the text encoder.
     offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
                       runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
@@ -253,6 +290,7 @@ class PlanRequest(Options):
     frames_per_block: int | None = Field(None, ge=1, le=64)
     dtype: str = "auto"
     quantize: str = "none"
+    quantize_skip: str = ""
     quantize_text: str = "none"
     offload: str = "none"
     vae: str | None = None
@@ -312,6 +350,14 @@ class PlanRequest(Options):
     def _quantize(cls, value: str) -> str:
         return _one_of(value, QUANTIZATIONS)
 
+    @field_validator("quantize_skip")
+    @classmethod
+    def _quantize_skip(cls, value: str, info: ValidationInfo) -> str:
+        layers = parse_layers(value)
+        if layers and info.data.get("quantize") == "none":
+            raise ValueError("nothing is quantized; give --quantize, too")
+        return ",".join(str(layer) for layer in layers)
+
     @field_validator("quantize_text")
     @classmethod
     def _quantize_text(cls, value: str) -> str:
@@ -347,6 +393,9 @@ class GenerateRequest(PlanRequest):
     steps:     denoising steps; None = the package's.
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
+    attention: the kernel of attention: auto, or a name of `attention.choose`.
+    compile:   compile parts of the transformer's layers; the first block waits for it.
+    cuda_graphs: record the passes of a full memory and replay them, on a GPU.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
     loras:     folders of adapters as PATH or PATH:WEIGHT, added to the model's weights.
     auto_fit:  make the smallest change that lets a request fit, and say so.
@@ -360,6 +409,8 @@ class GenerateRequest(PlanRequest):
     snapshot_every: blocks between two exact snapshots in it, which make resuming instant; None = none.
     guard:     what happens to a block that is frozen, black, saturated, jumps or is NaN: warn, retry it with other
                noise, or stop the video before it.
+    overlap:   on: decode and compress a block while the next one is denoised; auto: on a GPU, where that is faster and
+               as much memory is free as is taken; off: in order. The video is the same.
     """
 
     prompt: str
@@ -372,6 +423,9 @@ class GenerateRequest(PlanRequest):
     steps: int | None = Field(None, ge=1, le=1000)
     guidance: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     device: str = "auto"
+    attention: str = "auto"
+    compile: bool = False
+    cuda_graphs: bool = False
     embeddings: Path | None = None
     loras: tuple[str, ...] = ()
     auto_fit: bool = False
@@ -384,6 +438,20 @@ class GenerateRequest(PlanRequest):
     keep_run: bool = True
     snapshot_every: int | None = Field(None, ge=1, le=MAX_BLOCKS)
     guard: str = "warn"
+    overlap: str = "auto"
+
+    @field_validator("overlap")
+    @classmethod
+    def _overlap(cls, value: str, info: ValidationInfo) -> str:
+        value = _one_of(value, OVERLAPS)
+        if value == "on" and info.data.get("guard", "warn") != "warn":
+            raise ValueError(f"guard {info.data['guard']} must see a block before the next one begins")
+        return value
+
+    @field_validator("attention")
+    @classmethod
+    def _attention(cls, value: str) -> str:
+        return _one_of(value, ATTENTIONS)
 
     @field_validator("guard")
     @classmethod
@@ -427,6 +495,22 @@ class GenerateRequest(PlanRequest):
         if not isinstance(memory, Mapping) or not all(isinstance(name, str) for name in values):
             raise ConfigError("memory: must be a table of options")
         return cls(**{**values, "memory": MemoryOptions(**memory)})
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Numbers of layers as they are written on the command line: "0,28-29" -> (0, 28, 29), ascending, each once.
+
+    Raises: ValueError for anything else.
+    """
+    found: set[int] = set()
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        first, _, last = part.partition("-")
+        if not (first.isascii() and first.isdigit() and (last or first).isdigit()) or len(part) > 9:
+            raise ValueError("must be numbers of layers, from 0")
+        found.update(range(int(first), int(last or first) + 1))
+        if int(last or first) < int(first):
+            raise ValueError(f"{part} is an empty range")
+    return tuple(sorted(found))
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
@@ -561,6 +645,20 @@ def to_toml(values: Mapping[str, Any]) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------- messages
+
+
+_SIZE_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _size_bytes(text: str) -> int:
+    """Bytes of "8GB", "500 MB", "1.5GiB" or "8000000000". Raises: ValueError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) ?(?:([KMGT]?)(i?)B?)", text.strip(), re.IGNORECASE)
+    if found is None or (found[3] and not found[2]):
+        raise ValueError("must be a size such as 8GB, 500MB or 2GiB")
+    unit = _SIZE_UNITS[found[2].upper()]
+    if found[3]:
+        unit = 1 << (10 * "KMGT".index(found[2].upper()) + 10)
+    return int(Fraction(found[1]) * unit)
 
 
 def _one_of(value: str, choices: Sequence[str]) -> str:

@@ -26,7 +26,7 @@ _PICKS = (
     "gather",
     "embedding",
 )  # read what they give, not all they are given
-_EMPTY = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
+_MOVES_NOTHING = ("_unsafe_view", "empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided")
 
 
 @dataclass
@@ -48,6 +48,21 @@ class Moved:
         return self.read + self.written
 
 
+def _is_output(argument: Any) -> bool:
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _recalled(
+    kept: Tensor, scale: Tensor | None, places: Tensor, cos: Tensor | None, sin: Tensor | None, out: Tensor
+) -> int:
+    """What `packforcing::recall_into` reads: of the kept only the places it is told, and the turns."""
+    numbers = sum(tensor[:1, :, :1].nbytes for tensor in (kept, scale) if tensor is not None) * places.numel()
+    return numbers + places.nbytes + len(kept) * sum(turn.nbytes for turn in (cos, sin) if turn is not None)
+
+
+_READS: dict[str, Callable[..., int]] = {"recall_into.default": _recalled}
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self, into: Moved) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -61,15 +76,22 @@ class _Counter(TorchDispatchMode):
         ):
             return result  # a view
         base = name.partition(".")[0]
-        if base in _EMPTY:
+        if base in _MOVES_NOTHING:
             return result
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if base == "copy_":
             given = given[1:]
+        if not made:  # it writes into what it is given
+            into = [
+                value for told, value in zip(func._schema.arguments, args, strict=False) if _is_output(told)
+            ]
+            made, given = into, [tensor for tensor in given if not any(tensor is out for out in into)]
         written = sum(tensor.nbytes for tensor in made)
         is_pick = base in _PICKS or name in _PICKS
         read = written if is_pick else sum(tensor.nbytes for tensor in given)
+        if name in _READS:
+            read = _READS[name](*args)
         self._into.read += read
         self._into.written += written
         self._into.operators += 1

@@ -30,7 +30,12 @@ class Monitor:
             x0:     latents [1,C,F,h,w].  pixels: [1,3,T,H,W].  frames: [T,H,W,3], of these pixels.
             given:  the block was not made by the model now: its frames are as they should be, whatever they show.
         """
-        if not bool(x0.isfinite().all() & pixels.sum().isfinite()):  # of values in [0, 1] a sum says as much
+        finite = bool(x0.isfinite().all() & pixels.sum().isfinite())  # of values in [0, 1] a sum says as much
+        return self.judge(block, frames, finite=finite, given=given)
+
+    def judge(self, block: int, frames: Tensor, *, finite: bool, given: bool) -> trace.Health:
+        """As `look`, for a block of which is known whether its latents and pixels are finite."""
+        if not finite:
             return trace.Health(("nan",))
         may_jump = jump_expected(self._script, block)
         health, self._newest = trace.measure(frames.numpy(), self._kept, jump_expected=may_jump)

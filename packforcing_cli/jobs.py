@@ -63,17 +63,22 @@ def choose_device(request: GenerateRequest, output_folder: Path) -> Device:
     if request.device == "auto":
         why = "there is no NVIDIA driver" if not machine.has_nvidia_driver() else ""
     if request.device == "cpu" or (request.device == "auto" and why):
-        catalog.check_cpu(request.quantize, request.offload)
+        _check_cpu(request)
         return Device("cpu", "fp32" if request.dtype == "auto" else request.dtype, host, why, why_dtype)
-    from packforcing_cli import registry
+    from packforcing_cli import attention, registry
+    from packforcing_cli.graphs import require_graphs
     from packforcing_cli.quantize import require_support
 
     device = registry.resolve_device(request.device)
     dtype = registry.dtype_name(registry.resolve_dtype(request.dtype, device))
     require_support(request.quantize, device)
     if device.type == "cpu":
-        catalog.check_cpu(request.quantize, request.offload)
+        _check_cpu(request)
         return Device("cpu", dtype, host, "PyTorch sees no GPU", why_dtype)
+    if request.attention != "auto":
+        attention.choose(request.attention, device=device, dtype=registry.resolve_dtype(dtype, device))
+    if request.cuda_graphs:
+        require_graphs(device, offload=request.offload)
     import torch
 
     free = torch.cuda.mem_get_info(device)[0]
@@ -82,6 +87,10 @@ def choose_device(request: GenerateRequest, output_folder: Path) -> Device:
         why_dtype = "as on every GPU that has it" if dtype == "bf16" else "this GPU has no bf16"
     there = planner.Machine(free, host.disk_free_bytes, name, host.memory_bytes)
     return Device(str(device), dtype, there, why or "the GPU with most free memory", why_dtype)
+
+
+def _check_cpu(request: GenerateRequest) -> None:
+    catalog.check_cpu(request.quantize, request.offload, request.attention, cuda_graphs=request.cuda_graphs)
 
 
 @dataclass(frozen=True)
@@ -230,10 +239,9 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
 
 
 def _history(request: GenerateRequest, plan: Plan) -> History | None:
-    from packforcing_cli import past
-
     if request.source is None:
         return None
+    from packforcing_cli import past
 
     return past.open_history(request, plan.layout.grid, fps=plan.fps, size=plan.size)
 
@@ -439,10 +447,14 @@ def open_source(job: Job) -> ModelSource:
         dtype=request.dtype,
         vae=request.vae,
         quantize=request.quantize,
+        quantize_skip=config.parse_layers(request.quantize_skip),
         quantize_text=request.quantize_text,
         offload=request.offload,
         compressor=request.memory.compressor,
         loras=request.loras,
+        attention=request.attention,
+        compile_layers=request.compile,
+        cuda_graphs=request.cuda_graphs,
     )
 
 
@@ -497,7 +509,7 @@ def make(
         seed=request.seed,
         size=job.plan.size,
         schedule=schedule_of(job, model),
-        memory=request.memory,
+        memory=request.memory.model_copy(update={"bank_device": job.plan.bank_device}),
         first_latent=None if job.image is None else past.encode_image(model, job.image),
         stills=job.stills,
         history=job.history,
@@ -510,6 +522,7 @@ def make(
         snapshot_every=request.snapshot_every,
         frames=None if request.frames is None else FrameFolder(request.frames),
         guard=request.guard,
+        overlap={"auto": None, "on": True, "off": False}[request.overlap],
         on_block=on_block,
         should_stop=should_stop,
     )

@@ -22,6 +22,9 @@ Without RoPE adjustment (`rope_adjustment=False`, docs/method.md 5.1) a block ke
 sits at frames_per_block * b and takes frames_per_block slots, whatever was dropped between it and the current block.
 Distances then grow with the video, and where a mid sits depends on which block it is: `slots` is told a layer's ids.
 
+Keys are turned to their slot once, when their block is committed. Only where more than one block is recent do they move
+again, and are kept as they were before RoPE, too.
+
 Life of a block: current -> sink (the first sink_blocks of a video), otherwise current -> recent -> bank -> gone.
 A bank block attends only while it is active. With top_k 0 there is no bank: what leaves recent is gone.
 
@@ -55,6 +58,10 @@ COMPRESSED_TIME_ROWS = (
 )
 SUMMARY_DTYPE_BYTES = 4  # key and query sums are float32
 POLICIES = ("packforcing", "sink", "window", "full")
+KV_BYTES = {"bf16": 2, "fp8": 1, "int8": 1}
+"""Bytes of a kept number of a compressed block, by the name of its kind; "auto" is the grid's own."""
+SCALE_BYTES = 4  # of fp8 and int8: a float32 a token and head
+NEAR_LAYERS = 2  # whose recalled blocks are where the model runs at a time, when the bank is in host memory
 
 Span = Fraction | Literal["fit"]
 Position = tuple[Fraction, Fraction, Fraction]
@@ -361,8 +368,8 @@ class MemoryBytes:
 
     stored:   rotated keys and values of sink, active mid and recent: the paper's count.
     current:  scratch keys and values of the block being denoised.
-    raw_keys: keys before RoPE of sink and recent, from which the rotated ones are made.
-    backups:  compressed keys and values of the blocks in recent, ready for the bank.
+    raw_keys: keys before RoPE of recent blocks, where they move from slot to slot (`Layout.turns_again`).
+    backups:  compressed keys, values and key sums of the blocks in recent, ready for the bank.
     bank:     compressed keys (before RoPE), values and key sums of the bank, and the query sum that scores them.
     """
 
@@ -391,6 +398,7 @@ class Layout:
     cuts:           blocks that see none of the recent blocks before them; these go on to the bank.
     pins:           blocks that are recalled by every later block and never dropped.
     rope_adjustment: active blocks take contiguous slots; False = every block keeps those of its own time.
+    kv_dtype:       how compressed blocks are kept: "auto" as the model computes, or a name of KV_BYTES.
     Raises: LayoutError if the numbers describe no possible context.
     """
 
@@ -404,8 +412,11 @@ class Layout:
     cuts: tuple[int, ...] = ()
     pins: frozenset[int] = frozenset()
     rope_adjustment: bool = True
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        if self.kv_dtype != "auto" and self.kv_dtype not in KV_BYTES:
+            raise LayoutError(f"kv_dtype {self.kv_dtype!r}", hint=f"Use auto, {', '.join(KV_BYTES)}.")
         for name in ("sink_blocks", "recent_blocks", "top_k"):
             if getattr(self, name) < 0:
                 raise LayoutError(f"{name} must not be negative, got {getattr(self, name)}")
@@ -465,6 +476,7 @@ class Layout:
         mid_span: Span | int = "fit",
         trained_frames: int = 20,
         rope_adjustment: bool = True,
+        kv_dtype: str = "auto",
     ) -> Layout:
         """The numbers of a policy, see the module docstring.
 
@@ -490,6 +502,7 @@ class Layout:
             span,
             trained_frames,
             rope_adjustment=rope_adjustment,
+            kv_dtype=kv_dtype,
         )
 
     @property
@@ -608,19 +621,57 @@ class Layout:
             current=full,
         )
 
+    @property
+    def turns_again(self) -> bool:
+        """Whether a recent block is seen at more than one slot, so that its keys are kept as before RoPE, too.
+
+        A sink has one slot for ever. A recent block moves with every block after it; where one is recent at a time, or
+        every block keeps the slots of its own time, there is one slot as well. So keys are turned once, at the commit.
+        """
+        return self.rope_adjustment and self.recent_blocks > 1
+
+    @property
+    def compressed_block_bytes(self) -> int:
+        """What is kept of a compressed block, beside its key sum."""
+        grid = self.grid
+        per_token = grid.bytes_per_token
+        if self.kv_dtype != "auto":
+            scales = grid.heads * SCALE_BYTES if KV_BYTES[self.kv_dtype] == 1 else 0
+            per_token = grid.layers * 2 * (grid.kv_dim * KV_BYTES[self.kv_dtype] + scales)
+        return grid.compressed_tokens * per_token
+
+    def bank_within(self, size_bytes: int) -> int:
+        """Blocks of a bank that takes at most so many bytes. Raises: LayoutError if there is no room for one."""
+        one = self.compressed_block_bytes + self.grid.summary_bytes
+        blocks = (size_bytes - self.grid.summary_bytes) // one
+        if blocks < 1:
+            raise LayoutError(
+                f"a bank of {size_bytes:,} bytes has no room for a compressed block of {one:,}",
+                hint=f"Use --bank-memory {-(-(one + self.grid.summary_bytes) // 1_000_000)}MB or more.",
+            )
+        return blocks
+
     def bytes(self, view: BlockView | int) -> MemoryBytes:
         """Bytes in use while a block is made, its own scratch included."""
         view = self.view(view) if isinstance(view, int) else view
         grid, tokens = self.grid, self.tokens(view)
-        compressed = grid.compressed_tokens * grid.bytes_per_token
+        compressed = self.compressed_block_bytes + grid.summary_bytes
         has_bank = self.top_k > 0
         return MemoryBytes(
             stored=tokens.stored * grid.bytes_per_token,
             current=tokens.current * grid.bytes_per_token,
-            raw_keys=(tokens.sink + tokens.recent) * grid.bytes_per_token // 2,
+            raw_keys=tokens.recent * grid.bytes_per_token // 2 if self.turns_again else 0,
             backups=len(view.recent) * compressed if has_bank else 0,
-            bank=len(view.mid) * (compressed + grid.summary_bytes) + grid.summary_bytes if has_bank else 0,
+            bank=len(view.mid) * compressed + grid.summary_bytes if has_bank else 0,
         )
+
+    def far_bytes(self, num_blocks: int) -> tuple[int, int]:
+        """What a bank in host memory moves there, and what it has where the model runs instead."""
+        view = self.largest_view(num_blocks)
+        if not self.top_k:
+            return 0, 0
+        blocks, one = len(view.mid) + len(view.recent), self.compressed_block_bytes
+        return blocks * one, NEAR_LAYERS * min(view.active, blocks) * one // self.grid.layers
 
     def capacity_bytes(self, num_blocks: int) -> MemoryBytes:
         """Bytes of the cache's preallocated buffers: what the history of a whole video of num_blocks fills."""

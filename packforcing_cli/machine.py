@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +53,17 @@ def resident_bytes() -> int:
         return pages * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, AttributeError):
         return 0
+
+
+def process_seconds() -> float | None:
+    """Seconds since this process was started, to the system's clock tick; None where the system does not say."""
+    try:
+        fields = (PROC / "self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        # Ticks from boot to the start: field 22 of proc(5), of which two are before the closing bracket.
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError, IndexError, AttributeError):
+        return None
+    return max(0.0, age)
 
 
 def has_nvidia_driver() -> bool:

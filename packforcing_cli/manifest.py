@@ -26,10 +26,13 @@ from pydantic import Field, TypeAdapter, field_validator
 
 from packforcing_cli import timeline as timelines
 from packforcing_cli.config import (
+    ATTENTIONS,
+    BANK_DEVICES,
     CODECS,
     COMPRESSED_CONTEXTS,
     DTYPES,
     FITS,
+    KV_DTYPES,
     OFFLOADS,
     QUANTIZATIONS,
     SELECTIONS,
@@ -64,9 +67,12 @@ _CHOICES: Mapping[str, Sequence[str]] = {
     "policy": POLICIES,
     "select": SELECTIONS,
     "compressed_context": COMPRESSED_CONTEXTS,
+    "kv_dtype": KV_DTYPES,
+    "bank_device": BANK_DEVICES,
     "quantize": QUANTIZATIONS,
     "quantize_text": TEXT_QUANTIZATIONS,
     "offload": OFFLOADS,
+    "attention": ATTENTIONS,
     "codec": CODECS,
     "fit": FITS,
     "dtype": DTYPES,
@@ -706,6 +712,10 @@ _OWN_SCHEMAS: Mapping[str, dict[str, Any]] = {
         "description": "width and height in pixels: 832x480",
     },
     "mid_span": {"type": ["number", "string"], "description": "a number, a fraction, block or fit"},
+    "bank_memory": {
+        "anyOf": [{"type": "integer", "minimum": 1}, {"type": "string"}],
+        "description": "the most memory the bank may take: bytes, or a size such as 8GB, 500MB or 2GiB",
+    },
     "bank": {
         "anyOf": [{"type": "integer", "minimum": 1}, {"const": "unlimited"}],
         "description": "compressed blocks kept",

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ from packforcing_cli.config import PlanRequest
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Lengths
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.source import History, Source
 from packforcing_cli.timeline import parse_time
 from packforcing_cli.vae import Codec
+
+if TYPE_CHECKING:
+    from packforcing_cli.source import History
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,8 @@ def open_history(
 
     Raises: UsageError or VideoError if it cannot be read, or is no longer as it was.
     """
+    from packforcing_cli.source import Source  # reads files, with PyAV
+
     wanted = request.source
     if wanted is None:
         return None

@@ -21,8 +21,8 @@ from typing import Any
 
 from packforcing_cli import catalog
 from packforcing_cli.catalog import ModelFacts
-from packforcing_cli.config import MemoryOptions, PlanRequest
-from packforcing_cli.errors import DiskFullError, MemoryFitError
+from packforcing_cli.config import MemoryOptions, PlanRequest, parse_layers
+from packforcing_cli.errors import DiskFullError, MemoryFitError, UsageError
 from packforcing_cli.layout import TEMPORAL_STRIDE, Layout, MemoryBytes, TokenCount
 from packforcing_cli.machine import Machine, host_machine
 from packforcing_cli.timeline import Script
@@ -129,6 +129,7 @@ class Plan:
     full_history_bytes: keys and values of everything that was asked for, at full resolution, nothing dropped.
     growth:             the same over time.
     options:            the memory options, with the model's own where nothing was set.
+    bank_device:        where the bank is: device or host.
     stages:             estimate of the memory of text, denoise and decode.
     peak_bytes:         the most of them where the model runs.
     working_bytes:      the part of it that is neither weights nor cache.
@@ -151,6 +152,7 @@ class Plan:
     blocks: int
     latent_frames: int
     options: MemoryOptions
+    bank_device: str
     layout: Layout
     script: Script
     tokens: TokenCount
@@ -230,6 +232,8 @@ class Plan:
             "memory": {
                 **self.options.model_dump(),
                 "mid_span": str(self.layout.mid_span),
+                "bank": self.layout.bank,
+                "bank_device": self.bank_device,
             },
             "tokens": {
                 "block": self.layout.grid.block_tokens,
@@ -282,9 +286,8 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
     # "auto", when nobody has looked at the machine, is what it is without a GPU.
     facts = facts or catalog.of("demo" if request.model == "auto" else request.model)
     own_memory = request.memory.with_defaults(facts.cache)
-    on_gpu = machine is not None and machine.host_bytes is not None
-    parts = _Parts(request.model_copy(update={"memory": own_memory}), facts, on_gpu=on_gpu)
-    fits = machine is None or (parts.fit_memory(machine) and _disk_fits(parts.disk_bytes, machine))
+    parts = _Parts(request.model_copy(update={"memory": own_memory}), facts, machine)
+    fits = machine is None or (parts.fits_memory() and _disk_fits(parts.disk_bytes, machine))
     grid, last = parts.layout.grid, parts.layout.view(parts.blocks - 1)
     slots = parts.layout.slots(last)
     slot_plan = SlotPlan(
@@ -302,6 +305,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         blocks=parts.blocks,
         latent_frames=parts.blocks * grid.frames_per_block,
         options=own_memory,
+        bank_device=parts.bank_device,
         layout=parts.layout,
         script=parts.script,
         tokens=parts.layout.tokens(last),
@@ -318,7 +322,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         offload=request.offload,
         vae=parts.vae,
         working_bytes=max(
-            0, parts.peak_bytes - parts.resident_bytes - parts.layout.capacity_bytes(parts.blocks).live
+            0, parts.peak_bytes - parts.resident_bytes - parts.cache_bytes(parts.bank_device)[0]
         ),
         stages=parts.stages,
         peak_bytes=parts.peak_bytes,
@@ -334,8 +338,9 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
 class _Parts:
     """The pieces of a plan that a suggestion has to work out again with other numbers."""
 
-    def __init__(self, request: PlanRequest, facts: ModelFacts, *, on_gpu: bool) -> None:
-        self.request, self.facts, self.on_gpu = request, facts, on_gpu
+    def __init__(self, request: PlanRequest, facts: ModelFacts, machine: Machine | None) -> None:
+        self.request, self.facts, self.machine = request, facts, machine
+        self.on_gpu = machine is not None and machine.host_bytes is not None
         self.size = request.size or facts.default_size
         frames_per_block = request.frames_per_block or facts.frames_per_block
         default_span = facts.span_for(frames_per_block)
@@ -379,7 +384,7 @@ class _Parts:
         vae = facts.vae_params if self.vae == facts.codec else TINY_VAE_PARAMS
         others = facts.transformer_params - facts.layers * facts.layer_params
         return WeightBytes(
-            transformer=others * per + facts.layers * self.layer_bytes,
+            transformer=others * per + self.layers_bytes,
             text_encoder=text,
             vae=vae * per,
             compressor=facts.compressor_params * per,
@@ -392,12 +397,35 @@ class _Parts:
 
     @property
     def layer_bytes(self) -> int:
-        """Weights of one transformer layer."""
-        facts, per = self.facts, self.request.dtype_bytes
-        size = facts.layer_params * per
-        if self.request.quantize != "none":
-            size += sum(rows * ROW_BYTES - rows * cols * (per - 1) for rows, cols in facts.layer_matrices)
-        return size
+        """Weights of one transformer layer, the largest."""
+        size = self.facts.layer_params * self.request.dtype_bytes
+        is_small = self.request.quantize != "none" and not self.whole_layers
+        return size - self.saved_bytes if is_small else size
+
+    @property
+    def layers_bytes(self) -> int:
+        """Weights of all transformer layers."""
+        facts = self.facts
+        size = facts.layers * facts.layer_params * self.request.dtype_bytes
+        small = facts.layers - len(self.whole_layers) if self.request.quantize != "none" else 0
+        return size - small * self.saved_bytes
+
+    @property
+    def saved_bytes(self) -> int:
+        """What a layer is smaller when it is quantized."""
+        per = self.request.dtype_bytes
+        return sum(rows * cols * (per - 1) - rows * ROW_BYTES for rows, cols in self.facts.layer_matrices)
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Layers that are not quantized. Raises: UsageError for one the model does not have."""
+        layers = parse_layers(self.request.quantize_skip)
+        if layers and layers[-1] >= self.facts.layers:
+            raise UsageError(
+                f"--quantize-skip: {self.facts.name} has no layer {layers[-1]}",
+                hint=f"Its layers are 0 to {self.facts.layers - 1}.",
+            )
+        return layers
 
     @property
     def resident_bytes(self) -> int:
@@ -406,12 +434,38 @@ class _Parts:
         resident = weights.transformer + weights.vae + weights.compressor
         if self.request.offload == "all":  # one layer, and the first of the next one's tensors
             largest = max(rows * cols for rows, cols in self.facts.layer_matrices) * self.request.dtype_bytes
-            resident += self.layer_bytes + largest - self.facts.layers * self.layer_bytes
+            resident += self.layer_bytes + largest - self.layers_bytes
         return resident
+
+    @property
+    def bank_device(self) -> str:
+        """Where the bank is: of "auto" in host memory only if it fits there and not beside the model."""
+        asked = self.request.memory.bank_device
+        if asked != "auto":
+            return asked
+        if (
+            not self.on_gpu
+            or not self.layout.top_k
+            or self._fits_with("device")
+            or not self._fits_with("host")
+        ):
+            return "device"
+        return "host"
+
+    def cache_bytes(self, bank_device: str) -> tuple[int, int]:
+        """Of the preallocated cache: where the model runs, and in host memory beside it."""
+        live = self.layout.capacity_bytes(self.blocks).live
+        if bank_device == "device":
+            return live, 0
+        far, near = self.layout.far_bytes(self.blocks)
+        return (live - far + near, far) if self.on_gpu else (live + near, 0)
 
     @property
     def stages(self) -> tuple[StageMemory, ...]:
         """Estimates of text, denoise and decode."""
+        return self._stages_with(self.bank_device)
+
+    def _stages_with(self, bank_device: str) -> tuple[StageMemory, ...]:
         facts, request, per = self.facts, self.request, self.request.dtype_bytes
         grid, weights = self.layout.grid, self.weights
         text = 0
@@ -422,7 +476,8 @@ class _Parts:
         width, height = self.size
         state = width * height * DECODER_STATE[self.vae] * per
         text_kv = facts.layers * 2 * facts.text_length * facts.dim * per
-        held = self.resident_bytes + self.layout.capacity_bytes(self.blocks).live + state + text_kv
+        cache, bank = self.cache_bytes(bank_device)
+        held = self.resident_bytes + cache + state + text_kv
         layer = grid.block_tokens * (LAYER_WIDTHS * facts.dim + facts.ffn_dim) * per
         clean_kv = grid.block_tokens * grid.bytes_per_token
         guidance = getattr(request, "guidance", None)
@@ -435,21 +490,28 @@ class _Parts:
             StageMemory("text", 0 if text_on_host else text, host + (text if text_on_host else 0)),
             # The clean pass has each layer's keys and values and, for a moment, a copy of all of them.
             StageMemory(
-                "denoise", held + max(passes * (layer + text_kv), layer + 2 * clean_kv), host + streamed
+                "denoise",
+                held + max(passes * (layer + text_kv), layer + 2 * clean_kv),
+                host + streamed + bank,
             ),
-            StageMemory("decode", held + clean_kv + decoder, host + streamed),
+            StageMemory("decode", held + clean_kv + decoder, host + streamed + bank),
         )
 
     @property
     def peak_bytes(self) -> int:
         return max(stage.device_bytes for stage in self.stages)
 
-    def fit_memory(self, machine: Machine) -> bool:
-        """Whether every stage fits, where the model runs and in host memory."""
+    def fits_memory(self) -> bool:
+        """Whether every stage fits the machine, where the model runs and in host memory."""
+        return self._fits_with(self.bank_device)
+
+    def _fits_with(self, bank_device: str) -> bool:
+        machine = self.machine
+        assert machine is not None
         return all(
             _memory_fits(stage.device_bytes, machine.memory_bytes)
             and (machine.host_bytes is None or _memory_fits(stage.host_bytes, machine.host_bytes))
-            for stage in self.stages
+            for stage in self._stages_with(bank_device)
         )
 
     @property
@@ -477,7 +539,7 @@ class _Parts:
         return self.blocks * (a_block + figures) + snapshot
 
     def changed(self, **values: Any) -> _Parts:
-        return _Parts(self.request.changed(**values), self.facts, on_gpu=self.on_gpu)
+        return _Parts(self.request.changed(**values), self.facts, self.machine)
 
 
 def _smallest_change(parts: _Parts, machine: Machine) -> dict[str, Any]:
@@ -490,7 +552,7 @@ def _smallest_change(parts: _Parts, machine: Machine) -> dict[str, Any]:
         return {}
 
     def fits(change: Mapping[str, Any]) -> bool:
-        return parts.changed(**change).fit_memory(machine)
+        return parts.changed(**change).fits_memory()
 
     levers = _levers(parts, machine)
     for lever in levers:
@@ -518,6 +580,8 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
         levers.append([{"policy": "packforcing"}])
     if on_gpu:
         levers.append([{"offload": "text" if request.offload == "none" else "none"}])
+    if on_gpu and request.memory.bank_device == "device" and parts.layout.top_k:
+        levers.append([{"bank_device": "host"}])
     if request.memory.policy == "packforcing":
         kept = len(parts.layout.view(parts.blocks).mid)
         sizes = [n for n in _smaller_powers_of_two(kept) if n >= max(1, parts.layout.top_k)]
@@ -555,9 +619,12 @@ def _warnings(parts: _Parts, slots: SlotPlan) -> tuple[str, ...]:
             f" {step}"
         )
     if layout.top_k and layout.bank is not None and layout.bank <= layout.top_k < parts.blocks:
-        found.append(
-            f"a bank of {layout.bank} blocks leaves nothing to select from; use --bank above --top-k"
-        )
+        memory = parts.request.memory
+        capped = memory.bank_memory is not None and layout.bank != memory.bank
+        step = "a larger --bank-memory" if capped else "--bank above --top-k"
+        if capped and layout.kv_dtype == "auto":
+            step += ", or --kv-dtype int8"
+        found.append(f"a bank of {layout.bank} blocks leaves nothing to select from; use {step}")
     pins = len(layout.mid_pins)
     if pins and parts.blocks > layout.top_k + layout.sink_blocks:
         found.append(

@@ -20,7 +20,16 @@ from packforcing_cli.layout import Layout
 
 SCHEMA = 1
 TAG = "packforcing"
-NOT_REPEATED = ("output", "source", "frames", "overwrite", "metadata", "keep_run", "snapshot_every")
+NOT_REPEATED = (
+    "output",
+    "source",
+    "frames",
+    "overwrite",
+    "metadata",
+    "keep_run",
+    "snapshot_every",
+    "overlap",
+)
 """Of a request: where files went says nothing about the video."""
 
 
@@ -154,6 +163,7 @@ def layout_values(layout: Layout) -> dict[str, Any]:
         "bank": layout.bank,
         "mid_span": str(layout.mid_span),
         "rope_adjustment": layout.rope_adjustment,
+        "kv_dtype": layout.kv_dtype,
         "trained_frames": layout.trained_frames,
         "cuts": list(layout.cuts),
         "pins": sorted(layout.pins),

@@ -49,6 +49,27 @@ def require_support(mode: str, device: torch.device) -> None:
         )
 
 
+def has_fp8(device: torch.device) -> bool:
+    """Whether a device has products in fp8."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
+
+
+def fp8_rounded(x: Tensor) -> Tensor:
+    """To e4m3 and back, one scale a row, in x's own dtype: what a rowwise fp8 product reads of x [...,C]."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scale = x.float().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny) / largest
+    return ((x.float() / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype)
+
+
+def simulate_fp8(module: nn.Module, prefix: str) -> None:
+    """Let linears compute with what rowwise fp8 products would read, on any device; sums stay in the dtype's own."""
+    for name in linear_weights(module, prefix):
+        linear = module.get_submodule(name.removesuffix(".weight"))
+        assert isinstance(linear, nn.Linear)
+        linear.weight = nn.Parameter(fp8_rounded(linear.weight.detach()), requires_grad=False)
+        linear.register_forward_pre_hook(lambda _, given: (fp8_rounded(given[0]), *given[1:]))
+
+
 def quantizer(mode: str, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     """A function that quantizes the weight [out, in] of a linear.
 

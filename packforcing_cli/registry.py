@@ -18,6 +18,7 @@ import hashlib
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,7 +26,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, durable, lora, packages, weights
+from packforcing_cli import attention as kernels
+from packforcing_cli import catalog, compiling, durable, lora, packages, weights
+from packforcing_cli.attention import Kernel
 from packforcing_cli.catalog import DEMO_FOLDER, ModelFacts
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.config import COMPRESSORS
@@ -37,6 +40,7 @@ from packforcing_cli.errors import (
     UsageError,
     WeightsError,
 )
+from packforcing_cli.graphs import CudaRecorder, require_graphs
 from packforcing_cli.packages import (
     MANIFEST,
     REQUIRED_PARTS,
@@ -118,8 +122,10 @@ class VideoModel:
     compressor: None when the package has none.
     load_text_encoder: reads the text encoder each time it is called; the caller drops it after encoding.
     text: what its embeddings depend on.
-    quantize: of the transformer's linears, "none" or a mode of `quantize`.
+    quantize: of the transformer's linears, "none" or a mode of `quantize`; but for those of layers `quantize_skip`.
     hashes: part -> sha256 over the files it was loaded from.
+    attention: the kernel, and which one it really is.
+    compiled: whether parts of the transformer's layers are; graphs: whether its passes are recorded.
     """
 
     name: str
@@ -133,6 +139,10 @@ class VideoModel:
     device: torch.device
     dtype: torch.dtype
     quantize: str = "none"
+    quantize_skip: tuple[int, ...] = ()
+    attention: Kernel = field(default_factory=Kernel)
+    compiled: bool = False
+    graphs: bool = False
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -162,10 +172,15 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
     loras: Sequence[str] = (),
+    attention: str = "auto",
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
+    fuse: bool = True,
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
     return open_model(
@@ -174,10 +189,15 @@ def load_model(
         dtype=dtype,
         vae=vae,
         quantize=quantize,
+        quantize_skip=quantize_skip,
         quantize_text=quantize_text,
         offload=offload,
         compressor=compressor,
         loras=loras,
+        attention=attention,
+        compile_layers=compile_layers,
+        cuda_graphs=cuda_graphs,
+        fuse=fuse,
     ).load()
 
 
@@ -188,10 +208,15 @@ def open_model(
     dtype: str | torch.dtype = "auto",
     vae: str | Path | None = None,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     quantize_text: str = "none",
     offload: str = "none",
     compressor: str = "auto",
     loras: Sequence[str] = (),
+    attention: str = "auto",
+    compile_layers: bool = False,
+    cuda_graphs: bool = False,
+    fuse: bool = True,
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
 
@@ -200,12 +225,17 @@ def open_model(
         dtype:         "auto", "bf16", "fp16", "fp32"; of transformer, compressor, codec and text encoder.
         vae:           None or the package's own kind ("tiny", "wan"), or a folder with a VAE of the same latents.
         quantize:      "none", or a mode of `quantize` for the linears of the transformer's layers.
+        quantize_skip: layers whose linears stay as they are.
         quantize_text: "none" or "int8", for those of the text encoder.
         offload:       "none"; "text" runs the text encoder on the CPU; "all" also keeps the transformer's layers in
                        host memory and copies each to the GPU while it runs.
         compressor:    a kind, which loads the package's own weights where it has any, or the weights to use instead:
                        an installed package's name, a package's folder or a part's folder.
         loras:         folders of adapters as PATH or PATH:WEIGHT, added to the transformer's weights one after another.
+        attention:     "auto", or a kernel of `attention.choose`.
+        compile_layers: compile parts of the transformer's layers.
+        cuda_graphs:   record passes and replay them.
+        fuse:          make q, k and v of a layer one product; not for a model that will be trained.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
     """
@@ -216,6 +246,12 @@ def open_model(
     if chosen_device.type == "cpu":
         catalog.check_cpu(quantize, offload)
     require_support(quantize, chosen_device)
+    if compile_layers:
+        compiling.require_compiler(chosen_device)
+    if cuda_graphs:
+        require_graphs(chosen_device, offload=offload)
+    kernel = kernels.choose(attention, device=chosen_device, dtype=chosen_dtype)
+    speed = _Speed(kernel, compile_layers, cuda_graphs, fuse)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
     other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
     adapters = [lora.read(*lora.parse(text)) for text in loras]
@@ -230,8 +266,10 @@ def open_model(
             chosen_dtype,
             vae=vae,
             quantize=quantize,
+            quantize_skip=quantize_skip,
             stream_layers=offload == "all",
             compressor=other,
+            speed=speed,
         )
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
@@ -261,14 +299,20 @@ def open_model(
         )
 
     def load() -> VideoModel:
-        transformer = load_transformer(
-            part_folder(folder, manifest, "transformer"),
-            device=chosen_device,
-            dtype=chosen_dtype,
-            quantize=quantize,
-            stream_layers=offload == "all",
-            loras=adapters,
-        )
+        # The VAE is read beside the transformer: the Wan VAE's code takes seconds to import.
+        with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load vae") as beside:
+            reading = beside.submit(load_codec, vae_folder, device=chosen_device, dtype=chosen_dtype)
+            transformer = load_transformer(
+                part_folder(folder, manifest, "transformer"),
+                device=chosen_device,
+                dtype=chosen_dtype,
+                quantize=quantize,
+                quantize_skip=quantize_skip,
+                stream_layers=offload == "all",
+                loras=adapters,
+            )
+            codec = reading.result()
+        speed.apply(transformer, chosen_device)
         network = None
         if other is not None:
             network = _other_compressor(other, transformer.config, chosen_device, chosen_dtype)
@@ -282,7 +326,6 @@ def open_model(
                     f"its transformer has {transformer.config.dim}",
                     hint=_AGAIN,
                 )
-        codec = load_codec(vae_folder, device=chosen_device, dtype=chosen_dtype)
         own = vae_folder == part_folder(folder, manifest, "vae")
         _check_codec(manifest, codec, transformer.config.in_channels, own=own)
         return VideoModel(
@@ -297,6 +340,10 @@ def open_model(
             device=chosen_device,
             dtype=chosen_dtype,
             quantize=quantize,
+            quantize_skip=tuple(quantize_skip),
+            attention=kernel,
+            compiled=compile_layers,
+            graphs=cuda_graphs,
             hashes=hashes,
         )
 
@@ -312,6 +359,25 @@ def open_model(
     )
 
 
+@dataclass(frozen=True)
+class _Speed:
+    """How a transformer computes, beside what it computes."""
+
+    kernel: Kernel
+    compiled: bool
+    graphs: bool
+    fuse: bool
+
+    def apply(self, transformer: WanTransformer, device: torch.device) -> None:
+        if self.fuse:
+            transformer.fuse_projections()
+        transformer.use_attention(self.kernel)
+        if self.compiled:
+            transformer.compile_layers()
+        if self.graphs:
+            transformer.record_passes(CudaRecorder(device))
+
+
 def _open_random(
     facts: ModelFacts,
     device: torch.device,
@@ -319,8 +385,10 @@ def _open_random(
     *,
     vae: str | Path | None,
     quantize: str,
+    quantize_skip: Collection[int],
     stream_layers: bool,
     compressor: CompressorPlace | None,
+    speed: _Speed,
 ) -> ModelSource:
     """A model of true shape with random weights made on the device, and random embeddings: for bench and tests."""
     if vae is not None:
@@ -345,10 +413,13 @@ def _open_random(
     def load() -> VideoModel:
         with torch.device("meta"):
             transformer = WanTransformer(config)
-        change = _changes(transformer, device, dtype, quantize, stream_layers=stream_layers)
+        change = _changes(
+            transformer, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers
+        )
         weights.randomise(transformer, device=device, dtype=dtype, change=change)
         if stream_layers:
             transformer.stream_layers(device)
+        speed.apply(transformer, device)
         network = None if compressor is None else _other_compressor(compressor, config, device, dtype)
         codec: Codec
         if kind not in ("tiny", "wan"):
@@ -358,14 +429,12 @@ def _open_random(
             with torch.device("meta"):
                 tiny = TinyAutoencoder(shape)
             weights.randomise(tiny, device=device, dtype=dtype)
-            codec = TinyCodec(tiny)
+            codec = _tiny_codec(tiny, device)
         else:
-            with known_import_noise_dropped():
-                from diffusers import AutoencoderKLWan
             with torch.device("meta"):
-                wan = AutoencoderKLWan()
+                wan = _wan_class()()
             weights.randomise(wan, device=device, dtype=dtype)
-            codec = WanCodec(wan)
+            codec = _wan_codec(wan, device)
         _check_codec(manifest, codec, facts.latent_channels, own=kind == facts.codec)
         return VideoModel(
             name=facts.name,
@@ -379,6 +448,10 @@ def _open_random(
             device=device,
             dtype=dtype,
             quantize=quantize,
+            quantize_skip=tuple(quantize_skip),
+            attention=speed.kernel,
+            compiled=speed.compiled,
+            graphs=speed.graphs,
             hashes=hashes,
         )
 
@@ -442,6 +515,7 @@ def load_transformer(
     device: torch.device,
     dtype: torch.dtype,
     quantize: str = "none",
+    quantize_skip: Collection[int] = (),
     stream_layers: bool = False,
     loras: Sequence[lora.Lora] = (),
 ) -> WanTransformer:
@@ -449,12 +523,13 @@ def load_transformer(
 
     Args:
         quantize:      a mode of `quantize` for the linears of its layers.
+        quantize_skip: layers whose linears stay as they are.
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
         loras:         adapters that are added to the weights, before these are quantized.
     Raises: WeightsError for another architecture or wrong tensors, or adapters of another model.
     """
     module = _empty_transformer(folder)
-    change = _changes(module, device, dtype, quantize, stream_layers=stream_layers)
+    change = _changes(module, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers)
     if loras:
         add, rest = lora.merger(loras, module.state_dict()), change
 
@@ -469,10 +544,23 @@ def load_transformer(
 
 
 def _changes(
-    module: WanTransformer, device: torch.device, dtype: torch.dtype, quantize: str, *, stream_layers: bool
+    module: WanTransformer,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str,
+    *,
+    skip: Collection[int],
+    stream_layers: bool,
 ) -> Callable[[str, Tensor], Tensor]:
     """What is done with each tensor of a transformer while it is read: quantized, or left in host memory."""
-    linears = linear_weights(module, LAYERS)
+    unknown = [layer for layer in skip if not 0 <= layer < len(module.blocks)]
+    if unknown:
+        raise UsageError(
+            f"--quantize-skip: there is no layer {unknown[0]}",
+            hint=f"The layers are 0 to {len(module.blocks) - 1}.",
+        )
+    whole = tuple(f"{LAYERS}{layer}." for layer in skip)
+    linears = {name for name in linear_weights(module, LAYERS) if not name.startswith(whole)}
     shrink = None if quantize == "none" else quantizer(quantize, device, dtype)
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -534,12 +622,38 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
     """
     module = _filled(_empty_vae(folder), folder, device, dtype)
     if isinstance(module, TinyAutoencoder):
-        return TinyCodec(module)
+        return _tiny_codec(module, device)
     wan: Any = module  # diffusers gives its models no types
     try:
-        return WanCodec(wan)
+        return _wan_codec(wan, device)
     except ValueError as e:
         raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
+
+
+def _wan_class() -> Any:
+    """diffusers' class of the Wan VAE. Raises: EnvironmentProblem where diffusers is not installed."""
+    with known_import_noise_dropped():
+        try:
+            from diffusers import AutoencoderKLWan
+        except ImportError as error:
+            raise EnvironmentProblem(
+                f"the Wan VAE needs diffusers: {error}", hint="pip install diffusers, or use --vae tiny."
+            ) from error
+    return AutoencoderKLWan
+
+
+def _tiny_codec(module: TinyAutoencoder, device: torch.device) -> TinyCodec:
+    """A tiny VAE as this kind of device runs it: channels innermost, as cuDNN takes them, on a GPU."""
+    if device.type == "cuda":
+        for weight in module.parameters():
+            if weight.ndim == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+    return TinyCodec(module)
+
+
+def _wan_codec(module: Any, device: torch.device) -> WanCodec:
+    """The Wan VAE as this kind of device runs it: the layout cuDNN's convolutions take, on a GPU."""
+    return WanCodec(module, channels_last=device.type == "cuda")
 
 
 def _empty_vae(folder: Path) -> nn.Module:
@@ -551,10 +665,9 @@ def _empty_vae(folder: Path) -> nn.Module:
             raise WeightsError(f"{folder / weights.CONFIG} is not valid: {e}", hint=_AGAIN) from e
         with torch.device("meta"):
             return TinyAutoencoder(config)
-    with known_import_noise_dropped():
-        from diffusers import AutoencoderKLWan
+    own = _wan_class()
     with torch.device("meta"):
-        wan: nn.Module = AutoencoderKLWan.from_config(values)
+        wan: nn.Module = own.from_config(values)
         return wan
 
 

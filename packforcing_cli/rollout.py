@@ -19,16 +19,16 @@ Source: PackForcing (arXiv 2603.25730); docs/method.md 2.3, 2.5.
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -36,14 +36,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packforcing_cli import __version__, config, trace
+from packforcing_cli.beside import Beside, Faster, Mark, Stopwatch, memory_allows
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import pooled_kv
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import UnhealthyError
-from packforcing_cli.finishing import Encoding, Lead, close_run, note_end, open_writer
 from packforcing_cli.health import ATTEMPTS, Monitor, require_healthy
 from packforcing_cli.layout import Shown
-from packforcing_cli.machine import resident_bytes
+from packforcing_cli.machine import process_seconds, resident_bytes
 from packforcing_cli.past import PastBlock, history_blocks, still_blocks
 from packforcing_cli.prompts import Prompt, Story, StoryText, as_story
 from packforcing_cli.registry import VideoModel
@@ -57,11 +57,13 @@ from packforcing_cli.resolve import (
 )
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
-from packforcing_cli.source import History
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV
-from packforcing_cli.vae import StreamingDecoder, encode_lr, lr_pixels
-from packforcing_cli.video import FrameFolder, VideoWriter, part_path
+from packforcing_cli.vae import encode_lr, lr_pixels
+
+if TYPE_CHECKING:
+    from packforcing_cli.source import History
+    from packforcing_cli.video import FrameFolder
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class Result:
     unhealthy, retries: of the blocks made now: what is wrong with those that are kept, and how many attempts at a block
         were rejected, by block.
     ended: why the guard ended the video; empty if it did not.
+    first_frame_seconds: until the first frames that were made now were in the file, and played; 0 if none were.
+    process_first_frame_seconds: the same from the start of the process; None where the system does not say.
     stall_seconds: waiting for the encoder.  block_seconds: of every block made now, in order.
     """
 
@@ -130,6 +134,28 @@ class Result:
     unhealthy: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     retries: Mapping[int, int] = field(default_factory=dict)
     ended: str = ""
+    process_first_frame_seconds: float | None = None
+
+    def block_percentile(self, percent: float) -> float:
+        """The least of `block_seconds` that so many percent of them do not exceed; 0 if none was made."""
+        ordered = sorted(self.block_seconds)
+        return ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] if ordered else 0.0
+
+    @property
+    def timing(self) -> dict[str, float]:
+        """How soon and how steadily frames came, as it stands in every account of a video; seconds."""
+        return {
+            "first_frame_seconds": round(self.first_frame_seconds, 3),
+            "block_seconds_p50": round(self.block_percentile(50), 4),
+            "block_seconds_p95": round(self.block_percentile(95), 4),
+            "stall_seconds": round(self.stall_seconds, 3),
+        }
+
+    @property
+    def process_timing(self) -> dict[str, float | None]:
+        """`timing` of a process that makes one video: from its start, None where the system does not say when."""
+        seconds = self.process_first_frame_seconds
+        return {"process_first_frame_seconds": None if seconds is None else round(seconds, 3)}
 
 
 @torch.no_grad()
@@ -146,6 +172,7 @@ def stream_generate(
     past: Iterable[PastBlock] = (),
     state: Mapping[str, Tensor] | None = None,
     guard: str = "warn",
+    overlap: bool | None = None,
 ) -> Iterator[Block]:
     """Generate a video block by block; every block is yielded as soon as its frames and its memory are there.
 
@@ -157,6 +184,8 @@ def stream_generate(
         past:       blocks that are there already, from the first one, or from the one after `state`.
         state:      `Block.state()` of an earlier block, of the same video settings.
         guard:      of a new block with health flags: "warn" keeps it, "retry" makes it ATTEMPTS times, "stop" raises.
+        overlap:    decode and compress a block while the next one is denoised; it is yielded then. The results are
+                    the same. None = on a GPU with room for it, where it is faster. Only guard "warn" can wait.
     Raises: UsageError or LayoutError before the first block; GenerationError if a block is not finite; UnhealthyError.
     """
     schedule = schedule or schedule_for(model)
@@ -173,59 +202,245 @@ def stream_generate(
         select=memory.select,
         seed=seed,
         compressed_context=memory.compressed_context,
+        bank_device="cpu" if memory.bank_device == "host" else None,
     )
-    compress = BlockCompressor(model, compressor_kind(model, memory.compressor)) if layout.top_k else None
-    decoder, transformer = model.codec.decoder(), model.transformer
-    texts, history, monitor = StoryText(transformer, story), iter(past), Monitor(story.script)
+    video = Video(model, story.script, cache, compressor_kind(model, memory.compressor), guard, overlap)
     if state is not None:
-        load_state(state, cache, decoder, compress, monitor)
+        video.load_state(state)
+    texts, history, waiting = StoryText(model.transformer, story), iter(past), None
     for i in range(cache.blocks, num_blocks):
-        old, watch = next(history, None), Stopwatch(model.device)
+        old, watch, late = next(history, None), Stopwatch(model.device), False
         attempts = ATTEMPTS if guard == "retry" and old is None else 1
         with watch.stage("denoise"):
             text, guided = texts.at(i)
         for retry in range(attempts):
-            before = decoder.state_dict() if attempts > 1 else {}
+            before = video.decoder.state_dict() if attempts > 1 else {}
             with watch.stage("denoise"):
                 context = cache.context(i, selected=None if old is None else old.selected)
                 if old is not None:
                     x0 = old.latents.to(model.device, model.dtype)
                 else:
                     x0 = new_latents(model, schedule, guided, context, first_latent, seed=seed, retry=retry)
+            clean = video.beside.mark()
+            if waiting is not None:  # the block before; its frames were made meanwhile
+                yield video.finish(waiting, watch)
+                waiting = None
             with watch.stage("clean"):
-                kv = transformer.commit(x0, text, context)
-            with watch.stage("decode"):
-                pixels = decoder.decode(x0)
-                if old is not None and old.pixels is not None:
-                    pixels = old.pixels.to(pixels)
-                frames = to_uint8(pixels)
-            with watch.stage("trace"):
-                health = monitor.look(i, x0, pixels, frames, given=old is not None)
-            if not health.flags or retry + 1 == attempts:
+                kv = model.transformer.commit(x0, text, context)
+            made = video.show(i, x0, context, old, watch, since=clean, retry=retry)
+            late = video.may_wait(i, replayed=old is not None)
+            if late or not video.health_of(made).flags or retry + 1 == attempts:
                 break
-            decoder.load_state_dict(before)
-        require_healthy(i, x0, health, guard=guard)
-        with watch.stage("trace"):
-            monitor.keep()
-            record = record_of(cache, context, story.script, health, retry=retry)
-        with watch.stage("compress"):
-            backup = None if compress is None else compress(cache, i, x0, pixels, kv, text)
+            video.decoder.load_state_dict(before)
+        video.commit(made, kv, text, late=late)
+        del kv  # the memory has it; on a GPU this is more than a gigabyte
+        if late:
+            waiting = made
+        else:
+            yield video.finish(made, watch)
+
+
+@dataclass
+class Made:
+    """A clean block and what follows from it; what is made beside the model is there when `done` has passed.
+
+    pixels: [1,3,T,H,W].  frames, latents: as in `Block`.  finite: whether latents and pixels are; one bool.
+    recall: the context's ids, scores and degenerate layers.  note: makes the record of its memory, see `record_of`.
+    tokens: [1,N_c,d] its compressed tokens, None if it takes none.  text: that its compressed tokens read.
+    health: of its frames, once they were looked at.  backed_up: whether the memory has its compressed form.
+    """
+
+    index: int
+    x0: Tensor
+    pixels: Tensor
+    frames: Tensor
+    latents: Tensor
+    finite: Tensor
+    recall: Recall
+    note: Callable[[Recall, trace.Health], trace.Record]
+    done: Mark
+    watch: Stopwatch
+    replayed: bool
+    tokens: Tensor | None = None
+    text: TextKV | None = None
+    stats: CacheStats | None = None
+    health: trace.Health | None = None
+    backed_up: bool = False
+
+
+class Video:
+    """All that a video carries from block to block, and what happens to a block once it is clean.
+
+    compressor, guard, overlap: as `BlockCompressor` and `stream_generate` take them.
+    """
+
+    def __init__(
+        self,
+        model: VideoModel,
+        script: Script,
+        cache: KVCache,
+        compressor: str,
+        guard: str,
+        overlap: bool | None,
+    ) -> None:
+        self._model, self._script, self._cache, self._guard = model, script, cache, guard
+        if overlap is None and not (model.device.type == "cuda" and memory_allows(model.device)):
+            overlap = False
+        self._faster = Faster(overlap)
+        self.beside = Beside(model.device, used=overlap is not False and guard == "warn")
+        self._compress = BlockCompressor(model, compressor) if cache.layout.top_k else None
+        self._monitor = Monitor(script)
+        self.decoder = model.codec.decoder()
+        self._first: int | None = None
+
+    def show(
+        self,
+        i: int,
+        x0: Tensor,
+        context: CacheContext,
+        old: PastBlock | None,
+        watch: Stopwatch,
+        *,
+        since: Mark,
+        retry: int,
+    ) -> Made:
+        """Decode a clean block, beside the model; its frames are those of `old` if that has any."""
+        recall, to_host = Recall.of(context), self.beside.to_host
+        given = None if old is None else old.pixels
+        with self.beside.work(x0, given, *recall, since=since), watch.stage("decode"):
+            pixels = self.decoder.decode(x0)
+            if given is not None:
+                pixels = given.to(pixels)
+            return Made(
+                index=i,
+                x0=x0,
+                pixels=pixels,
+                frames=to_uint8(pixels, to_host),
+                latents=to_host(x0),
+                # Of values in [0, 1] a sum says as much.
+                finite=to_host(x0.isfinite().all() & pixels.sum().isfinite()),
+                recall=recall.on(to_host),
+                note=noted(self._cache, context, self._script, retry=retry),
+                done=self.beside.mark(),
+                watch=watch,
+                replayed=old is not None,
+            )
+
+    def may_wait(self, i: int, *, replayed: bool) -> bool:
+        """Whether block i is finished while the next one is denoised.
+
+        Not the first one, whose frames somebody waits for, nor one before a cut, whose backup the next one needs.
+        """
+        self._first = i if self._first is None else self._first
+        cache = self._cache
+        if (
+            self._guard != "warn"
+            or i == self._first
+            or i + 1 == cache.num_blocks
+            or i + 1 in cache.layout.cuts
+        ):
+            return False
+        return self._faster.choose() if not replayed else bool(self._faster.wanted)
+
+    def health_of(self, made: Made) -> trace.Health:
+        """Look at its frames, once."""
+        if made.health is None:
+            made.done.wait()
+            with made.watch.stage("trace", on_host=True):
+                made.health = self._monitor.judge(
+                    made.index, made.frames, finite=bool(made.finite), given=made.replayed
+                )
+        return made.health
+
+    def commit(self, made: Made, kv: BlockKV, text: TextKV, *, late: bool) -> None:
+        """Take a clean block into the memory; in time also its compressed form, unless that comes later.
+
+        Raises: as `require_healthy`, unless late.
+        """
+        if not late:
+            require_healthy(made.index, made.latents, self.health_of(made), guard=self._guard)
+        cache, watch, compress = self._cache, made.watch, self._compress
+        backup = None
+        if compress is not None:
+            with self.beside.work(made.x0), watch.stage("compress"):
+                made.tokens = compress.tokens(cache, made.index, made.x0, made.pixels)
+                made.done = self.beside.mark()
+            made.text = text
+            if not (late and compress.can_wait(cache)):
+                with watch.stage("compress"):
+                    backup = self._backup(made, kv)
         with watch.stage("commit"):
-            cache.commit(i, kv)
+            cache.commit(made.index, kv)
             if backup is not None:
-                cache.add_backup(i, backup)
-        yield Block(
-            index=i,
-            frames=frames,
-            latents=x0,
-            selected=context.selected.cpu(),
+                cache.add_backup(made.index, backup)
+        made.stats = cache.stats()
+
+    def _backup(self, made: Made, kv: BlockKV | None) -> BlockKV | None:
+        assert self._compress is not None
+        assert made.text is not None
+        self.beside.hand_over(made.done, made.tokens)
+        made.backed_up = True
+        return self._compress.backup(self._cache, made.index, made.tokens, kv, made.text)
+
+    def finish(self, made: Made, watch: Stopwatch) -> Block:
+        """The whole block, its compressed form in the memory.
+
+        watch: of the block that is being made, if it is another one: it is charged for what is left to do.
+        Raises: GenerationError if it is not finite.
+        """
+        if made.health is None:
+            require_healthy(made.index, made.latents, self.health_of(made), guard=self._guard)
+        assert made.health is not None
+        assert made.stats is not None
+        self._monitor.keep()
+        if self._compress is not None and not made.backed_up:
+            with watch.stage("compress"):
+                backup = self._backup(made, None)
+                if backup is not None:
+                    self._cache.add_backup(made.index, backup)
+        made.done.wait()
+        with made.watch.stage("trace", on_host=True):
+            record = made.note(made.recall, made.health)
+        return Block(
+            index=made.index,
+            frames=made.frames,
+            latents=made.latents,
+            selected=made.recall.selected,
             recalled=record.recalled,
-            cache=replace(cache.stats(), active=record.selected),
-            seconds=watch.seconds,
-            replayed=old is not None,
-            record=replace(record, seconds=watch.rounded),
-            state=partial(state_of, cache, decoder, compress, monitor),
+            cache=replace(made.stats, active=record.selected),
+            seconds=made.watch.seconds,
+            replayed=made.replayed,
+            record=replace(record, seconds=made.watch.rounded),
+            state=self.state,
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """All that the video carries from block to block, as safetensors takes it: flat, on the CPU."""
+        parts = {
+            "cache": self._cache.state_dict(),
+            "decoder": self.decoder.state_dict(),
+            "monitor": self._monitor.state_dict(),
+        }
+        if self._compress is not None:
+            parts["compressor"] = self._compress.state_dict()
+        return {
+            f"{part}.{name}": value.to("cpu", copy=True).contiguous()
+            for part, values in parts.items()
+            for name, value in values.items()
+        }
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of `state`. Raises: LayoutError or ValueError if it is the state of another kind of video."""
+        parts: dict[str, dict[str, Tensor]] = {"cache": {}, "decoder": {}, "compressor": {}, "monitor": {}}
+        for name, value in state.items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = value
+        self._cache.load_state_dict(parts["cache"])
+        self._monitor.load_state_dict(parts["monitor"])
+        with self.beside.work():  # what lives there is made there
+            self.decoder.load_state_dict(parts["decoder"])
+            if self._compress is not None:
+                self._compress.load_state_dict(parts["compressor"])
 
 
 def new_latents(
@@ -251,39 +466,6 @@ def new_latents(
         device=model.device,
         retry=retry,
     )
-
-
-def state_of(
-    cache: KVCache, decoder: StreamingDecoder, compress: BlockCompressor | None, monitor: Monitor
-) -> dict[str, Tensor]:
-    """All that a video carries from block to block, as safetensors takes it."""
-    parts = {"cache": cache.state_dict(), "decoder": decoder.state_dict(), "monitor": monitor.state_dict()}
-    if compress is not None:
-        parts["compressor"] = compress.state_dict()
-    return {
-        f"{part}.{name}": value.to("cpu", copy=True).contiguous()
-        for part, values in parts.items()
-        for name, value in values.items()
-    }
-
-
-def load_state(
-    state: Mapping[str, Tensor],
-    cache: KVCache,
-    decoder: StreamingDecoder,
-    compress: BlockCompressor | None,
-    monitor: Monitor,
-) -> None:
-    """The inverse of `state_of`. Raises: LayoutError or ValueError if it is the state of another kind of video."""
-    parts: dict[str, dict[str, Tensor]] = {"cache": {}, "decoder": {}, "compressor": {}, "monitor": {}}
-    for name, value in state.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = value
-    cache.load_state_dict(parts["cache"])
-    decoder.load_state_dict(parts["decoder"])
-    monitor.load_state_dict(parts["monitor"])
-    if compress is not None:
-        compress.load_state_dict(parts["compressor"])
 
 
 def velocity(
@@ -316,24 +498,45 @@ class BlockCompressor:
         self, cache: KVCache, i: int, x0: Tensor, pixels: Tensor, kv: BlockKV, text: TextKV
     ) -> BlockKV | None:
         """Compressed keys and values of block i, or None if it takes no backup. Call it for every block, in order."""
+        return self.backup(cache, i, self.tokens(cache, i, x0, pixels), kv, text)
+
+    def can_wait(self, cache: KVCache) -> bool:
+        """Whether `backup` needs neither the block's own keys and values nor its open context."""
+        return self._network is not None and cache.backup_may_wait
+
+    def tokens(self, cache: KVCache, i: int, x0: Tensor, pixels: Tensor) -> Tensor | None:
+        """Compressed tokens [1,N_c,d] of block i, None if the kind or the block has none; for every block, in order."""
+        if self._network is None:
+            return None
         pooled = None
-        if self._network is not None and self._network.needs_pixels:
+        if self._network.needs_pixels:
             pooled, self._pooled = lr_pixels(pixels, self._pooled)
         if not cache.needs_backup(i):
             return None
-        if self._kind == "identity":
-            return kv
-        grid = cache.layout.grid
-        if self._network is None:
-            shape = (grid.frames_per_block, grid.rows, grid.cols)
-            return replace(kv, k=pooled_kv(kv.k, *shape), v=pooled_kv(kv.v, *shape))
         tokens = None
         if pooled is not None:
             latents = encode_lr(self._model.codec, pooled.to(self._model.dtype))
             tokens = self._model.transformer.patch(latents.to(self._model.dtype))
-        return self._model.transformer.commit_tokens(
-            self._network(x0, tokens), text, cache.compressed_context(i)
-        )
+        made: Tensor = self._network(x0, tokens)
+        return made
+
+    def backup(
+        self, cache: KVCache, i: int, tokens: Tensor | None, kv: BlockKV | None, text: TextKV
+    ) -> BlockKV | None:
+        """Compressed keys and values of block i from its `tokens`, None if it takes none.
+
+        kv: the block's own; for what `can_wait` it may be None.
+        """
+        if not cache.needs_backup(i):
+            return None
+        if tokens is not None:
+            return self._model.transformer.commit_tokens(tokens, text, cache.compressed_context(i))
+        assert kv is not None
+        if self._kind == "identity":
+            return kv
+        grid = cache.layout.grid
+        shape = (grid.frames_per_block, grid.rows, grid.cols)
+        return replace(kv, k=pooled_kv(kv.k, *shape), v=pooled_kv(kv.v, *shape))
 
     def state_dict(self) -> dict[str, Tensor]:
         """What it remembers of the block before."""
@@ -344,9 +547,9 @@ class BlockCompressor:
         self._pooled = state["pooled"].to(self._model.device) if "pooled" in state else None
 
 
-def to_uint8(pixels: Tensor) -> Tensor:
+def to_uint8(pixels: Tensor, to_host: Callable[[Tensor], Tensor] = Tensor.cpu) -> Tensor:
     """[1,3,T,H,W] in [0, 1] -> [T,H,W,3] uint8 on the CPU."""
-    return pixels[0].permute(1, 2, 3, 0).mul(255).round().clamp(0, 255).to("cpu", torch.uint8)
+    return to_host(pixels[0].permute(1, 2, 3, 0).mul(255).round().clamp(0, 255).to(torch.uint8))
 
 
 class UntilUnhealthy:
@@ -378,69 +581,80 @@ class UntilUnhealthy:
             self.ended = error.message
 
 
+class Recall(NamedTuple):
+    """What a context recalls: `CacheContext`'s ids [L,K], scores [L,M] or None, and degenerate layers [L]."""
+
+    selected: Tensor
+    scores: Tensor | None
+    degenerate: Tensor
+
+    @classmethod
+    def of(cls, context: CacheContext) -> Recall:
+        """That of a context of which all layers were read."""
+        return cls(context.selected, context.scores, context.degenerate)
+
+    def on(self, place: Callable[[Tensor], Tensor]) -> Recall:
+        """The same, brought elsewhere."""
+        scores = None if self.scores is None else place(self.scores)
+        return Recall(place(self.selected), scores, place(self.degenerate))
+
+
 def record_of(
     cache: KVCache, context: CacheContext, script: Script, health: trace.Health, *, retry: int
 ) -> trace.Record:
     """What the memory is for the block whose context is open, all layers having read it; without the timings."""
+    return noted(cache, context, script, retry=retry)(Recall.of(context), health)
+
+
+def noted(
+    cache: KVCache, context: CacheContext, script: Script, *, retry: int
+) -> Callable[[Recall, trace.Health], trace.Record]:
+    """What the memory is for the block whose context is open, as far as the host knows without asking the GPU.
+
+    Returns: what makes the record of it, given what was recalled.
+    """
     layout, block = cache.layout, context.block
     view, slots, size = layout.view(block), layout.slots(block), cache.in_use()
-    scores = None if context.scores is None else context.scores.tolist()
     bank, pins = cache.bank_blocks, layout.pins
+    memory = {
+        "device": torch.cuda.memory_allocated(cache.device) if cache.device.type == "cuda" else 0,
+        "resident": resident_bytes(),
+    }
 
     def floats(starts: Iterable[Fraction]) -> tuple[float, ...]:
         return tuple(float(start) for start in starts)
 
-    return trace.Record(
-        block=block,
-        retry=retry,
-        frames=(layout.frames_for(block), layout.frames_for(block + 1)),
-        scene=script.scene(block),
-        partitions=trace.Partitions(
-            tuple(view.sink), tuple(bank), tuple(view.recent), current=block, active=view.active
-        ),
-        slots=trace.Slots(
-            sink=floats(slots.sink_starts),
-            mid=floats(slots.mid_starts),
-            recent=floats(slots.recent_starts),
-            current=float(slots.current_start),
-            span=float(slots.span),
-            max_distance=float(slots.max_distance),
-            trained=layout.trained_frames,
-        ),
-        tokens=asdict(layout.tokens(view)),
-        bytes={**asdict(size), "live": size.live},
-        full_bytes=(block + 1) * layout.grid.block_tokens * layout.grid.bytes_per_token,
-        selected=tuple(tuple(ids) for ids in context.selected.tolist()),
-        scores=None if scores is None else tuple(tuple(trace.rounded(s) for s in row) for row in scores),
-        degenerate=tuple(context.degenerate.nonzero().flatten().tolist()),
-        pins=tuple(old for old in bank if old in pins),
-        memory={
-            "device": torch.cuda.memory_allocated(cache.device) if cache.device.type == "cuda" else 0,
-            "resident": resident_bytes(),
-        },
-        health=health,
-    )
+    def record(recall: Recall, health: trace.Health) -> trace.Record:
+        scores = None if recall.scores is None else recall.scores.tolist()
+        return trace.Record(
+            block=block,
+            retry=retry,
+            frames=(layout.frames_for(block), layout.frames_for(block + 1)),
+            scene=script.scene(block),
+            partitions=trace.Partitions(
+                tuple(view.sink), tuple(bank), tuple(view.recent), current=block, active=view.active
+            ),
+            slots=trace.Slots(
+                sink=floats(slots.sink_starts),
+                mid=floats(slots.mid_starts),
+                recent=floats(slots.recent_starts),
+                current=float(slots.current_start),
+                span=float(slots.span),
+                max_distance=float(slots.max_distance),
+                trained=layout.trained_frames,
+            ),
+            tokens=asdict(layout.tokens(view)),
+            bytes={**asdict(size), "live": size.live},
+            full_bytes=(block + 1) * layout.grid.block_tokens * layout.grid.bytes_per_token,
+            selected=tuple(tuple(ids) for ids in recall.selected.tolist()),
+            scores=None if scores is None else tuple(tuple(trace.rounded(s) for s in row) for row in scores),
+            degenerate=tuple(recall.degenerate.nonzero().flatten().tolist()),
+            pins=tuple(old for old in bank if old in pins),
+            memory=memory,
+            health=health,
+        )
 
-
-@dataclass
-class Stopwatch:
-    """Wall-clock seconds of named stages; waits for the GPU so that a stage is charged for its own work."""
-
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    @property
-    def rounded(self) -> dict[str, float]:
-        """Seconds to the microsecond, as they are written down."""
-        return {name: round(value, 6) for name, value in self.seconds.items()}
+    return record
 
 
 def generate(
@@ -465,6 +679,7 @@ def generate(
     snapshot_every: int | None = None,
     frames: FrameFolder | None = None,
     guard: str = "warn",
+    overlap: bool | None = None,
     on_block: Callable[[Block, float], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> Result:
@@ -487,11 +702,16 @@ def generate(
                       those that are missing.
         guard:        as `stream_generate`; under "stop" the video ends before an unhealthy block, finished and
                       playable.
+        overlap:      as `stream_generate`.
         on_block:     called after every block with it and its wall-clock seconds.
         should_stop:  asked after every block; True ends the video there, finished and playable.
     Returns: what was made. Raises: as `stream_generate`, `video.VideoWriter` and `RunFolder`; what was written
         still plays. UnhealthyError only if there is no block before the unhealthy one.
     """
+    # Files need PyAV; whoever only streams blocks does not.
+    from packforcing_cli import finishing
+    from packforcing_cli.video import VideoWriter, part_path
+
     width, height = size or model.manifest.size
     grid = grid_for(model, (width, height))
     num_blocks, fps = grid.blocks_for(seconds, model.manifest.fps), model.manifest.fps
@@ -504,11 +724,13 @@ def generate(
         said = story.prompts[0].text
         metadata = {"prompt": said, "seed": str(seed), "model": model.name, "version": __version__}
     started = clock = time.perf_counter()
-    first, stalled, spent, replayed, made = 0.0, 0.0, list[float](), 0, 0
+    age, stalled, spent, replayed, made = process_seconds(), 0.0, list[float](), 0, 0
     last: Block | None = None
     shown = Shown(grid) if history is None else history.shown
-    encoding = Encoding.of(fps, (width, height), codec, crf, preset, metadata, story.script, shown, history)
-    with open_writer(output, run, encoding, overwrite=overwrite) as writer:
+    encoding = finishing.Encoding.of(
+        fps, (width, height), codec, crf, preset, metadata, story.script, shown, history
+    )
+    with finishing.open_writer(output, run, encoding, overwrite=overwrite) as writer:
         groups = writer.blocks_written
         written, start = shown.blocks_in(groups), 0
         known: Iterator[PastBlock] = iter(())
@@ -525,7 +747,7 @@ def generate(
         there = 0 if run is None else run.blocks
         past: Iterable[PastBlock] = known
         if history is not None and not start:
-            lead = Lead(writer, frames, groups=groups, is_new=run is None or not there, shown=shown)
+            lead = finishing.Lead(writer, frames, groups=groups, is_new=run is None or not there, shown=shown)
             past = history_blocks(model, history, known, kept=min(there, history.blocks), on_lead=lead)
         elif len(stills):
             past = chain(known, islice(still_blocks(model, stills, grid), there, None))
@@ -542,6 +764,7 @@ def generate(
                 past=past,
                 state=run.load_snapshot() if run is not None and start else None,
                 guard=guard,
+                overlap=overlap,
             )
         )
         stalled_before, encoded = 0.0, writer.encode_seconds
@@ -558,7 +781,6 @@ def generate(
                 )
                 stalled_before, encoded = stalled, writer.encode_seconds
                 run.append(block.latents, block.selected, retry=block.retry, trace=record.to_json())
-            first = first or time.perf_counter() - started
             waiting = time.perf_counter()
             if block.index >= written:
                 writer.write(pixels)
@@ -581,10 +803,11 @@ def generate(
             if run is None:
                 part_path(writer.path).unlink(missing_ok=True)
         elif run is not None:
-            note_end(run, writer)
+            finishing.note_end(run, writer)
         blocks = last.index + 1 if unfinished else max(last.index + 1, shown.blocks_in(writer.blocks_written))
     if run is not None and not unfinished:
-        close_run(run, writer)
+        finishing.close_run(run, writer)
+    first = 0.0 if writer.first_at is None else writer.first_at - started
     return Result(
         path=writer.path,
         frames=0 if unfinished else writer.frames_written,
@@ -603,6 +826,7 @@ def generate(
         unhealthy=stream.unhealthy,
         retries=stream.retries,
         ended=stream.ended,
+        process_first_frame_seconds=None if age is None or not first else age + first,
     )
 
 

@@ -13,9 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from packforcing_cli import turning
 from packforcing_cli.errors import LayoutError
 
 THETA = 10_000.0  # Wan 2.1, wan/modules/model.py: rope_params
+PIECE = {"cpu": 1 << 19}
+"""Numbers that are turned at a time, by kind of device: their temporaries stay in the processor's cache."""
+PIECE_OF_OTHERS = 1 << 23
 
 
 def split(head_dim: int) -> tuple[int, int, int]:
@@ -63,11 +67,60 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns: [B, S, N, D], same dtype. Computed in float32, or in float64 if x is float64; rounded once.
     Source: Wan 2.1 `rope_apply`; docs/method.md 1.2: values are never rotated.
     """
-    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    compute = compute_dtype(x.dtype)
+    if _is_large(x, cos):
+        out = torch.empty_like(x)
+        rotate_into(x, cos, sin, out)
+        return out
     cos, sin = cos.to(compute).unsqueeze(-2), sin.to(compute).unsqueeze(-2)
-    pairs = x.to(compute).unflatten(-1, (-1, 2))
-    turn = turn_complex if x.device.type == "cpu" else turn_real
-    return turn(pairs, cos, sin).flatten(-2).to(x.dtype)
+    return turned(x.to(compute), cos, sin).to(x.dtype)
+
+
+def _is_large(x: Tensor, cos: Tensor) -> bool:
+    """Whether pieces are several times faster: on a CPU, when x is larger than its cache; not for what is learned."""
+    learns = torch.is_grad_enabled() and x.requires_grad
+    large = x.device.type == "cpu" and x.numel() > PIECE["cpu"] and cos.ndim == 2
+    return large and not learns and not torch.compiler.is_compiling()
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a dtype are turned in; cosines and sines may be kept in it."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """Write `rotate(x, cos, sin)`, the same bits, into `out`, which may be x itself; x is read once, out written once.
+
+    One operator (`packforcing::rotate_into`) without temporaries of x's size.
+    Args:
+        x, out:   [B, S, N, D], of any strides, each with its own dtype.
+        cos, sin: [S, D/2].
+    """
+    compute = compute_dtype(x.dtype)
+    torch.ops.packforcing.rotate_into(x, cos.to(compute), sin.to(compute), out)
+
+
+def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    if turning.can_turn(x, out):
+        turning.turn(x, out, cos=cos, sin=sin)
+        return
+    rows, tokens, heads, head_dim = x.shape
+    cos, sin, compute = cos.unsqueeze(-2), sin.unsqueeze(-2), cos.dtype
+    row, token = tokens * heads * head_dim, heads * head_dim
+    piece = PIECE.get(x.device.type, PIECE_OF_OTHERS)
+    some_rows, some_tokens = max(1, piece // max(1, row)), min(tokens, max(1, piece // token))
+    for r in range(0, rows, some_rows):
+        for t in range(0, tokens, some_tokens):
+            part = slice(t, t + some_tokens)
+            pairs = x[r : r + some_rows, part].to(compute)
+            out[r : r + some_rows, part].copy_(turned(pairs, cos[part], sin[part]))
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B,S,N,D] turned by cos and sin [S,1,D/2], all of one dtype."""
+    as_complex = x.device.type == "cpu" and not torch.compiler.is_compiling()
+    turn = turn_complex if as_complex else turn_real
+    return turn(x.unflatten(-1, (-1, 2)), cos, sin).flatten(-2)
 
 
 def turn_complex(pairs: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -92,3 +145,9 @@ def grid_positions(
     h = torch.arange(rows, dtype=torch.float64, device=device)
     w = torch.arange(cols, dtype=torch.float64, device=device)
     return torch.stack(torch.meshgrid(t, h, w, indexing="ij"), dim=-1).reshape(-1, 3)
+
+
+_OPERATORS = torch.library.Library("packforcing", "FRAGMENT")
+_OPERATORS.define("rotate_into(Tensor x, Tensor cos, Tensor sin, Tensor(a!) out) -> ()")
+_OPERATORS.impl("rotate_into", _rotate_into, "CompositeExplicitAutograd")
+_OPERATORS.impl("rotate_into", lambda x, cos, sin, out: None, "Meta")

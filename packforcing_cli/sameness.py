@@ -101,6 +101,8 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
     layout = asdict(layout_for(model, memory, grid, num_blocks=blocks))
     if layout["rope_adjustment"]:
         del layout["rope_adjustment"]  # older runs do not name it and are equal
+    if layout["kv_dtype"] == "auto":
+        del layout["kv_dtype"]
     pictures = request.pin_images if request.image is None else (request.image,)
     files = {PICTURE.format(n): path for n, path in enumerate(pictures) if n >= made}
     if request.embeddings is not None:
@@ -117,10 +119,10 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
         "compressor": compressor_kind(model, memory.compressor),
         "schedule": asdict(schedule_for(model, steps=request.steps, guidance=request.guidance)),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "attention": "torch scaled_dot_product_attention",
-        "quantization": model.quantize,
+        "attention": model.attention.taken,
+        "quantization": model.quantize + "".join(f", not layer {layer}" for layer in model.quantize_skip),
         "quantization of text": request.quantize_text,
-        "compile": "none",
+        "compile": "layers" if model.compiled else "none",
         **{name: _file_hash(path) for name, path in files.items()},
     }
     values: dict[str, Any] = json.loads(json.dumps(facts, default=str))

@@ -28,8 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from packforcing_cli import rope
+from packforcing_cli import compiling, rope
+from packforcing_cli.attention import PACKAGES, Kernel
 from packforcing_cli.errors import WeightsError
+from packforcing_cli.graphs import Recorder, Recordings
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q, k, v), each [B,S,N,D], un-rotated -> attention output [B,S,N,D]."""
@@ -113,7 +115,10 @@ class TextKV:
 
 
 class Context(Protocol):
-    """What one block may attend; read-only while the block is denoised."""
+    """What one block may attend; read-only while the block is denoised.
+
+    A context may have a property `fixed`, as `graphs.Recordings` reads it: then passes in it can be recorded.
+    """
 
     @property
     def positions(self) -> Tensor:
@@ -146,8 +151,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Unmasked scaled-dot-product attention. q [B,Sq,N,D], k and v [B,Sk,N,D] -> [B,Sq,N,D]."""
     if q.device.type == "cpu" and torch.is_grad_enabled() and q.requires_grad:
         return _attention_to_train_on_a_cpu(q, k, v)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    return out.transpose(1, 2)
+    return _sdpa(q, k, v)
 
 
 def _attention_to_train_on_a_cpu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -189,6 +193,9 @@ def _gated_sum(x: Tensor, update: Tensor, gate: Tensor, index: Tensor | None) ->
     return torch.addcmul(runs, update, gate[:, :, None]).flatten(1, 2)
 
 
+_sdpa = Kernel()
+
+
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Norms, modulation and residual gates run in float32 as in Wan 2.1 (float64 stays float64)."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -200,7 +207,11 @@ def _token_sum(q: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Projections and QK-norm of self- or cross-attention; diffusers' `WanAttention` names."""
+    """Projections and QK-norm of self- or cross-attention; diffusers' `WanAttention` names.
+
+    For inference the three projections of self-attention may be one (`fuse`): the matrices of `to_q`, `to_k` and
+    `to_v` are then rows of one matrix, so that both ways of using them stay the same weights.
+    """
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -212,6 +223,69 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = nn.RMSNorm(dim, eps=config.eps)  # over all heads, before the split (docs/method.md 1.1)
         self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+        self._joined: tuple[Tensor, Tensor] | None = None
+        self._rows: tuple[nn.Parameter, ...] = ()
+
+    def fuse(self) -> None:
+        """Make the three projections one where gradients are off. Quantized matrices that cannot be joined stay."""
+        linears = (self.to_q, self.to_k, self.to_v)
+        first = self.to_q.weight
+        scale = getattr(first, "scale", None)  # of a quantized matrix: one a row, or one a matrix
+        if scale is not None and scale.shape[:1] != first.shape[:1]:
+            return
+        try:
+            joined = [
+                torch.cat([getattr(one, name).detach() for one in linears]) for name in ("weight", "bias")
+            ]
+        except NotImplementedError:  # a quantized matrix without this operator
+            return
+        self.adopt(joined[0], joined[1])
+
+    def adopt(self, weight: Tensor, bias: Tensor) -> None:
+        """Take the three projections as one: weight [3d,d], bias [3d], the rows of q, k and v in this order."""
+        linears = (self.to_q, self.to_k, self.to_v)
+        rows = []
+        for n, one in enumerate(linears):
+            dim = weight.shape[0] // 3
+            for name, whole in (("weight", weight), ("bias", bias)):
+                part = nn.Parameter(whole[n * dim : (n + 1) * dim], requires_grad=False)
+                setattr(one, name, part)
+                rows.append(part)
+        self._joined, self._rows = (weight, bias), tuple(rows)
+
+    @property
+    def joined(self) -> tuple[Tensor, Tensor] | None:
+        """Weight [3d,d] and bias [3d] of the three projections, as long as they are what `fuse` made of them."""
+        linears = (self.to_q, self.to_k, self.to_v)
+        if self._joined is None or any(type(one) is not nn.Linear for one in linears):
+            return None
+        now = [getattr(one, name) for one in linears for name in ("weight", "bias")]
+        return self._joined if all(a is b for a, b in zip(now, self._rows, strict=True)) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_joined": None, "_rows": ()}  # a copy's parameters share no memory
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Attention:
+        self._joined, self._rows = None, ()  # what is moved or cast is no longer one matrix
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def own(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of self-attention, each [B,S,N,D]."""
+        joined = None if torch.is_grad_enabled() else self._usable()
+        if joined is None:
+            return (self.queries(x), *self.keys_values(x))
+        q, k, v = F.linear(x, *joined).chunk(3, -1)
+        dtype, per_head = self.norm_q.weight.dtype, (self.heads, -1)
+        return (
+            self.norm_q(q.to(dtype)).unflatten(2, per_head),
+            self.norm_k(k.to(dtype)).unflatten(2, per_head),
+            v.unflatten(2, per_head),
+        )
+
+    def _usable(self) -> tuple[Tensor, Tensor] | None:
+        # Compiled code was asked for after a look at `joined`; it is not looked at in every call.
+        return self._joined if torch.compiler.is_compiling() else self.joined
 
     def queries(self, x: Tensor) -> Tensor:
         # Under autocast a projection is narrower than the weights of its norm.
@@ -276,8 +350,7 @@ class Layer(nn.Module):
     def self_attention_inputs(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """Un-rotated q, k and v of this layer, each [B,S,N,D]."""
         shift, scale, *_ = self.vectors(modulation, x.dtype)
-        normed = self._modulated_norm(x, shift, scale, modulation.index)
-        return (self.attn1.queries(normed), *self.attn1.keys_values(normed))
+        return self.attn1.own(self._modulated_norm(x, shift, scale, modulation.index))
 
     def inputs_alone(self, x: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor, Tensor]:
         """`self_attention_inputs` of a layer of which nothing else is run.
@@ -300,16 +373,53 @@ class Layer(nn.Module):
         attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
     ) -> Tensor:
         """x [B,S,d] -> [B,S,d]; `attend(q, k, v)` is this layer's self-attention, `attend_text` that to the text."""
+        attended = attend(*self.self_attention_inputs(x, modulation))
+        return self.after_attention(x, attended, modulation, text, attend_text)
+
+    def after_attention(
+        self,
+        x: Tensor,
+        attended: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        attend_text: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """The rest of the layer: x [B,S,d] and what self-attention gave, [B,S,N,D] -> [B,S,d]."""
         index, acc = modulation.index, _accumulate_dtype(x.dtype)
         _, _, gate, ffn_shift, ffn_scale, ffn_gate = self.vectors(modulation, x.dtype)
-        out = self.attn1.project(attend(*self.self_attention_inputs(x, modulation)))
-        x = _gated_sum(x.to(acc), out, gate, index).to(x.dtype)
+        x = _gated_sum(x.to(acc), self.attn1.project(attended), gate, index).to(x.dtype)
         normed = F.layer_norm(
             x.to(acc), x.shape[-1:], self.norm2.weight.to(acc), self.norm2.bias.to(acc), self.eps
         ).to(x.dtype)
         x = x + self.attn2.project((attend_text or attention)(self.attn2.queries(normed), *text))
         out = self.ffn(self._modulated_norm(x, ffn_shift, ffn_scale, index))
         return _gated_sum(x.to(acc), out, ffn_gate, index).to(x.dtype)
+
+
+def before_attention(
+    layer: Layer, x: Tensor, modulation: Modulation, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """A layer up to self-attention: rotated q, rotated k, v, un-rotated k [B,S,N,D] and the sum of q [B,N,D]."""
+    q, k, v = layer.self_attention_inputs(x, modulation)
+    return rope.rotate(q, cos, sin), rope.rotate(k, cos, sin), v, k, _token_sum(q)
+
+
+def after_attention(
+    layer: Layer, x: Tensor, attended: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor]
+) -> Tensor:
+    """A layer from self-attention on, [B,S,d]."""
+    return layer.after_attention(x, attended, modulation, text)
+
+
+def _keep_and(
+    keep: Callable[[Tensor, Tensor, Tensor], None],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *tensors: Tensor,
+) -> Tensor:
+    """Self-attention of un-rotated q, k, v that also hands on what a clean pass keeps: k, v and the sum of q."""
+    q, k, v = tensors
+    keep(k, v, _token_sum(q))
+    return attend(q, k, v)
 
 
 class _TwoLinear(nn.Module):
@@ -366,6 +476,23 @@ def _recomputed(layer: Layer, run: Callable[..., Any]) -> Callable[..., Any]:
     return partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
 
 
+def _run_and_show(
+    layer: Layer,
+    x: Tensor,
+    modulation: Modulation,
+    text: tuple[Tensor, Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [B,S,d] after a layer; its un-rotated keys, its values and query sums."""
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shown.append((k, v, _token_sum(q)))
+        return attend(q, k, v)
+
+    return (layer(x, modulation, text, keep), *shown[0])
+
+
 @contextmanager
 def weights_fixed(module: nn.Module | None) -> Iterator[None]:
     """Build no graph to a module's weights inside; what flows through it still does. None = nothing is fixed."""
@@ -379,6 +506,9 @@ def weights_fixed(module: nn.Module | None) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+_PROJECTIONS = ("attn1.to_q.", "attn1.to_k.", "attn1.to_v.")
+
+
 class _Seat:
     """Room for one layer on a device; the layers take it in turn.
 
@@ -389,15 +519,24 @@ class _Seat:
     def __init__(self, config: TransformerConfig, device: torch.device) -> None:
         with torch.device("meta"):
             self._layer = Layer(config).eval().requires_grad_(False)
-        self._device = device
+        self.device = device
 
     def take(self, layer: Layer) -> Layer:
         """A layer with copies of another's weights on the device; valid until the next one takes the seat."""
+        joined = layer.attn1.joined
+        if joined is not None:
+            weight, bias = (self._there(tensor) for tensor in joined)
+            self._layer.attn1.adopt(weight, bias)
         for name, weight in layer.state_dict().items():
+            if joined is not None and name.startswith(_PROJECTIONS):
+                continue
             owner, _, last = name.rpartition(".")
-            there = weight.to(self._device, non_blocking=True, copy=True)
-            setattr(self._layer.get_submodule(owner), last, nn.Parameter(there, requires_grad=False))
+            part = nn.Parameter(self._there(weight), requires_grad=False)
+            setattr(self._layer.get_submodule(owner), last, part)
         return self._layer
+
+    def _there(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True, copy=True)
 
 
 class WanTransformer(nn.Module):
@@ -414,6 +553,9 @@ class WanTransformer(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
         self._seat: _Seat | None = None
         self._recomputes = False
+        self._kernel = Kernel()
+        self._regions: tuple[Callable[..., Any], Callable[..., Any]] | None = None  # compiled
+        self._recordings: Recordings | None = None
 
     def stream_layers(self, device: torch.device) -> None:
         """Leave the layers' weights where they are and copy each layer to `device` while it runs.
@@ -425,6 +567,28 @@ class WanTransformer(nn.Module):
     def recompute_layers(self) -> None:
         """Keep only the input of each layer for the backward pass, which runs the layer again; results are the same."""
         self._recomputes = True
+
+    def fuse_projections(self) -> None:
+        """Make q, k and v of every layer one product, for inference; names and values of the weights stay."""
+        pinned = self._seat is not None and self._seat.device.type == "cuda"  # as the weights were
+        for layer in self.blocks:
+            assert isinstance(layer, Layer)
+            layer.attn1.fuse()
+            if pinned and layer.attn1.joined is not None:
+                weight, bias = (tensor.pin_memory() for tensor in layer.attn1.joined)
+                layer.attn1.adopt(weight, bias)
+
+    def use_attention(self, kernel: Kernel) -> None:
+        """Compute attention with this kernel where gradients are off; a library's own kernel, self-attention alone."""
+        self._kernel = kernel
+
+    def compile_layers(self) -> None:
+        """Compile the two regions of a layer between which self-attention lies; the first pass of a shape waits."""
+        self._regions = compiling.compiled(before_attention), compiling.compiled(after_attention)
+
+    def record_passes(self, record: Recorder) -> None:
+        """Record passes once a context's length stays, and replay them; results are the same."""
+        self._recordings = Recordings(record)
 
     # -- pieces, shared by inference and training ---------------------------------------------------------------
 
@@ -486,21 +650,110 @@ class WanTransformer(nn.Module):
             assert isinstance(layer, Layer)
             yield layer if self._seat is None else self._seat.take(layer)
 
-    def _attend_in(self, context: Context, batch: int) -> Attend:
+    # -- the passes of a block in a context ---------------------------------------------------------------------
+
+    def _angles(self, context: Context, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of the block's own rotations, in the precision they are used in."""
         cos, sin = rope.angles(context.positions, self.config.attention_head_dim)
+        return cos.to(_accumulate_dtype(dtype)), sin.to(_accumulate_dtype(dtype))
+
+    def _through(
+        self,
+        x: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, ...],
+        context: Context,
+        angles: tuple[Tensor, Tensor],
+        *,
+        batch: int,
+        keep: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """All layers over x [P*batch,S,d] in a context; no name keeps x while they run.
+
+        Args:
+            text: keys and values of each layer, in turn.
+            keep: of a clean pass: called with layer, un-rotated k, v and query sum. The last layer is then only
+                projected: nobody reads its output (docs/method.md 7.6, own notes).
+        """
+        pairs = TextKV(tuple(zip(text[::2], text[1::2], strict=True)))
+        attend = self._attend_in(context, angles, batch)
+        if torch.is_grad_enabled() and keep is None:
+            first = [x]
+            del x  # as above
+            return self.run_layers(first.pop(), modulation, pairs, attend)
+        with self._kernel.active():
+            for i, layer in enumerate(self._layers()):
+                if keep is not None and i == len(self.blocks) - 1:
+                    q, k, v = layer.inputs_alone(x, modulation)
+                    keep(i, k, v, _token_sum(q))
+                elif keep is not None and self._recomputes and torch.is_grad_enabled():
+                    again = _recomputed(layer, _run_and_show)
+                    x, *shown = again(layer, x, modulation, pairs.layers[i], partial(attend, i))
+                    keep(i, *shown)
+                elif self._regions is not None:
+                    x = self._by_regions(
+                        i, layer, x, modulation, pairs.layers[i], context, angles, batch, keep
+                    )
+                else:
+                    own = partial(attend, i)
+                    own = own if keep is None else partial(_keep_and, partial(keep, i), own)
+                    x = layer(x, modulation, pairs.layers[i], own)
+        return x
+
+    def _by_regions(
+        self,
+        i: int,
+        layer: Layer,
+        x: Tensor,
+        modulation: Modulation,
+        text: tuple[Tensor, Tensor],
+        context: Context,
+        angles: tuple[Tensor, Tensor],
+        batch: int,
+        keep: Callable[[int, Tensor, Tensor, Tensor], None] | None,
+    ) -> Tensor:
+        """A layer in two compiled regions, self-attention between them."""
+        assert self._regions is not None
+        before, after = self._regions
+        q, k, v, raw_k, q_sum = before(layer, x, modulation, *angles)
+        if keep is not None:
+            keep(i, raw_k, v, q_sum)
+        del raw_k
+        out = self._attend(i, context, batch, q, k, v, q_sum)
+        del q, k, v
+        return after(layer, x, out, modulation, text)
+
+    def _attend_in(self, context: Context, angles: tuple[Tensor, Tensor], batch: int) -> Attend:
+        """Self-attention in a context, of un-rotated q and k; see `run_layers`."""
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            turned, q_sum = rope.rotate(q, cos, sin), _token_sum(q)
-            rows = zip(*(t.split(batch) for t in (turned, rope.rotate(k, cos, sin), v, q_sum)), strict=True)
-            out = [
-                attention(q_row, *context.layer(layer, k_row, v_row, sum_row))
-                for q_row, k_row, v_row, sum_row in rows
-            ]
-            return out[0] if len(out) == 1 else torch.cat(out)
+            turned = (rope.rotate(q, *angles), rope.rotate(k, *angles))
+            return self._attend(layer, context, batch, *turned, v, _token_sum(q))
 
         return attend
 
-    # -- the three passes of a block ----------------------------------------------------------------------------
+    def _attend(self, layer: int, context: Context, batch: int, *tensors: Tensor) -> Tensor:
+        """Self-attention of each prompt's rows; `tensors` are rotated q and k, v, and the query sums."""
+        attend = self._kernel if self._kernel.asked in PACKAGES else attention
+        out = [
+            attend(q, *context.layer(layer, k, v, q_sum))
+            for q, k, v, q_sum in zip(*(t.split(batch) for t in tensors), strict=True)
+        ]
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+    def _run(
+        self,
+        name: str,
+        function: Callable[..., tuple[Tensor, ...]],
+        inputs: tuple[Tensor, ...],
+        text: TextKV,
+        context: Context,
+    ) -> tuple[Tensor, ...]:
+        """A pass, recorded where passes are: a function of its inputs, and of the text's keys and values."""
+        flat = tuple(tensor for pair in text.layers for tensor in pair)
+        if self._recordings is None or torch.is_grad_enabled():
+            return function(*inputs, *flat)
+        return self._recordings.run(name, function, inputs, flat, context)
 
     def forward(self, latents: Tensor, timesteps: Tensor, text: TextKV, context: Context) -> Tensor:
         """Velocity of one noisy block.
@@ -512,58 +765,55 @@ class WanTransformer(nn.Module):
                        decides what `affinity` recalls.
         Returns: [P*B,C,F,h,w] velocity eps - x0, same dtype as latents. The context is not changed.
         """
-        frames, (h, w) = latents.shape[2], latents.shape[3:]
+        batch, frames, (h, w) = latents.shape[0], latents.shape[2], latents.shape[3:]
         _, ph, pw = self.config.patch_size
-        prompts = max(1, text.layers[0][0].shape[0] // latents.shape[0])
-        attend = self._attend_in(context, latents.shape[0])
-        modulation = self.modulation(timesteps.repeat(prompts, 1))
-        # Under autocast the residual stream keeps its width; no name here keeps the tokens while the layers run.
-        x = self.run_layers(
-            self.patch(latents).to(latents.dtype).repeat(prompts, 1, 1), modulation, text, attend
-        )
-        return self.unpatch(self.head(x, modulation), frames, h // ph, w // pw)
+        prompts = max(1, text.layers[0][0].shape[0] // batch)
+
+        def run(
+            latents: Tensor, timesteps: Tensor, cos: Tensor, sin: Tensor, *text: Tensor
+        ) -> tuple[Tensor, ...]:
+            modulation = self.modulation(timesteps.repeat(prompts, 1))
+            # Under autocast the residual stream keeps its width.
+            x = self._through(
+                self.patch(latents).to(latents.dtype).repeat(prompts, 1, 1),
+                modulation,
+                text,
+                context,
+                (cos, sin),
+                batch=batch,
+            )
+            return (self.unpatch(self.head(x, modulation), frames, h // ph, w // pw),)
+
+        inputs = (latents, timesteps, *self._angles(context, latents.dtype))
+        return self._run("denoise", run, inputs, text, context)[0]
 
     def commit(self, latents: Tensor, text: TextKV, context: Context) -> BlockKV:
         """The clean pass: keys and values of a clean block [B,C,F,h,w] at timestep 0, all layers."""
-        return self.commit_tokens(self.patch(latents), text, context)
+        return self._clean("clean", self.patch(latents), text, context)
 
     def commit_tokens(self, tokens: Tensor, text: TextKV, context: Context) -> BlockKV:
-        """Keys and values of tokens [B,S,d] in patch-embedding space at timestep 0, all layers.
+        """Keys and values of tokens [B,S,d] in patch-embedding space at timestep 0, all layers."""
+        return self._clean("compressed", tokens, text, context)
 
-        The last layer is only projected: nobody reads its output (docs/method.md 7.6, own notes).
-        """
-        modulation = self.modulation(
-            torch.zeros(tokens.shape[0], 1, dtype=torch.float64, device=tokens.device)
-        )
-        attend = self._attend_in(context, tokens.shape[0])
-        kept: list[tuple[Tensor, Tensor, Tensor]] = []
-        x = tokens
-        for i, layer in enumerate(self._layers()):
-            if i == len(self.blocks) - 1:
-                q, k, v = layer.inputs_alone(x, modulation)
-                kept.append((k, v, _token_sum(q)))
-                break
-            run: Callable[..., Any] = self._commit_layer
-            if self._recomputes and torch.is_grad_enabled():
-                run = _recomputed(layer, run)
-            x, k, v, q_sum = run(layer, x, modulation, text.layers[i], partial(attend, i))
-            kept.append((k, v, q_sum))
-        k, v, q_sum = (torch.stack(parts) for parts in zip(*kept, strict=True))
-        return BlockKV(k, v, q_sum)
+    def _clean(self, name: str, tokens: Tensor, text: TextKV, context: Context) -> BlockKV:
+        batch, config = tokens.shape[0], self.config
 
-    @staticmethod
-    def _commit_layer(
-        layer: Layer,
-        x: Tensor,
-        modulation: Modulation,
-        text: tuple[Tensor, Tensor],
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B,S,d] after one layer; its keys, values and query sums."""
-        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        def run(tokens: Tensor, cos: Tensor, sin: Tensor, *text: Tensor) -> tuple[Tensor, ...]:
+            still = torch.zeros(batch, 1, dtype=torch.float64, device=tokens.device)
+            kept: list[Tensor] = []
 
-        def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            found.append((k, v, _token_sum(q)))
-            return attend(q, k, v)
+            def keep(layer: int, *tensors: Tensor) -> None:
+                if not kept:
+                    kept.extend(t.new_empty((config.num_layers, *t.shape)) for t in tensors)
+                for whole, tensor in zip(kept, tensors, strict=True):
+                    whole[layer] = tensor
 
-        return (layer(x, modulation, text, keep), *found[0])
+            angles = (cos, sin)
+            # A slice is made whole, so that compiled layers meet one memory format.
+            self._through(
+                tokens.contiguous(), self.modulation(still), text, context, angles, batch=batch, keep=keep
+            )
+            return tuple(kept)
+
+        inputs = (tokens, *self._angles(context, tokens.dtype))
+        return BlockKV(*self._run(name, run, inputs, text, context))

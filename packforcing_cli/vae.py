@@ -743,8 +743,21 @@ class WanCodec:
     caches.
     """
 
-    def __init__(self, module: AutoencoderKLWan) -> None:
-        """Raises: ValueError for a VAE that folds pixels first (Wan 2.2 5B)."""
+    def __init__(
+        self, module: AutoencoderKLWan, *, latents_per_call: int = 1, channels_last: bool = False
+    ) -> None:
+        """Wrap a module.
+
+        Args:
+            latents_per_call: latent frames the decoder is given at a time after a video's first, which is decoded
+                              alone. One at a time equals diffusers' own `decode` bit for bit; more differ by rounding
+                              (5e-6 in float32) and take that many times the working memory.
+            channels_last:    keep channels innermost, as cuDNN's convolutions of 16-bit numbers want them; results
+                              differ by rounding.
+        Raises: ValueError for a VAE that folds pixels first (Wan 2.2 5B), or no latent frame a call.
+        """
+        if latents_per_call < 1:
+            raise ValueError(f"latents_per_call must be at least 1, got {latents_per_call}")
         untyped: Any = module  # diffusers gives its models no types
         config = untyped.config
         if config.patch_size is not None:
@@ -752,6 +765,10 @@ class WanCodec:
                 f"this VAE folds pixels by {config.patch_size}; only the Wan 2.1 form is supported"
             )
         self.module = untyped.eval().requires_grad_(False)
+        self._latents_per_call, self._layout = latents_per_call, torch.contiguous_format
+        if channels_last:
+            self._layout = torch.channels_last_3d
+            _put_channels_last(self.module)
         self._facts = CodecFacts(
             kind="wan",
             latent_channels=config.z_dim,
@@ -768,10 +785,10 @@ class WanCodec:
         return self._facts
 
     def encoder(self) -> WanStreamingEncoder:
-        return WanStreamingEncoder(self.module, self._facts)
+        return WanStreamingEncoder(self.module, self._facts, self._layout)
 
     def decoder(self) -> WanStreamingDecoder:
-        return WanStreamingDecoder(self.module, self._facts)
+        return WanStreamingDecoder(self.module, self._facts, self._layout, self._latents_per_call)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         self.module.to(device=device, dtype=dtype)
@@ -786,9 +803,9 @@ def _by_frame(pointwise: Any, x: Tensor) -> Tensor:
 class WanStreamingEncoder:
     """`StreamingEncoder` of a `WanCodec`. State: the encoder's feature cache."""
 
-    def __init__(self, module: AutoencoderKLWan, facts: CodecFacts) -> None:
+    def __init__(self, module: AutoencoderKLWan, facts: CodecFacts, layout: torch.memory_format) -> None:
         self._module: Any = module  # diffusers gives its models no types
-        self._facts = facts
+        self._facts, self._layout = facts, layout
         self._features = _empty_features(self._module.encoder)
 
     @torch.no_grad()
@@ -802,7 +819,13 @@ class WanStreamingEncoder:
         )
         features = list(self._features)
         moments = torch.cat(
-            [self._module.encoder(g, feat_cache=features, feat_idx=[0]) for g in groups], dim=2
+            [
+                self._module.encoder(
+                    g.contiguous(memory_format=self._layout), feat_cache=features, feat_idx=[0]
+                )
+                for g in groups
+            ],
+            dim=2,
         )
         self._features = features
         moments = _by_frame(self._module.quant_conv, moments)
@@ -816,15 +839,21 @@ class WanStreamingEncoder:
         return _features_state(self._features)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._features = _features_from(state, self._module.encoder)
+        self._features = _features_from(state, self._module.encoder, self._layout)
 
 
 class WanStreamingDecoder:
     """`StreamingDecoder` of a `WanCodec`. State: the decoder's feature cache."""
 
-    def __init__(self, module: AutoencoderKLWan, facts: CodecFacts) -> None:
+    def __init__(
+        self,
+        module: AutoencoderKLWan,
+        facts: CodecFacts,
+        layout: torch.memory_format,
+        latents_per_call: int,
+    ) -> None:
         self._module: Any = module  # diffusers gives its models no types
-        self._facts = facts
+        self._facts, self._layout, self._latents_per_call = facts, layout, latents_per_call
         self._features = _empty_features(self._module.decoder)
 
     @torch.no_grad()
@@ -832,17 +861,34 @@ class WanStreamingDecoder:
         _check_latents(latents, self._facts)
         raw = _raw(latents, self._facts).to(next(self._module.parameters()))
         features, frames = list(self._features), []
-        for z in _by_frame(self._module.post_quant_conv, raw).split(1, dim=2):
-            first = not _started(features)
-            frames.append(self._module.decoder(z, feat_cache=features, feat_idx=[0], first_chunk=first))
+        raw = _by_frame(self._module.post_quant_conv, raw)
+        if not _started(features):  # the first latent frame stands for one frame, each later one for four
+            frames.append(self._call(raw[:, :, :1], features, first=True))
+            raw = raw[:, :, 1:]
+        if raw.shape[2]:
+            frames += [self._call(z, features, first=False) for z in raw.split(self._latents_per_call, dim=2)]
         self._features = features
         return torch.cat(frames, dim=2).float().clamp(-1, 1) * 0.5 + 0.5
+
+    def _call(self, z: Tensor, features: FeatureCache, *, first: bool) -> Tensor:
+        z = z.contiguous(memory_format=self._layout)
+        out: Tensor = self._module.decoder(z, feat_cache=features, feat_idx=[0], first_chunk=first)
+        return out
 
     def state_dict(self) -> dict[str, Tensor]:
         return _features_state(self._features)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._features = _features_from(state, self._module.decoder)
+        self._features = _features_from(state, self._module.decoder, self._layout)
+
+
+def _put_channels_last(module: nn.Module) -> None:
+    """Lay the weights of all convolutions out with the channels innermost; their values stay."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv3d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(layer, nn.Conv2d):
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def _empty_features(half: nn.Module) -> FeatureCache:
@@ -863,10 +909,15 @@ def _features_state(features: FeatureCache) -> dict[str, Tensor]:
     return {"kinds": torch.tensor(codes, dtype=torch.uint8)} | tensors
 
 
-def _features_from(state: Mapping[str, Tensor], half: nn.Module) -> FeatureCache:
+def _features_from(state: Mapping[str, Tensor], half: nn.Module, layout: torch.memory_format) -> FeatureCache:
     weight = next(half.parameters())
     codes = state["kinds"].tolist() if "kinds" in state else []
     tensors = {f"feature.{i}" for i, code in enumerate(codes) if code == 2}
     if len(codes) != len(_empty_features(half)) or state.keys() != tensors | {"kinds"}:
         raise ValueError(f"not the state of this kind of stream: {len(codes)} entries, {len(state)} tensors")
-    return [state[f"feature.{i}"].to(weight) if code == 2 else _KINDS[code] for i, code in enumerate(codes)]
+
+    def feature(i: int) -> Tensor:
+        # Laid out as the stream had it: a convolution's last bits may depend on that.
+        return state[f"feature.{i}"].to(weight).contiguous(memory_format=layout)
+
+    return [feature(i) if code == 2 else _KINDS[code] for i, code in enumerate(codes)]

@@ -236,6 +236,7 @@ class VideoWriter:
         DiskFullError; as `check_encoder`.
 
     encode_seconds: spent by the thread so far, encoding and writing.
+    first_at:       `time.perf_counter()` when the first block that was encoded here was in the file; None before.
     """
 
     def __init__(
@@ -268,6 +269,7 @@ class VideoWriter:
         self._frames = 0
         self._size_bytes = 0
         self.encode_seconds = 0.0
+        self.first_at: float | None = None
         self._error: PackforcingError | None = None
         self._finished = False  # the thread has ended and the file is where it stays
         self._fd = _open_part(self.path, exists=overwrite or has_part)
@@ -395,7 +397,9 @@ class VideoWriter:
     def _write_block(self, frames: NDArray[np.uint8]) -> None:
         start = time.perf_counter()
         self._append_block(self._encoder.encode(frames), len(frames))
-        self.encode_seconds += time.perf_counter() - start
+        end = time.perf_counter()
+        self.encode_seconds += end - start
+        self.first_at = self.first_at or end
 
     def _append_block(self, fragment: bytearray, num_frames: int) -> None:
         _place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
@@ -665,6 +669,7 @@ class PipeWriter:
     ) -> None:
         self._file, self.blocks_written, self.frames_written = file, 0, 0
         self.encode_seconds = 0.0  # nothing runs beside: writing waits for it
+        self.first_at: float | None = None  # as VideoWriter's
         self._encoder = _BlockEncoder(
             codec, fps=fps, width=width, height=height, crf=crf, preset=preset, metadata=metadata
         )
@@ -678,6 +683,7 @@ class PipeWriter:
             fragment, number=self.blocks_written + 1, start=self.frames_written * self._encoder.frame_ticks
         )
         self._send(fragment)
+        self.first_at = self.first_at or time.perf_counter()
         self.blocks_written, self.frames_written = self.blocks_written + 1, self.frames_written + len(array)
 
     def flush(self) -> None:

@@ -309,7 +309,7 @@ class Worker:
             result["figures"] = {
                 "replayed": made.replayed,
                 "total_seconds": round(made.total_seconds, 4),
-                "stall_seconds": round(made.stall_seconds, 4),
+                **made.timing,
                 **{f"{name}_seconds": round(value, 4) for name, value in work.seconds.items()},
                 "hash_seconds": round(time.perf_counter() - began_last, 4),
             }

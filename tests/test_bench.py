@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from test_vae import wan_module
+from tiny import embeds, video_model
 from typer.testing import CliRunner
 
-from packforcing_cli import bench, counting, prompts, registry, rollout
+from packforcing_cli import bench, bench_stream, counting, prompts, registry, rollout
+from packforcing_cli.cache import KVCache
 from packforcing_cli.cli import build_app
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.embeddings import EmbeddingCache
+from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.prompts import Prompt
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import TransformerConfig, attention
+from packforcing_cli.vae import WanCodec
 
 STEADY = 2 + 1 + 16 + 1
 
@@ -89,6 +97,48 @@ def test_early_and_late_blocks_take_the_same_operations_and_move_the_same_bytes(
     assert full_rows[1]["pass_flops"] > 1.4 * full_rows[0]["pass_flops"]
 
 
+@pytest.mark.parametrize(("frames", "attended"), [(4, 27_872), (3, 21_632)])
+def test_the_memory_of_the_1_3b_model_moves_what_must_be_moved_and_no_more(
+    frames: int, attended: int
+) -> None:
+    """At full size, on the meta device: every byte is accounted for, at block 300 as at block 500."""
+    grid = Grid(frames, rows=30, cols=52, layers=30, kv_dim=1536, heads=12)
+    layout = Layout(grid, mid_span="fit", trained_frames=7 * frames)
+    kept = KVCache(layout, num_blocks=502, dtype=torch.bfloat16, device="meta")
+    like = {"dtype": torch.bfloat16, "device": torch.device("meta")}
+    full, small = (
+        bench.random_kv(grid, tokens, **like)  # type: ignore[arg-type]
+        for tokens in (grid.block_tokens, grid.compressed_tokens)
+    )
+    counts = []
+    for block in (300, 500):
+        bench.fill(kept, block)
+        kept.context(block)  # angles are remembered from block to block
+        with counting.moved_bytes() as moved:
+            context = kept.context(block)
+            kept.commit(block, full)
+            kept.add_backup(block, small)
+        assert context.is_complete
+        counts.append((moved.bytes, moved.operators))
+    assert counts[0] == counts[1]
+    one = 1536 * 2  # bytes of a token's keys in a layer
+    turns = 2 * 64 * 4  # a token's cosines and sines
+    recalled, n, n_c = 16 * 182, grid.block_tokens, 182
+    needed = {
+        "recalled keys and values, read and written": 4 * recalled * one + recalled * turns,
+        "keys of the clean block, turned": 2 * n * one,
+        "its values": 2 * n * one,
+        "its compressed form, and the sum of its keys": 4 * n_c * one + n_c * one,
+        "scores of 256 blocks and a backup": 257 * 1536 * 4,
+    }
+    beside = counts[0][0] / 30 - sum(needed.values())
+    assert 0 < beside < 0.005 * sum(needed.values())  # query sums, places, a block's cosines and sines
+    own = layout.tokens(500)
+    assert own.active == attended
+    share = counts[0][0] / (5 * bench.attention_bytes(grid, attended, 2))
+    assert share < 0.125  # of the five passes' attention; 0.049 of it, or 0.063, is storing the block itself
+
+
 def test_a_policy_that_needs_more_memory_than_there_is_is_named_and_not_measured(tmp_path: Path) -> None:
     model = demo()
     (row,) = bench.scaling(
@@ -105,7 +155,7 @@ def test_the_buffers_of_the_memory_never_move(tmp_path: Path) -> None:
     kept = stage.cache
 
     def places() -> list[int]:
-        return [value.data_ptr() for value in vars(kept).values() if isinstance(value, torch.Tensor)]
+        return [value.data_ptr() for value in kept.tensors().values()]
 
     before = places()
     for block in range(40):
@@ -197,3 +247,79 @@ def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.M
     assert found["schema"] == 1
     assert found["cache"]["passes"] == 17
     assert found["conditions"]["torch"] == torch.__version__
+    kinds = found["cache"]["kv_dtypes"]
+    assert (
+        kinds["auto"]["error"]
+        == 0
+        < kinds["bf16"]["error"]
+        < kinds["int8"]["error"]
+        < kinds["fp8"]["error"]
+        < 0.1
+    )
+    assert kinds["int8"]["block_bytes"] == kinds["fp8"]["block_bytes"] < kinds["auto"]["block_bytes"] / 3
+
+
+def test_decoding_and_whole_videos_are_measured_both_ways() -> None:
+    model = video_model(torch.float32)
+    found = bench_stream.stream(
+        model,
+        Prompt("made up", embeds(0, model.dtype)),
+        memory=MemoryOptions(sink_blocks=1, top_k=1, mid_span="block"),
+        repeats=2,
+    )
+    assert [row["way"] for row in found["decode"]] == ["tiny VAE, channels first", "tiny VAE, channels last"]
+    assert found["decode"][0]["largest_difference"] == 0
+    assert found["decode"][1]["largest_difference"] < 1e-5
+    video = found["video"]
+    assert video["files_are_equal"]
+    assert (video["from_block"], video["blocks"]) == (6, 8)
+    assert video["in order"]["n"] == video["beside"]["n"] == 2
+    assert all(video[way]["first_frame_seconds"] > 0 for way in ("in order", "beside"))
+
+
+def test_the_wan_vae_is_decoded_in_each_way() -> None:
+    wan = replace(video_model(torch.float32), codec=WanCodec(wan_module()))
+    rows = bench_stream.decoding(wan, size=(64, 64), repeats=1)
+    assert len({row["way"] for row in rows}) == len(rows) == 6
+    assert rows[0]["largest_difference"] == 0
+    assert all(row["largest_difference"] < 1e-5 for row in rows)
+
+
+def test_the_core_needs_neither_pyav_nor_diffusers_nor_torchao_nor_transformers() -> None:
+    """In one process: each of the four imports fails as it does where the library is absent."""
+    words = [
+        "--model",
+        "random:wan2.1-1.3b?layers=1",
+        "--size",
+        "64x64",
+        "--repeats",
+        "1",
+        "--force",
+        "--json",
+        "-",
+    ]
+    code = (
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(('av', 'diffusers', 'torchao', 'transformers')))\n"
+        "from packforcing_cli.cli import main\n"
+        "for part in ('engine', 'cache', 'stream'):\n"
+        "    try:\n"
+        f"        main(['bench', part, *{words!r}, '--vae', 'tiny'])\n"
+        "    except SystemExit as stop:\n"
+        "        assert not stop.code\n"
+        f"main(['bench', 'engine', *{words!r}])\n"
+    )
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert told.returncode == 4, told.stderr
+    decoder, found = json.JSONDecoder(), []
+    rest = told.stdout.strip()
+    while rest:
+        values, end = decoder.raw_decode(rest)
+        found.append(values)
+        rest = rest[end:].strip()
+    engine, _, streamed = found
+    assert engine["engine"]["not measured"] == ["encode: PyAV is not installed"]
+    assert "encode" not in engine["engine"]["stages"]
+    assert streamed["stream"]["video"] is None
+    assert "the Wan VAE needs diffusers" in told.stderr
+    assert "use --vae tiny" in told.stderr

@@ -79,6 +79,12 @@ def test_a_wrong_request_is_one_message_with_the_value(values: dict[str, Any], s
         ({"mid_span": "0"}, "--mid-span 0: must be a number above 0, block or fit"),
         ({"mid_span": "1/0"}, "--mid-span 1/0"),
         ({"mid_span": "nan"}, "--mid-span nan"),
+        ({"kv_dtype": "int4"}, "--kv-dtype int4: must be one of auto, bf16, fp8, int8"),
+        ({"bank_memory": "much"}, "--bank-memory much: must be a size such as 8GB"),
+        ({"bank_memory": "8iB"}, "--bank-memory 8iB"),
+        ({"bank_memory": "0"}, "--bank-memory 0"),
+        ({"bank_memory": "-1GB"}, "--bank-memory -1GB"),
+        ({"bank_device": "disk"}, "--bank-device disk: must be one of auto, device, host"),
         ({"tpo_k": 1}, "unknown setting 'tpo_k'; the nearest known one is 'top_k'"),
     ],
 )
@@ -111,6 +117,14 @@ def test_mid_span_is_a_number_a_word_or_the_models_own(text: str | None, span: A
 def test_bank_may_be_unlimited() -> None:
     assert MemoryOptions(bank="unlimited").bank is None  # type: ignore[arg-type]
     assert MemoryOptions(bank="32").bank == 32  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GB", 8 * 10**9), ("500 mb", 5 * 10**8), ("1.5GiB", 3 << 29), ("2T", 2 * 10**12), ("4096", 4096)],
+)
+def test_a_size_of_memory_has_a_unit(text: str, size: int) -> None:
+    assert MemoryOptions(bank_memory=text).bank_memory == size  # type: ignore[arg-type]
 
 
 def layout_of(**values: Any) -> Any:

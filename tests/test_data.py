@@ -209,6 +209,12 @@ def test_a_wrong_timeline_makes_a_bad_clip_and_says_why(clips: Path, caption: st
     assert said in found["1.mp4"].message
 
 
+def test_data_check_says_how_many_captions_a_clip_has(clips: Path, run_command: Any) -> None:
+    (clips / "1.txt").write_text("0:00 day\n0:00.9 dusk\n0:01.9 night", "utf-8")
+    shown = run_command("data", "check", str(clips), "--scene-seconds", "3").out
+    assert "day (and 2 more)" in shown and "number 2 (and" not in shown
+
+
 def test_a_timeline_that_is_no_list_is_named(clips: Path) -> None:
     (clips / "metadata.jsonl").write_text('{"file_name": "0.mp4", "timeline": "0:00 x"}\n', "utf-8")
     with pytest.raises(UsageError, match="line 1: timeline is no list of captions"):

@@ -78,3 +78,23 @@ def test_this_machine_tells(tmp_path: Path) -> None:
 def test_the_driver_is_seen_by_its_file(system: Path) -> None:
     write(system / "proc/driver/nvidia/version", "NVRM version: 580.1")
     assert machine.has_nvidia_driver()
+
+
+def test_the_age_of_the_process_is_from_its_start(system: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Field 22 of /proc/self/stat, in ticks since boot; a program's name may have brackets and spaces in it."""
+    monkeypatch.setattr(machine.os, "sysconf", lambda name: {"SC_CLK_TCK": 100}[name])
+    monkeypatch.setattr(machine.time, "CLOCK_BOOTTIME", 7, raising=False)
+    monkeypatch.setattr(machine.time, "clock_gettime", lambda clock: {7: 1002.5}[clock])
+    fields = ["R", *(str(n) for n in range(4, 22)), "100025", *(str(n) for n in range(23, 53))]
+    write(system / "proc/self/stat", f"4711 (a) b (c)) {' '.join(fields)}\n")
+    assert machine.process_seconds() == pytest.approx(1002.5 - 1000.25)
+    (system / "proc/self/stat").unlink()
+    assert machine.process_seconds() is None
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_this_process_is_older_than_this_test() -> None:
+    first = machine.process_seconds()
+    second = machine.process_seconds()
+    assert first is not None and second is not None
+    assert 0 < first <= second

@@ -39,7 +39,12 @@ NOT_OF_A_LINE = {
     *("run", "no_run", "again", "dry_run", "as_json", "progress", "quiet", "verbose", "force"),
 }
 """Options of generate and extend that a batch has for all lines, or that do not say what is made."""
-OTHER_NAMES = {"start": "from", "no_metadata": "metadata", "no_rope_adjustment": "rope_adjustment"}
+OTHER_NAMES = {
+    "compile_layers": "compile",
+    "start": "from",
+    "no_metadata": "metadata",
+    "no_rope_adjustment": "rope_adjustment",
+}
 
 
 @pytest.mark.parametrize(("name", "keys"), [("generate", GENERATE_KEYS), ("extend", EXTEND_KEYS)])

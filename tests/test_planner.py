@@ -115,7 +115,7 @@ def followed(made: Plan, request: PlanRequest, machine: Machine) -> Plan:
         (paper(seconds=1200), 23, "--bank "),
         (paper(seconds=5, dtype="fp32"), 24, "--dtype bf16"),
         (paper(seconds=5, size="416x240"), 11, "--quantize-text int8"),
-        (paper(seconds=10), 11, "--quantize-text int8 --quantize int8 --size "),
+        (paper(seconds=10), 10, "--quantize-text int8 --quantize int8 --size "),
     ],
 )
 def test_a_plan_that_does_not_fit_names_an_option_that_does(
@@ -135,9 +135,9 @@ def test_a_plan_that_does_not_fit_names_an_option_that_does(
     ("request_", "memory_gb", "change"),
     [
         (paper(seconds=5, size="416x240"), 8, {"offload": "text"}),
-        (paper(size="416x240", memory=MemoryOptions(bank=16)), 7, {"offload": "all"}),
+        (paper(size="416x240", memory=MemoryOptions(bank=16)), 6.5, {"offload": "all"}),
         (paper(size="416x240", offload="text", memory=MemoryOptions(bank=16)), 6, {"quantize": "int8"}),
-        (paper(), 5, {"offload": "all", "bank": 16, "size": (416, 240)}),
+        (paper(), 5, {"offload": "all", "size": (416, 240)}),
     ],
 )
 def test_beside_a_gpu_the_host_takes_weights_first(
@@ -385,3 +385,56 @@ def test_embeddings_from_a_file_need_no_room_for_a_text_encoder() -> None:
     small = Machine(memory_bytes=encoded.peak_bytes - GB)
     assert not plan(GenerateRequest(**values), small).fits
     assert plan(GenerateRequest(**values, embeddings=Path("prompts.safetensors")), small).fits
+
+
+# ------------------------------------------------------------------------------------------- a bank in host memory
+
+
+def test_a_bank_that_does_not_fit_beside_the_model_is_in_host_memory() -> None:
+    request = paper(seconds=600, offload="text", memory=MemoryOptions(mid_span="fit"))
+    large, small = (Machine(size * GB, device="cuda:0", host_bytes=64 * GB) for size in (80, 18))
+    there, here = plan(request, large), plan(request, small)
+    assert (there.bank_device, here.bank_device, here.fits) == ("device", "host", True)
+    far, near = here.layout.far_bytes(here.blocks)
+    assert far == 257 * 182 * 184_320 and near == 2 * 16 * 182 * 184_320 // 30
+    for before, after in zip(there.stages[1:], here.stages[1:], strict=True):
+        assert before.device_bytes - after.device_bytes == far - near
+        assert after.host_bytes - before.host_bytes == far
+    assert here.memory == there.memory  # what is kept is the same, wherever it is
+    asked = plan(request.changed(bank_device="device"), small)
+    assert (asked.fits, asked.change) == (False, {"bank_device": "host"})
+    assert followed(asked, request.changed(bank_device="device"), small).fits
+    little = Machine(18 * GB, device="cuda:0", host_bytes=8 * GB)
+    assert plan(request, little).bank_device == "device"  # there is no room for it in host memory, either
+    on_cpu = plan(request.changed(offload="none", bank_device="host"), Machine(256 * GB))
+    same = plan(request.changed(offload="none"), Machine(256 * GB))
+    assert on_cpu.stages[1].device_bytes - same.stages[1].device_bytes == near
+
+
+@pytest.mark.parametrize(("kv_dtype", "a_token"), [("bf16", 184_320), ("int8", 95_040), ("fp8", 95_040)])
+def test_a_bank_of_smaller_numbers_takes_less_and_a_cap_keeps_fewer_blocks(
+    kv_dtype: str, a_token: int
+) -> None:
+    made = plan(paper(seconds=600, memory=MemoryOptions(kv_dtype=kv_dtype)))
+    sums = 30 * 1536 * 4
+    assert made.memory.bank == 256 * (182 * a_token + sums) + sums
+    assert made.memory.stored == 3_987_210_240
+    capped = plan(paper(seconds=600, memory=MemoryOptions(kv_dtype=kv_dtype, bank_memory=2 * GB)))
+    blocks = capped.layout.bank
+    assert blocks == (2 * GB - sums) // (182 * a_token + sums) == capped.to_json()["memory"]["bank"]
+    assert capped.memory.bank <= 2 * GB < capped.memory.bank + 182 * a_token + sums
+    assert plan(paper(memory=MemoryOptions(bank=8, bank_memory=2 * GB))).layout.bank == 8
+    small = plan(paper(memory=MemoryOptions(kv_dtype=kv_dtype, bank_memory=GB // 5)))
+    assert any("nothing to select from; use a larger --bank-memory" in said for said in small.warnings)
+    unlimited = plan(
+        paper(seconds=600, memory=MemoryOptions(bank=None, kv_dtype=kv_dtype, bank_memory=2 * GB))
+    )
+    assert unlimited.layout.bank == blocks
+
+
+def test_a_cap_without_room_for_a_block_is_refused_with_one_that_has() -> None:
+    with pytest.raises(LayoutError, match="no room for a compressed block") as error:
+        plan(paper(memory=MemoryOptions(bank_memory="10MB")))
+    size = error.value.hint.split()[2]
+    assert plan(paper(memory=MemoryOptions(bank_memory=size))).layout.bank == 1
+    assert plan(paper(memory=MemoryOptions(bank_memory="10MB", policy="sink"))).memory.bank == 0

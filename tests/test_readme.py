@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from packforcing_cli.config import MemoryOptions, PlanRequest
-from packforcing_cli.planner import plan
+from packforcing_cli.planner import Machine, plan
 
 README = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
 MODEL = "wan2.1-1.3b-self-forcing"
@@ -26,14 +26,15 @@ def in_gb(size_bytes: float) -> str:
 
 
 def test_the_table_of_memory_options_has_its_rows() -> None:
-    assert len(rows()) == 7
+    assert len(rows()) == 9
 
 
 @pytest.mark.parametrize("row", rows(), ids=lambda row: " ".join(row[:2]) or "plain")
 def test_the_memory_of_an_option_is_the_planners(row: tuple[str, ...]) -> None:
     option, value, *cells = row
     changes: dict[str, Any] = {option.removeprefix("--").replace("-", "_"): value} if option else {}
-    stages = plan(PlanRequest(model=MODEL, seconds=60.0, **changes)).stages
+    gpu = Machine(10**12, device="cuda:0", host_bytes=10**12)
+    stages = plan(PlanRequest(model=MODEL, seconds=60.0).changed(**changes), gpu).stages
     for cell, stage in zip(cells, stages, strict=True):
         device, _, host = cell.replace(" GB", "").rstrip(")").partition(" (")
         assert device == ("0" if stage.device_bytes == 0 else in_gb(stage.device_bytes)), stage.name

@@ -346,6 +346,12 @@ def test_generate_writes_whole_blocks_and_stops_when_asked(model: VideoModel, tm
         should_stop=lambda: len(seen) == 2,
     )
     assert (result.blocks, result.frames, result.stopped, result.seed) == (2, 29, True, 3)
+    assert 0 < result.first_frame_seconds < result.total_seconds
+    assert len(result.block_seconds) == 2
+    assert result.block_percentile(50) == min(result.block_seconds)
+    assert result.block_percentile(95) == max(result.block_seconds)
+    process = result.process_first_frame_seconds
+    assert process is None or process > result.first_frame_seconds
     assert seen == [0, 1]
     reader = VideoReader(result.path)
     assert (reader.num_frames, reader.width, reader.height) == (29, 64, 64)
@@ -373,24 +379,18 @@ def test_each_block_reads_its_own_prompt_and_blends_are_linear(
     """Embeddings go in once for every prompt and blend; denoising, clean and compressed pass read the same."""
     made: list[tuple[Tensor, object]] = []
     read: list[object] = []
-    embed, run_layers = model.transformer.embed_text, model.transformer.run_layers
-    commit_tokens = model.transformer.commit_tokens
+    embed, run = model.transformer.embed_text, model.transformer._run
 
     def spy_embed(given: Tensor) -> Any:
         made.append((given, embed(given)))
         return made[-1][1]
 
-    def spy_run(x: Tensor, modulation: Any, text: Any, attend: Any) -> Tensor:
+    def spy_run(name: str, function: Any, inputs: Any, text: Any, context: Any) -> Any:
         read.append(text)
-        return run_layers(x, modulation, text, attend)
-
-    def spy_commit(tokens: Tensor, text: Any, context: Any) -> Any:
-        read.append(text)
-        return commit_tokens(tokens, text, context)
+        return run(name, function, inputs, text, context)
 
     monkeypatch.setattr(model.transformer, "embed_text", spy_embed)
-    monkeypatch.setattr(model.transformer, "run_layers", spy_run)
-    monkeypatch.setattr(model.transformer, "commit_tokens", spy_commit)
+    monkeypatch.setattr(model.transformer, "_run", spy_run)
     a, b = embeds(1), embeds(2)
     expected = [a, a, a, (2 * a + b) / 3, (a + 2 * b) / 3, b, b, a, a]
     blocks = stream_generate(model, story(model, SCENES), num_blocks=9, seed=0, memory=WIDE)
@@ -446,6 +446,37 @@ def test_a_pinned_block_is_recalled_by_every_later_block_and_never_dropped(
     assert 3 not in unpinned[-1].cache.bank and 3 not in unpinned[-1].recalled
     assert not torch.equal(unpinned[-1].latents, made[True][-1].latents)
     assert torch.equal(unpinned[4].latents, made[True][4].latents)
+
+
+@pytest.mark.parametrize("select", ["affinity-recent", "affinity"])
+def test_a_bank_in_host_memory_gives_the_same_video(model: VideoModel, select: str) -> None:
+    memory = MemoryOptions(top_k=2, bank=3, mid_span="1", select=select)
+    for options in ({}, {"kv_dtype": "int8"}):
+        near, far = (
+            latents(model, memory.model_copy(update={**options, "bank_device": place}), num_blocks=8)
+            for place in ("device", "host")
+        )
+        assert torch.equal(near, far)
+
+
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_a_video_with_a_quantized_bank_continues_identically(model: VideoModel, kv_dtype: str) -> None:
+    memory = MemoryOptions(top_k=2, bank=3, mid_span="1", kv_dtype=kv_dtype)
+    whole, state = [], {}
+    for block in stream(model, memory, num_blocks=8):
+        whole.append(block.latents)
+        if block.index == 5:
+            state = block.state()
+    rest = [block.latents for block in stream(model, memory, num_blocks=8, state=state)]
+    assert all(torch.equal(a, b) for a, b in zip(whole[6:], rest, strict=True))
+    plain = latents(model, memory.model_copy(update={"kv_dtype": "auto"}), num_blocks=8)
+    assert not torch.equal(torch.cat(whole), plain)
+    request = GenerateRequest(prompt="made up", model="tiny", seconds=5)
+    usual = sameness.must_be_same(model, request)
+    other = sameness.must_be_same(model, request.changed(kv_dtype=kv_dtype))
+    assert "layout kv_dtype" not in usual and other["layout kv_dtype"] == kv_dtype
+    assert sameness.is_other_memory(usual, other)
+    assert sameness.must_be_same(model, request.changed(bank_device="host")) == usual
 
 
 def test_chapters_are_where_the_prompts_change(model: VideoModel, tmp_path: Path) -> None:

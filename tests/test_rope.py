@@ -158,3 +158,29 @@ def test_positions_of_a_grid_run_frame_row_column() -> None:
 def test_positions_that_are_not_triples_are_refused() -> None:
     with pytest.raises(LayoutError, match="3, 2"):
         rope.angles(torch.zeros(3, 2), HEAD_DIM)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_turning_in_pieces_gives_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 50, 2, 24, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cos, sin = rope.angles(torch.rand(50, 3, dtype=torch.float64) * 40, 24)
+    whole = rope.rotate(x, cos, sin)
+    room = torch.zeros(3, 60, 2, 24, dtype=dtype)
+    for piece in (
+        1,
+        100,
+        7 * 48,
+        2 * 50 * 48,
+        1 << 20,
+    ):  # less than a token, than a row; more than a row, than all
+        monkeypatch.setitem(rope.PIECE, "cpu", piece)
+        rope.rotate_into(x, cos, sin, room[:, 5:55])
+        assert torch.equal(room[:, 5:55], whole), piece
+        assert torch.equal(rope.rotate(x, cos, sin), whole)
+        copy = x.clone()
+        rope.rotate_into(copy, cos, sin, copy)
+        assert torch.equal(copy, whole)
+    assert not room[:, :5].any() and not room[:, 55:].any()
+    learned = x.clone().requires_grad_()
+    rope.rotate(learned, cos, sin).sum().backward()
+    assert learned.grad is not None

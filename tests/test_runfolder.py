@@ -318,7 +318,7 @@ def test_a_file_that_does_not_say_whose_it_is_is_known_when_it_has_its_name(
             if where == "before":
                 patch.setattr(VideoWriter, "close", lambda writer: kill(writer.abort()))
             else:
-                patch.setattr(rollout, "close_run", kill)
+                patch.setattr(finishing, "close_run", kill)
             assert make(model, output, run)[1] is None
     assert output.exists() is (stopped_before or where == "behind")
     with RunFolder.open(tmp_path / "run") as run:
@@ -876,6 +876,7 @@ def test_a_snapshot_is_a_file_of_the_safetensors_library(tmp_path: Path) -> None
         "c": torch.randn(3, 4).T,
         "d": torch.empty(0, 4),
         "e": torch.tensor([True, False]),
+        "f": torch.tensor([-128, 127], dtype=torch.int8),
     }
     data = b"".join(runfolder._safetensors(state, {"blocks": "3"}))
     assert len(data) == len(

@@ -80,7 +80,7 @@ def test_a_resumed_run_equals_an_unbroken_one_and_its_package_generates(tmp_path
 
 
 def trainer_of(recipe: recipes.SelfForcing, *prompts: str, **options: Any) -> self_forcing.Trainer:
-    model = registry.load_model("demo", dtype="fp32")
+    model = registry.load_model("demo", dtype="fp32", fuse=False)
     encoded, negative, _ = self_forcing.encode_prompts(model, prompts or (PROMPT,), recipe.negative_prompt)
     return self_forcing.Trainer(
         recipe,
@@ -233,7 +233,7 @@ def test_a_teacher_that_reads_other_prompts_or_latents_is_refused() -> None:
 
 
 def test_roles_share_no_storage() -> None:
-    model = registry.load_model("demo", dtype="fp32")
+    model = registry.load_model("demo", dtype="fp32", fuse=False)
     roles = self_forcing.Roles.of(model)
     assert roles.student.transformer is model.transformer  # no fourth network stays in memory
     with pytest.raises(ValueError, match="share storage"):

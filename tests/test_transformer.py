@@ -197,7 +197,8 @@ def test_a_commit_keeps_what_a_pass_at_timestep_0_computes() -> None:
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.append((k, v, q.sum(1)))
-        return model._attend_in(alone(3, 2, 4), 1)(layer, q, k, v)
+        own = alone(3, 2, 4)
+        return model._attend_in(own, model._angles(own, q.dtype), 1)(layer, q, k, v)
 
     model.run_layers(
         model.patch(latents), model.modulation(torch.zeros(1, 3, dtype=torch.float64)), text, attend

@@ -148,6 +148,35 @@ def test_wan_decoded_frame_by_frame_equals_one_shot_decode_bitwise(wan: WanCodec
     assert torch.equal(wan.decoder().decode(latents), expected)
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("latents_per_call", [1, 2, 4])
+def test_wan_decoded_in_larger_calls_and_another_layout_equals_to_rounding(
+    wan: WanCodec, latents_per_call: int, channels_last: bool, tmp_path: Path
+) -> None:
+    """Blocks of 1 + 3, 4 and 2 latent frames; a stream that goes on from a file equals one that never stopped."""
+    latents, pixels = noise(1, 4, 10, 4, 6), video(13, 32, 48)
+    codec = WanCodec(wan_module(), latents_per_call=latents_per_call, channels_last=channels_last)
+    whole, first = codec.decoder(), codec.decoder()
+    made = [whole.decode(part) for part in latents.split((4, 4, 2), dim=2)]
+    assert [part.shape[2] for part in made] == [13, 16, 8]
+    decoded = torch.cat(made, dim=2)
+    torch.testing.assert_close(decoded, wan.decoder().decode(latents), rtol=0, atol=1e-5)
+    encoded = codec.encoder().encode(pixels)
+    torch.testing.assert_close(encoded, wan.encoder().encode(pixels), rtol=1e-5, atol=2e-5)
+    first.decode(latents[:, :, :4])
+    rest = codec.decoder()
+    rest.load_state_dict(through_a_file(first.state_dict(), tmp_path / "state"))
+    assert torch.equal(
+        torch.cat([rest.decode(latents[:, :, at : at + n]) for at, n in ((4, 4), (8, 2))], 2),
+        decoded[:, :, 13:],
+    )
+
+
+def test_a_call_of_no_latent_frames_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        WanCodec(wan_module(), latents_per_call=0)
+
+
 def test_wan_encoded_in_parts_equals_one_shot_encode_bitwise(wan: WanCodec) -> None:
     pixels = video(17)
     with torch.no_grad():

@@ -358,6 +358,23 @@ def test_blocks_are_on_disk_after_flush_without_any_later_block(tmp_path: Path) 
     assert writer.close() == tmp_path / "a.mp4" == writer.close()
 
 
+def test_the_time_of_the_first_frames_is_that_of_the_first_block_in_the_file(tmp_path: Path) -> None:
+    """Not of what was copied or taken over; None as long as there is none."""
+    source = write_video(tmp_path / "a.mp4", [make_frames(0, 5), make_frames(1, 4)])
+    begin = time.perf_counter()
+    with open_writer(tmp_path / "b.mp4") as writer:
+        writer.copy(source, [5])
+        assert (writer.blocks_written, writer.first_at) == (1, None)
+        writer.write(make_frames(1, 4))
+        writer.flush()
+        first = writer.first_at
+        assert first is not None
+        assert begin < first <= time.perf_counter()
+        writer.write(make_frames(2, 4))
+        writer.flush()
+        assert writer.first_at == first
+
+
 def test_disk_full_is_reported_and_loses_nothing_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from packforcing_cli.cli import memory_options as memory
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -36,7 +39,14 @@ Size = Annotated[
     str | None, typer.Option("--size", metavar="WxH", help="Pixels. Default: the model's own size.")
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")]
+Vae = Annotated[
+    str | None, typer.Option("--vae", help="tiny, wan, or a folder with a VAE of the same latents.")
+]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
+Attention = memory.Attention
+Compile = memory.Compile
+CudaGraphs = memory.CudaGraphs
+Quantize = memory.Quantize
 Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Times every call is measured.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine, too.")]
 JsonFile = Annotated[
@@ -50,7 +60,12 @@ def engine(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
+    attention: Attention = None,
+    quantize: Quantize = None,
+    compile_layers: Compile = None,
+    cuda_graphs: CudaGraphs = None,
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
@@ -59,7 +74,36 @@ def engine(
 
     Example: packforcing bench engine --model random:wan2.1-1.3b --device cuda
     """
-    _bench(["engine"], model, size, dtype, device, repeats, force, json_file)
+    how = How(attention, quantize, compile_layers, cuda_graphs)
+    _bench(["engine"], model, size, dtype, vae, device, repeats, force, json_file, how)
+
+
+@app.command("kernels")
+def kernels(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    compile_layers: Compile = None,
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Every attention kernel that runs here, the parts of a layer, and the machine's own ceilings."""
+    how = How(compile_layers=compile_layers)
+    _bench(["kernels"], model, size, dtype, None, device, repeats, force, json_file, how)
+
+
+@app.command("precision")
+def precision(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "bf16",
+    device: Device = "auto",
+    json_file: JsonFile = None,
+) -> None:
+    """How far each quantization moves a pass's output; nothing is timed."""
+    _bench(["precision"], model, size, dtype, None, device, 1, True, json_file)
 
 
 @app.command("cache")
@@ -67,13 +111,14 @@ def cache(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """What the memory costs beside the attention it serves, against two other ways to build the same context."""
-    _bench(["cache"], model, size, dtype, device, repeats, force, json_file)
+    _bench(["cache"], model, size, dtype, vae, device, repeats, force, json_file)
 
 
 @app.command("scaling")
@@ -81,31 +126,100 @@ def scaling(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """A block early and late in a video, up to an hour, for each policy."""
-    _bench(["scaling"], model, size, dtype, device, repeats, force, json_file)
+    _bench(["scaling"], model, size, dtype, vae, device, repeats, force, json_file)
+
+
+@app.command("stream")
+def stream(
+    model: Model = "demo",
+    size: Size = None,
+    dtype: Dtype = "auto",
+    vae: Vae = None,
+    device: Device = "auto",
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Decoding in each way there is, and whole videos with blocks finished in order and beside the next one."""
+    _bench(["stream"], model, size, dtype, vae, device, repeats, force, json_file)
 
 
 @app.command("load")
 def load(
     model: Model = "demo",
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """Reading a model in a fresh process: time, peak memory."""
-    _bench(["load"], model, None, dtype, device, 3, force, json_file)
+    _bench(["load"], model, None, dtype, vae, device, 3, force, json_file)
 
 
 @app.command("startup")
 def startup(force: Force = False, json_file: JsonFile = None) -> None:
     """Commands from a fresh process: time, and which heavy libraries they import."""
-    _bench(["startup"], "demo", None, "auto", "cpu", 3, force, json_file)
+    _bench(["startup"], "demo", None, "auto", None, "cpu", 3, force, json_file)
+
+
+@app.command("peer")
+def peer(
+    self_forcing: Annotated[
+        Path | None,
+        typer.Option(
+            "--self-forcing",
+            metavar="PATH",
+            help="A checkout of github.com/guandeh17/Self-Forcing; its code is run.",
+        ),
+    ] = None,
+    device: Device = "auto",
+    attention: Attention = None,
+    compile_layers: Compile = None,
+    repeats: Repeats = 7,
+    force: Force = False,
+    json_file: JsonFile = None,
+) -> None:
+    """One cached pass of the official Self-Forcing network and ours: same weights, context and process, in turn.
+
+    Full size on a GPU, a quarter of the tokens and two layers on a CPU. The outputs are compared first.
+    """
+    from packforcing_cli import attention as kernels
+    from packforcing_cli import bench, bench_peer, compiling, registry
+    from packforcing_cli.cli import console
+    from packforcing_cli.errors import UsageError
+
+    if self_forcing is None:
+        raise UsageError(
+            "there is nothing to compare with",
+            hint=f"git clone {bench_peer.REPOSITORY}, then packforcing bench peer --self-forcing Self-Forcing.",
+        )
+    _check_json(json_file)
+    bench_peer.require_checkout(self_forcing)
+    where = registry.resolve_device(device)
+    kernel = kernels.choose(attention or "auto", device=where, dtype=registry.resolve_dtype("bf16", where))
+    if compile_layers:
+        compiling.require_compiler(where)
+    warning = bench.require_quiet(force=force)
+    if warning:
+        console.warn(warning)
+    console.say("measuring peer …")
+    found = {
+        "schema": SCHEMA,
+        "conditions": bench.conditions(where, kernel),
+        "warning": warning,
+        "peer": bench_peer.self_forcing(
+            self_forcing, device=where, kernel=kernel, compiled=bool(compile_layers), repeats=repeats
+        ),
+    }
+    _give(found, {"peer": _peer_tables}, json_file)
 
 
 @app.command("all")
@@ -113,13 +227,29 @@ def everything(
     model: Model = "demo",
     size: Size = None,
     dtype: Dtype = "auto",
+    vae: Vae = None,
     device: Device = "auto",
+    attention: Attention = None,
+    quantize: Quantize = None,
+    compile_layers: Compile = None,
+    cuda_graphs: CudaGraphs = None,
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """All of them."""
-    _bench(list(_TABLES), model, size, dtype, device, repeats, force, json_file)
+    how = How(attention, quantize, compile_layers, cuda_graphs)
+    _bench(list(_TABLES), model, size, dtype, vae, device, repeats, force, json_file, how)
+
+
+@dataclass(frozen=True)
+class How:
+    """How the model of a measurement is loaded; None = as usual."""
+
+    attention: str | None = None
+    quantize: str | None = None
+    compile_layers: bool | None = None
+    cuda_graphs: bool | None = None
 
 
 def _bench(
@@ -127,34 +257,55 @@ def _bench(
     model: str,
     size: str | None,
     dtype: str,
+    vae: str | None,
     device: str,
     repeats: int,
     force: bool,
     json_file: Path | None,
+    how: How = How(),
 ) -> None:
     """Measure, then show the tables, then write the JSON. Raises: PackforcingError."""
-    from packforcing_cli import bench, durable, machine, packages, prompts, registry, resolve
+    from packforcing_cli import (
+        attention,
+        bench,
+        bench_kernels,
+        bench_stream,
+        compiling,
+        machine,
+        packages,
+        prompts,
+        registry,
+        resolve,
+    )
     from packforcing_cli.cli import console
     from packforcing_cli.config import PlanRequest
-    from packforcing_cli.errors import PackforcingError, UsageError
 
     pixels = PlanRequest(size=size).size if size else None
-    if json_file is not None and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
-        raise UsageError(
-            f"{json_file.parent} is no folder", hint="Give --json a file in a folder that exists."
-        )
+    _check_json(json_file)
     packages.facts(model)  # refused before anything is measured when there is no such model
     where = registry.resolve_device(device)
-    warning = bench.require_quiet(force=force)
+    speed = {name: value for name, value in asdict(how).items() if value is not None}
+    kernel = attention.choose(
+        how.attention or "auto", device=where, dtype=registry.resolve_dtype(dtype, where)
+    )
+    if kernel.warning:
+        console.warn(kernel.warning)
+    if how.compile_layers:
+        compiling.require_compiler(where)
+    warning = "" if parts == ["precision"] else bench.require_quiet(force=force)
     if warning:
         console.warn(warning)
-    found: dict[str, Any] = {"schema": SCHEMA, "conditions": bench.conditions(where), "warning": warning}
+    found: dict[str, Any] = {
+        "schema": SCHEMA,
+        "conditions": bench.conditions(where, kernel),
+        "warning": warning,
+    }
     loaded: tuple[VideoModel, Prompt] | None = None
 
     def ready() -> tuple[VideoModel, Prompt]:
         nonlocal loaded
         if loaded is None:
-            source = registry.open_model(model, device=where, dtype=dtype)
+            source = registry.open_model(model, device=where, dtype=dtype, vae=vae, **speed)
             guided = resolve.schedule_for(source).guidance != 1.0
             prompt = prompts.encode_prompt(source, PROMPT, guided=guided)
             loaded = source.load(), prompt
@@ -171,18 +322,46 @@ def _bench(
         "engine": lambda: bench.engine(*ready(), size=pixels, repeats=repeats),
         "cache": lambda: bench.cache(*ready(), size=pixels, repeats=repeats),
         "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
-        "load": lambda: bench.load(model, device=str(where), dtype=dtype),
+        "stream": lambda: bench_stream.stream(*ready(), size=pixels, repeats=repeats),
+        "load": lambda: bench.load(model, device=str(where), dtype=dtype, vae=vae),
         "startup": bench.startup,
+        "kernels": lambda: bench_kernels.kernels(
+            ready()[0], size=pixels, repeats=repeats, compiled=bool(how.compile_layers)
+        ),
+        "precision": lambda: bench_kernels.precision(
+            model, ready()[1], device=where, dtype=dtype, size=pixels
+        ),
     }
     for part in parts:
         console.say(f"measuring {part} …")
         found[part] = run[part]()
+    _give(found, {part: _TABLES[part] for part in parts}, json_file)
+
+
+def _check_json(json_file: Path | None) -> None:
+    """Raises: UsageError if the figures cannot be written there."""
+    from packforcing_cli.errors import UsageError
+
+    if json_file is not None and str(json_file) != "-" and not json_file.absolute().parent.is_dir():
+        raise UsageError(
+            f"{json_file.parent} is no folder", hint="Give --json a file in a folder that exists."
+        )
+
+
+def _give(
+    found: dict[str, Any], tables: Mapping[str, Callable[[Any], list[Table]]], json_file: Path | None
+) -> None:
+    """The figures as tables, and as JSON where it is wanted."""
+    from packforcing_cli import durable
+    from packforcing_cli.cli import console
+    from packforcing_cli.errors import PackforcingError
+
     if json_file is not None and str(json_file) == "-":
         console.result_json(found)
         return
     _show_conditions(found["conditions"])
-    for part in parts:
-        for table in _TABLES[part](found[part]):
+    for part, render in tables.items():
+        for table in render(found[part]):
             console.result_table(table)
     if json_file is not None:
         try:
@@ -259,8 +438,16 @@ def _cache_tables(found: dict[str, Any]) -> list[Table]:
     ):
         table.add_row(name, f"{found[share]:.2%}", console.gb(found[size]))
     moved = found["share_of_attention_bytes"]
-    table.caption = f"{found['operators_per_block']} operators a block; {moved:.2%} of attention's own bytes"
-    return [table]
+    table.caption = (
+        f"{found['operators_per_block']} operators a block; {moved:.2%} of attention's own bytes;"
+        f" the first row measured again: {found['again']:.2f} of it"
+    )
+    if not found["kv_dtypes"]:
+        return [table]
+    kinds = _table("--kv-dtype: what a compressed block takes", "kind", "bytes", "error of a pass")
+    for name, row in found["kv_dtypes"].items():
+        kinds.add_row(name, console.gb(row["block_bytes"]), f"{row['error']:.1e}")
+    return [table, kinds]
 
 
 def _scaling_tables(found: list[dict[str, Any]]) -> list[Table]:
@@ -298,6 +485,49 @@ def _scaling_tables(found: list[dict[str, Any]]) -> list[Table]:
     return [table]
 
 
+def _stream_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    decode = _table(
+        f"decoding a block of {found['decode'][0]['frames']} frames",
+        "way",
+        "min ms",
+        "median ms",
+        "peak memory",
+        "largest difference",
+    )
+    for row in found["decode"]:
+        peak = console.gb(row["peak_memory_bytes"]) if row["peak_memory_bytes"] else ""
+        decode.add_row(row["way"], *_ms(row["seconds"]), peak, f"{row['largest_difference']:.1e}")
+    video = found["video"]
+    if video is None:
+        decode.caption = "whole videos were not measured: PyAV is not installed"
+        return [decode]
+    whole = _table(
+        f"whole videos of {video['blocks']} blocks, from block {video['from_block']} on",
+        "blocks finished",
+        "median ms",
+        "95 % ms",
+        "FPS",
+        "first frames s",
+        "waiting s",
+    )
+    for way in ("in order", "beside"):
+        row = video[way]
+        whole.add_row(
+            way if way == "in order" else "beside the next one",
+            f"{row['block_seconds'] * 1e3:.1f}",
+            f"{row['block_seconds_p95'] * 1e3:.1f}",
+            f"{row['fps']:.1f}",
+            f"{row['first_frame_seconds']:.2f}",
+            f"{row['stall_seconds']:.2f}",
+        )
+    equal = "the files are " + ("equal byte for byte" if video["files_are_equal"] else "NOT EQUAL: a fault")
+    ratio = f"beside to in order {video['ratio']:.2f} (in order again {video['again']:.2f})"
+    whole.caption = f"{ratio}; {equal}"
+    return [decode, whole]
+
+
 def _load_tables(found: dict[str, Any]) -> list[Table]:
     from packforcing_cli.cli import console
 
@@ -315,18 +545,93 @@ def _load_tables(found: dict[str, Any]) -> list[Table]:
     return [table]
 
 
+def _rate(flops_per_second: float) -> str:
+    scale, unit = (1e12, "TFLOP/s") if flops_per_second >= 1e12 else (1e9, "GFLOP/s")
+    return f"{flops_per_second / scale:.4g} {unit}"
+
+
+def _kernel_tables(found: dict[str, Any]) -> list[Table]:
+    top = _table(f"ceilings, {found['dtype']}", "what", "figure")
+    for name, value in found["ceilings"].items():
+        what, _, _ = name.partition("_per_second")
+        shown = f"{value / 1e9:.4g} GB/s" if what.endswith("bytes") else _rate(value)
+        top.add_row(what.rpartition("_")[0].replace("_", " "), shown)
+    rows = _table(
+        f"attention of {found['tokens']:,} tokens to {found['attended_tokens']:,}, one layer",
+        *("--attention", "takes", "min ms", "median ms", "rate", "error"),
+    )
+    for row in found["attention"]:
+        if "seconds" not in row:
+            rows.add_row(row["kernel"], row["not measured"], "", "", "", "")
+            continue
+        rate = _rate(row["flops_per_second"])
+        rows.add_row(row["kernel"], row["taken"], *_ms(row["seconds"]), rate, f"{row['error']:.1e}")
+    parts = _table("a layer beside attention", "what", "min ms", "median ms")
+    for title, values in (("q, k, v", found["projections"]), ("layer", found["layer"])):
+        for name, times in values.items():
+            if isinstance(times, dict):
+                parts.add_row(f"{title} {name}", *_ms(times))
+        if "not measured" in values:
+            parts.add_row(f"{title}: {values['not measured']}", "", "")
+    if "eager_operators" in found["layer"]:
+        from packforcing_cli.cli import console
+
+        parts.caption = (
+            f"eager, a layer: {found['layer']['eager_operators']} operators move"
+            f" {console.gb(found['layer']['eager_bytes'])}"
+        )
+    return [top, rows, parts]
+
+
+def _precision_tables(found: dict[str, Any]) -> list[Table]:
+    from packforcing_cli.cli import console
+
+    table = _table(
+        f"a pass's output against {found['dtype']}, {found['model']}",
+        *("--quantize", "error", "worst", "weights"),
+    )
+    for row in found["rows"]:
+        if "error" not in row:
+            table.add_row(row["mode"], row["not measured"], "", "")
+            continue
+        name = row["mode"] + (f" ({row['how']})" if "how" in row else "")
+        size = console.gb(row["weight_bytes"]) if "weight_bytes" in row else ""
+        table.add_row(name, f"{row['error']:.2%}", f"{row['worst']:.3f} sd", size)
+    return [table]
+
+
+def _peer_tables(found: dict[str, Any]) -> list[Table]:
+    table = _table(
+        f"one pass over {found['tokens']:,} tokens that attend {found['attended_tokens']:,}, {found['layers']} layers"
+        f" of {found['dim']}, bf16, {found['clock']}",
+        *("whose", "min ms", "median ms", "times ours"),
+    )
+    for name, times in found["seconds"].items():
+        ratio = found["again"] if name == "again" else found["ratios"].get(name, 1.0)
+        title = {"theirs": found["peer"], "again": "ours again (the spread)"}.get(name, name)
+        table.add_row(title.replace("theirs", found["peer"]), *_ms(times), f"{ratio:.2f}")
+    said = [f"outputs differ by {found['error']:.1e}", *found["patches"]]
+    table.caption = "; ".join(said)
+    return [table]
+
+
 def _startup_tables(found: dict[str, Any]) -> list[Table]:
     table = _table("from a fresh process", "command", "min s", "median s", "imports")
     for name, row in found["commands"].items():
         heavy = ", ".join(row["imports"]) or "nothing heavy" if "imports" in row else ""
         table.add_row(name, f"{row['min']:.2f}", f"{row['median']:.2f}", heavy)
+    for missing in found["not measured"]:
+        table.add_row("not measured", "", "", missing)
     return [table]
 
 
 _TABLES: dict[str, Callable[[Any], list[Table]]] = {
     "engine": _engine_tables,
+    "kernels": _kernel_tables,
+    "precision": _precision_tables,
     "cache": _cache_tables,
     "scaling": _scaling_tables,
+    "stream": _stream_tables,
     "load": _load_tables,
     "startup": _startup_tables,
 }

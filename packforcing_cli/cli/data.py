@@ -19,7 +19,7 @@ Folder = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
-        help="Folder of clips, with captions in NAME.txt beside them or in metadata.jsonl.",
+        help="Folder of clips, with captions or timelines in NAME.txt beside them or in metadata.jsonl.",
     ),
 ]
 Model = Annotated[str, typer.Option("--model", metavar="NAME", help="The model that will be trained.")]
@@ -161,7 +161,7 @@ def _show(found: Findings) -> None:
             f"{clip.size[0]}x{clip.size[1]}" if clip.size[0] else "",
             f"{clip.fps:g}" if clip.fps else "",
             str(len(clip.scenes)) if clip.scenes else "",
-            clip.message or _cut(clip.caption),
+            clip.message or _captions(clip),
         )
     console.result_table(table)
     if len(clips) > SHOWN:
@@ -175,6 +175,12 @@ def _summary(found: Findings, wanted: Any) -> str:
     seconds = sum(wanted.grid.frames_for(n) for clip in found.used for n in clip.scenes) / wanted.fps
     others = f"; {len(found.others)} other files are not looked at" if found.others else ""
     return f"{len(found.clips)} clips: {counts}. Used: {scenes} scenes, {blocks} blocks, {seconds:.0f} s{others}."
+
+
+def _captions(clip: Finding) -> str:
+    """The caption, of a timeline the first one and how many more its blocks have."""
+    more = len({text for words in clip.words for text in words.captions} - {clip.caption})
+    return _cut(clip.caption) + (f" (and {more} more)" if more else "")
 
 
 def _cut(text: str, length: int = 60) -> str:

@@ -238,72 +238,35 @@ def _check_gpu() -> Iterator[Finding]:
 def _check_attention() -> Iterator[Finding]:
     import torch
 
-    on_gpu = torch.cuda.is_available()
-    capability = torch.cuda.get_device_capability() if on_gpu else None
-    yield attention_finding(_profiled_kernels("cuda" if on_gpu else "cpu"), capability)
+    from packforcing_cli import attention
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    capability = torch.cuda.get_device_capability() if device.type == "cuda" else None
+    names = attention.profiled(attention.usual(device), device)
+    dtype = torch.bfloat16 if capability is not None else torch.float32
+    yield attention_finding(names, capability, attention.runnable(device=device, dtype=dtype))
 
 
-def attention_finding(kernels: Sequence[str], capability: tuple[int, int] | None) -> Finding:
-    """What scaled-dot-product attention ran, by the names of its kernels; capability None = on the CPU."""
-    kind = attention_kind(kernels)
+def attention_finding(
+    kernels: Sequence[str], capability: tuple[int, int] | None, runnable: Sequence[str] = ()
+) -> Finding:
+    """What scaled-dot-product attention ran, by the names of its kernels; capability None = on the CPU.
+
+    Args:
+        runnable: names --attention takes here.
+    """
+    from packforcing_cli import attention
+
+    kind = attention.kind(kernels)
+    choice = f"; --attention can be {', '.join(runnable)}" if runnable else ""
     if capability is None:
-        return Finding("attention", "ok", f"{kind}, on the CPU")
-    if capability[0] == 9 and kind == "FlashAttention 2":
-        said = f"{kind}: about half as fast on a Hopper GPU as cuDNN's kernel or FlashAttention 3"
-        return Finding("attention", "warning", said, "use a PyTorch build whose SDPA takes cuDNN on this GPU")
+        return Finding("attention", "ok", f"{kind}, on the CPU{choice}")
+    if capability[0] == attention.HOPPER and kind == "FlashAttention 2":
+        return Finding("attention", "warning", f"{attention.SLOW_ON_HOPPER}{choice}", attention.hopper_fix())
     if kind in ("plain matrix products", "unknown"):
         said = f"{kind}: SDPA takes no fused kernel, which is slow and needs much memory"
-        return Finding("attention", "warning", f"{said} ({', '.join(kernels[:3])})", "update PyTorch")
-    return Finding("attention", "ok", kind)
-
-
-def attention_kind(kernels: Sequence[str]) -> str:
-    """Which implementation kernels (or operators, on the CPU) belong to."""
-    text = " ".join(kernels).lower()
-    for kind, signs in (
-        ("cuDNN", ("cudnn",)),
-        ("FlashAttention 3", ("flashattnfwdsm90", "flash_fwd_sm90", "flash3", "fa3")),
-        ("PyTorch's CPU kernel", ("attention_for_cpu",)),
-        ("FlashAttention 2", ("flash_fwd", "flash::", "flash_attention")),
-        ("memory-efficient attention", ("fmha", "efficient_attention")),
-        ("plain matrix products", ("gemm", "softmax", "bmm")),
-    ):
-        if any(sign in text for sign in signs):
-            return kind
-    return "unknown"
-
-
-def _profiled_kernels(device: str) -> list[str]:
-    """Names of what one call of attention at Wan's head size runs: kernels on a GPU, operators on the CPU."""
-    import torch
-    from torch.profiler import ProfilerActivity, profile
-
-    on_gpu = device == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
-    q = torch.zeros(1, 12, 1024 if on_gpu else 64, 128, device=device, dtype=dtype)
-    run = torch.nn.functional.scaled_dot_product_attention
-    run(q, q, q)  # the first call may build or choose something
-    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
-    with _native_talk_dropped(), profile(activities=[activity]) as profiler:
-        run(q, q, q)
-        if on_gpu:
-            torch.cuda.synchronize()
-    return [event.key for event in profiler.key_averages()]
-
-
-@contextlib.contextmanager
-def _native_talk_dropped() -> Iterator[None]:
-    """Without what the profiler's own library writes to stderr at start and stop. Python's errors are not touched."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        os.close(nowhere)
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        return Finding("attention", "warning", f"{said} ({', '.join(kernels[:3])}){choice}", "update PyTorch")
+    return Finding("attention", "ok", f"{kind}{choice}")
 
 
 def _check_memory() -> Iterator[Finding]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from packforcing_cli.sampler import Schedule
 
 SCHEMA = 1
+LONG_SECONDS = 120.0  # of a run, above which the tip about --compile is shown
 HEALTH_SHOWN = 6  # blocks named in one line
 OTHER_NOISE = "Try another --seed, or --guard retry."
 
@@ -130,10 +131,17 @@ def generate(
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
     rope_adjustment: memory.RopeAdjustment = None,
+    kv_dtype: memory.KVDtype = None,
+    bank_memory: memory.BankMemory = None,
+    bank_device: memory.BankDevice = None,
     quantize: memory.Quantize = None,
+    quantize_skip: memory.QuantizeSkip = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
+    attention: memory.Attention = None,
+    compile_layers: memory.Compile = None,
+    cuda_graphs: memory.CudaGraphs = None,
     auto_fit: memory.AutoFit = False,
     parity: Annotated[
         str | None,
@@ -166,6 +174,7 @@ def generate(
     run: files.RunPlace = None,
     no_run: files.NoRun = False,
     guard: memory.Guard = None,
+    overlap: memory.Overlap = None,
     snapshot_every: files.SnapshotEvery = None,
 ) -> None:
     """Make a video from text. Prints the path of the finished file.
@@ -190,9 +199,13 @@ def generate(
         "dtype": dtype,
         "device": device,
         "quantize": quantize,
+        "quantize_skip": quantize_skip,
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
+        "attention": attention,
+        "compile": compile_layers,
+        "cuda_graphs": cuda_graphs,
         "embeddings": embeddings,
         "auto_fit": auto_fit or None,
         "crf": crf,
@@ -204,6 +217,7 @@ def generate(
         "keep_run": False if no_run or str(output) == "-" else None,  # a stream cannot be resumed
         "snapshot_every": snapshot_every,
         "guard": guard,
+        "overlap": overlap,
         "policy": policy,
         "sink_blocks": sink_blocks,
         "recent_blocks": recent_blocks,
@@ -214,6 +228,9 @@ def generate(
         "compressor": compressor,
         "compressed_context": compressed_context,
         "rope_adjustment": rope_adjustment,
+        "kv_dtype": kv_dtype,
+        "bank_memory": bank_memory,
+        "bank_device": bank_device,
     }
     shown = display.choose(progress, quiet=quiet, verbose=verbose)
     try:
@@ -387,7 +404,7 @@ def repeat_command(request: GenerateRequest) -> str:
         "preset",
     ):
         values[name] = getattr(request, name)
-    for name in ("quantize", "quantize_text", "offload"):
+    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention"):
         if name in request.model_fields_set:
             values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
@@ -404,8 +421,12 @@ def repeat_command(request: GenerateRequest) -> str:
             options += ["--" + name.replace("_", "-"), shown]
     if "guard" in request.model_fields_set:
         options += ["--guard", request.guard]
+    if "overlap" in request.model_fields_set:
+        options += ["--overlap", request.overlap]
     if request.snapshot_every is not None:
         options += ["--snapshot-every", str(request.snapshot_every)]
+    options += ["--compile"] if request.compile else []
+    options += ["--cuda-graphs"] if request.cuda_graphs else []
     options += [] if request.keep_run else ["--no-run"]
     if "metadata" in request.model_fields_set:
         options += ["--metadata" if request.metadata else "--no-metadata"]
@@ -476,7 +497,9 @@ def _downloads_text(job: Job) -> str:
 def _memory_text(job: Job) -> str:
     options, layout = job.plan.options, job.plan.layout
     bank = "unlimited" if layout.bank is None else layout.bank
-    mids = f"top-k {layout.top_k} of a bank of {bank}, {options.select}, mid-span {layout.mid_span}"
+    kept = "" if layout.kv_dtype == "auto" else f" in {layout.kv_dtype}"
+    kept += ", in host memory" if job.plan.bank_device == "host" else ""
+    mids = f"top-k {layout.top_k} of a bank of {bank}{kept}, {options.select}, mid-span {layout.mid_span}"
     return f"{options.policy}: sink {layout.sink_blocks}, recent {layout.recent_blocks}" + (
         f", {mids}, compressor {options.compressor}" if layout.top_k else " blocks"
     )
@@ -628,6 +651,10 @@ def run_job(
             for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
                 warn_about_words(prompt, source.manifest.vocabulary, shown)
             model = source.load()
+            if model.attention.warning:
+                shown.warn(model.attention.warning)
+            if tip := _compile_tip(job, model):
+                shown.note(tip)
             if again is not None:
                 _compare(again, sameness.provenance_of(model, job.request, job.plan.layout), shown)
             run = open_run(model)
@@ -723,6 +750,28 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
         f"{schedule.kind}, {steps} steps, guidance {schedule.guidance:g};"
         f" torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
     )
+    more = ["compiled layers"] * model.compiled + ["recorded passes"] * model.graphs
+    shown.note(", ".join([f"attention: {model.attention.taken}", *more]))
+
+
+def _compile_tip(job: Job, model: VideoModel) -> str:
+    """What would make a long run on a GPU shorter; empty for a short one, or where it is done."""
+    if model.device.type != "cuda" or model.compiled:
+        return ""
+    from packforcing_cli import bench, jobs
+
+    schedule = jobs.schedule_of(job, model)
+    return compile_tip(bench.expected_seconds(model, job.plan.layout, schedule, blocks=job.plan.blocks))
+
+
+def compile_tip(seconds: float) -> str:
+    """The tip for a run that is expected to take this long on a GPU; empty below two minutes."""
+    if seconds < LONG_SECONDS:
+        return ""
+    return (
+        f"this will take about {seconds / 60:.0f} minutes; --compile --cuda-graphs makes blocks faster, the first"
+        " ones wait for the compiler"
+    )
 
 
 def memory_reader(device: str) -> MemoryReader:
@@ -765,7 +814,7 @@ def report(
         f"{count(result.blocks - result.replayed, 'block')}, {now} frames ({made:.2f} s) in {spent:.1f} s:"
         f" {now / spent:.1f} FPS, {made / spent:.2f}x real time; KV memory"
         f" {console.gb(result.cache.bytes.live)} (a full cache: {console.gb(full_bytes)}),"
-        f" peak memory {console.gb(result.peak_memory_bytes)}"
+        f" peak memory {console.gb(result.peak_memory_bytes)}{_timing(result)}"
     )
     for line in _health(result, plan):
         shown.warn(line)
@@ -808,10 +857,8 @@ def report(
             "figures": {
                 "load_seconds": round(outcome.load_seconds, 3),
                 "total_seconds": round(spent, 3),
-                "first_frame_seconds": round(result.first_frame_seconds, 3),
-                "block_seconds_p50": round(_percentile(result.block_seconds, 50), 4),
-                "block_seconds_p95": round(_percentile(result.block_seconds, 95), 4),
-                "stall_seconds": round(result.stall_seconds, 3),
+                **result.timing,
+                **result.process_timing,
                 "fps": round(now / spent, 3),
                 "realtime_factor": round(made / spent, 3),
                 "kv_bytes": {
@@ -827,6 +874,23 @@ def report(
             },
             **(more or {}),
         }
+    )
+
+
+def _timing(result: Result) -> str:
+    """How soon and how steadily frames came, as the end of a line; empty if none was made now."""
+    if not result.block_seconds:
+        return ""
+    whole = result.process_first_frame_seconds
+    return (
+        f"; first frames in the file after {result.first_frame_seconds:.2f} s"
+        + ("" if whole is None else f" ({whole:.2f} s from the start of the command)")
+        + f", a block {result.block_percentile(50):.3g} s (p95 {result.block_percentile(95):.3g} s)"
+        + (
+            f", {result.stall_seconds:.2f} s of waiting for the encoder"
+            if result.stall_seconds >= 0.01
+            else ""
+        )
     )
 
 
@@ -866,9 +930,3 @@ def _after_guard(result: Result, run_id: str | None, plan: Plan) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
-
-
-def _percentile(values: Iterable[float], percent: int) -> float:
-    """The smallest value that at least `percent` of the values do not exceed; 0 of none."""
-    ordered = sorted(values)
-    return ordered[max(0, -(-percent * len(ordered) // 100) - 1)] if ordered else 0.0

@@ -80,7 +80,11 @@ def inspect_cache(
     compressor: memory.Compressor = None,
     compressed_context: memory.CompressedContext = None,
     rope_adjustment: memory.RopeAdjustment = None,
+    kv_dtype: memory.KVDtype = None,
+    bank_memory: memory.BankMemory = None,
+    bank_device: memory.BankDevice = None,
     quantize: memory.Quantize = None,
+    quantize_skip: memory.QuantizeSkip = None,
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
@@ -119,7 +123,11 @@ def inspect_cache(
         "compressor": compressor,
         "compressed_context": compressed_context,
         "rope_adjustment": rope_adjustment,
+        "kv_dtype": kv_dtype,
+        "bank_memory": bank_memory,
+        "bank_device": bank_device,
         "quantize": quantize,
+        "quantize_skip": quantize_skip,
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
@@ -212,14 +220,16 @@ def _bytes(plan: Plan) -> Any:
 
     used = plan.memory
     bank = len(plan.layout.view(plan.blocks - 1).mid)
+    kept = "" if plan.layout.kv_dtype == "auto" else f" in {plan.layout.kv_dtype}"
+    kept += ", in host memory" if plan.bank_device == "host" else ""
     table = _new_table("What the cache holds at the last block", "part", "bytes", "what it is")
     table.columns[2].justify = "left"
     for name, size, said in (
         ("stored", used.stored, "keys and values of sink, active mid and recent (the paper's count)"),
         ("current", used.current, "keys and values of the block being made"),
-        ("raw keys", used.raw_keys, "keys before RoPE, of sink and recent"),
+        ("raw keys", used.raw_keys, "keys before RoPE of recent blocks that move from slot to slot"),
         ("backups", used.backups, "compressed blocks of recent, ready for the bank"),
-        ("bank", used.bank, f"{bank:,} compressed blocks, from which the active ones are taken"),
+        ("bank", used.bank, f"{bank:,} compressed blocks{kept}, from which the active ones are taken"),
     ):
         table.add_row(name, console.gb(size), said)
     table.add_row("live", console.gb(used.live), "all of these", style="bold")

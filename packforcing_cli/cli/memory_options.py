@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 PANEL = "Memory"
+SPEED = "Speed"
 
 Policy = Annotated[
     str | None,
@@ -92,6 +93,35 @@ RopeAdjustment = Annotated[
         " time, so that distances grow with the video.",
     ),
 ]
+KVDtype = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-dtype",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="How compressed blocks are kept: auto (default, as the model computes), bf16, fp8 or int8; what is smaller"
+        " lets more of them fit.",
+    ),
+]
+BankMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--bank-memory",
+        metavar="SIZE",
+        rich_help_panel=PANEL,
+        help="The most memory the bank of compressed blocks may take, for example 8GB; it keeps fewer blocks then.",
+    ),
+]
+BankDevice = Annotated[
+    str | None,
+    typer.Option(
+        "--bank-device",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="Where the bank is: device, host, or auto (default): host memory where it does not fit on the GPU. The"
+        " video is the same.",
+    ),
+]
 Quantize = Annotated[
     str | None,
     typer.Option(
@@ -99,6 +129,15 @@ Quantize = Annotated[
         metavar="NAME",
         rich_help_panel=PANEL,
         help="Smaller weights in the transformer: none, int8, int8-dynamic, fp8 or fp8-weight. Default none.",
+    ),
+]
+QuantizeSkip = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize-skip",
+        metavar="LAYERS",
+        rich_help_panel=PANEL,
+        help="Layers of the transformer that --quantize leaves as they are, for example 0,28-29. Default: none.",
     ),
 ]
 QuantizeText = Annotated[
@@ -120,6 +159,34 @@ Offload = Annotated[
         " transformer's layers, each copied to the GPU while it runs).",
     ),
 ]
+Attention = Annotated[
+    str | None,
+    typer.Option(
+        "--attention",
+        metavar="NAME",
+        rich_help_panel=SPEED,
+        help="Kernel of attention: auto (default; cuDNN first on Hopper GPUs), cudnn, flash, efficient, math, or, where"
+        " installed, fa3 (FlashAttention 3) or sage (SageAttention). What cannot run here is refused.",
+    ),
+]
+Compile = Annotated[
+    bool | None,
+    typer.Option(
+        "--compile/--no-compile",
+        rich_help_panel=SPEED,
+        help="Compile parts of the transformer's layers: faster on a GPU, after a wait that later runs are spared."
+        " Changes results by rounding. Default no.",
+    ),
+]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        rich_help_panel=SPEED,
+        help="Record the passes over a full memory and replay them: less work for the CPU beside a GPU, the same"
+        " results. Default no.",
+    ),
+]
 Vae = Annotated[
     str | None,
     typer.Option(
@@ -136,6 +203,16 @@ Guard = Annotated[
         metavar="NAME",
         help="What happens to a block that is frozen, black, saturated, jumps or is NaN: warn (default), retry (it is"
         " made up to three times in all, with other noise) or stop (the video ends before it).",
+    ),
+]
+Overlap = Annotated[
+    str | None,
+    typer.Option(
+        "--overlap",
+        metavar="NAME",
+        rich_help_panel=PANEL,
+        help="Decode and compress a block while the next one is denoised: on, off, or auto (default: on a GPU, where it"
+        " is faster and as much memory is free as is taken). The video is the same; its last block is later by one.",
     ),
 ]
 AutoFit = Annotated[

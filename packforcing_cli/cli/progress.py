@@ -276,7 +276,17 @@ class _JsonLines(Display):
         _write_at_once(json.dumps({"event": "stopping", "text": text}))
 
     def done(self, result: Result) -> None:
-        self._event("done", path=str(result.path), frames=result.frames, stopped=result.stopped)
+        self._event(
+            "done",
+            path=str(result.path),
+            frames=result.frames,
+            stopped=result.stopped,
+            figures={
+                "total_seconds": round(result.total_seconds, 3),
+                **result.timing,
+                **result.process_timing,
+            },
+        )
 
 
 class _Live(Display):

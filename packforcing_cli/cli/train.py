@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from packforcing_cli.training.data import EncodedData
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
     from packforcing_cli.training.recipes import AnyRecipe
 
 LINE_EVERY_SECONDS = 10.0
@@ -61,6 +61,14 @@ def train(
             help="Share the weights out among the processes of torchrun (FSDP2) instead of copying them.",
         ),
     ] = False,
+    quantize_frozen: Annotated[
+        str | None,
+        typer.Option(
+            "--quantize-frozen",
+            metavar="MODE",
+            help="Keep weights of what is not trained in 8 bits: none, int8 or fp8. Default none.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Only go on with a run: refuse to start a new one.")
     ] = False,
@@ -96,16 +104,24 @@ def train(
                     f"{option} {value}: a {chosen.kind} recipe uses no {what}", hint=f"Leave {option} away."
                 )
             changed.append(f"{key}={json.dumps(str(value))}")
+        if quantize_frozen is not None:
+            _require_frozen(chosen, quantize_frozen)
+            changed += [f"quantize_frozen={quantize_frozen}"] * _takes(chosen, "quantize_frozen")
         chosen = recipes.load(recipe, changed)
         folder = out or Path("runs") / recipes.find(recipe).stem
         if fsdp:
             _require_sharing(chosen)
+            if getattr(chosen, "quantize_frozen", "none") != "none":
+                raise UsageError(
+                    "--fsdp shares weights out, and --quantize-frozen makes those that are frozen small; not both",
+                    hint="Leave one of them away.",
+                )
         if resume and not loop.checkpoints_of(folder / "checkpoints"):
             raise UsageError(
                 f"there is no run to go on with in {folder}", hint="Check --out, or leave --resume away."
             )
         _make_folder(folder)
-        again = _command(recipe, folder, settings or [], vae, data, fsdp=fsdp, force=force)
+        again = _command(recipe, folder, settings or [], vae, data, quantize_frozen, fsdp=fsdp, force=force)
         code, figures = _run(chosen, folder, talk, again, fsdp=fsdp, force=force, verbose=verbose)
     except PackforcingError as error:
         if is_first:
@@ -146,6 +162,24 @@ def _takes(recipe: AnyRecipe, key: str) -> bool:
     return True
 
 
+def _require_frozen(recipe: AnyRecipe, mode: str) -> None:
+    """Raises: UsageError for an unknown mode, or a recipe that trains all it loads."""
+    from packforcing_cli.config import FROZEN_QUANTIZATIONS
+    from packforcing_cli.errors import UsageError
+
+    if mode not in FROZEN_QUANTIZATIONS:
+        raise UsageError(
+            f"--quantize-frozen {mode}: unknown", hint=f"Use one of {', '.join(FROZEN_QUANTIZATIONS)}."
+        )
+    if mode == "none":
+        return
+    if not _takes(recipe, "quantize_frozen") or getattr(recipe, "trains_all", False):
+        raise UsageError(
+            f"--quantize-frozen {mode}: a {recipe.kind} recipe trains every weight, nothing is frozen",
+            hint="Leave it away, or use a recipe with a teacher, adapters, or compressor-distill.",
+        )
+
+
 def _make_folder(folder: Path) -> None:
     """Raises: UsageError if there is no writing into the folder."""
     from packforcing_cli.errors import UsageError
@@ -167,6 +201,7 @@ def _command(
     settings: list[str],
     vae: str | None,
     data: Path | None,
+    quantize_frozen: str | None,
     *,
     fsdp: bool,
     force: bool,
@@ -179,6 +214,7 @@ def _command(
         words += ["--vae", vae]
     if data is not None:
         words += ["--data", str(data)]
+    words += [] if quantize_frozen is None else ["--quantize-frozen", quantize_frozen]
     words += ["--fsdp"] if fsdp else []
     words += ["--force"] if force else []
     count, here = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_WORLD_SIZE")
@@ -205,6 +241,7 @@ def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -
         "demo-distill": "the demo as a few-step student",
         "finetune": f"{getattr(recipe, 'model', '')} on clips",
         "finetune-lora": f"adapters of {getattr(recipe, 'model', '')} on clips",
+        "compressor-distill": f"the compressor of {getattr(recipe, 'model', '')}, its transformer frozen",
         "self-forcing": "a few-step student and its compressor",
     }
     where = "the GPU" if torch.cuda.is_available() else "the CPU"
@@ -311,13 +348,13 @@ def _run(
 ) -> tuple[int, dict[str, Any]]:
     """Train. Returns: 0, or the exit code of a run that was stopped; and its figures. Raises: PackforcingError."""
     from packforcing_cli import durable
-    from packforcing_cli.errors import DiskFullError
+    from packforcing_cli.errors import DiskFullError, PackforcingError
 
     lines = _Lines(recipe.train.steps, talk)
     with _Stop() as stop:
         try:
             _introduce(recipe, folder, talk, verbose=verbose)
-            clips = _prepare(recipe, folder, talk, fsdp=fsdp, force=force)
+            clips = _prepare(recipe, folder, talk, stop, fsdp=fsdp, force=force)
             figures = _train(recipe, folder, lines, stop, clips, fsdp=fsdp)
         except KeyboardInterrupt:
             talk.say(f"Stopped at once; the steps since the newest checkpoint are lost. To go on: {again}")
@@ -328,6 +365,11 @@ def _run(
                     f"the disk is full: {folder} could not be written",
                     hint=f"Free some space, then go on: {again}",
                 ) from error
+            if _is_lost_partner(error):
+                raise PackforcingError(
+                    "another process of this training ended",
+                    hint=f"What it said is above. To go on from the newest checkpoint: {again}",
+                ) from error
             raise
     if figures["steps"] < recipe.train.steps:
         talk.say(f"Stopped at step {figures['steps']}, a checkpoint is saved. To go on: {again}")
@@ -335,19 +377,49 @@ def _run(
     return 0, figures
 
 
-def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, fsdp: bool, force: bool) -> EncodedData | None:
-    """Say what the training takes, refuse what cannot go well, and encode clips where there are any.
+def _is_lost_partner(error: Exception) -> bool:
+    """Whether torch.distributed failed because another process is gone; it has no error of its own for that."""
+    import torch
+
+    if isinstance(error, torch.distributed.DistBackendError | torch.distributed.DistNetworkError):
+        return True
+    said = str(error)
+    return isinstance(error, RuntimeError) and any(
+        f"onnection {what} by peer" in said for what in ("closed", "reset")
+    )
+
+
+def _prepare(
+    recipe: AnyRecipe, folder: Path, talk: _Talk, stop: _Stop, *, fsdp: bool, force: bool
+) -> EncodedData | None:
+    """Say what the training takes, refuse what cannot go well, and encode or make clips where it is to have any.
 
     Raises: UsageError if inference would leave the trained context; MemoryFitError; what reading clips raises.
     """
-    from packforcing_cli.training.estimate import estimate, would_fit
     from packforcing_cli.training.loop import Workers
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
 
     workers = Workers.start()
     device, processes = workers.device, workers.count if fsdp else 1
-    clips = _clips(recipe, folder, talk, device) if isinstance(recipe, Finetune) else None
+    if isinstance(recipe, CompressorDistill) and not recipe.data.folder:
+        _check(
+            recipe, device, None, talk, processes=processes, force=force
+        )  # before videos are made, which takes long
+        return _rollouts(recipe, folder, talk, stop, device)
+    clips = None
+    if isinstance(recipe, Finetune | CompressorDistill):
+        clips = _clips(recipe, folder, talk, device)
     blocks = None if clips is None else max((scene.blocks for scene in clips.scenes), default=None)
+    _check(recipe, device, blocks, talk, processes=processes, force=force)
+    return clips
+
+
+def _check(
+    recipe: AnyRecipe, device: torch.device, blocks: int | None, talk: _Talk, *, processes: int, force: bool
+) -> None:
+    """Say what the training takes. Raises: as `_prepare`."""
+    from packforcing_cli.training.estimate import estimate, would_fit
+
     found = estimate(recipe, device, scene_blocks=blocks, processes=processes)
     for line in found.lines():
         talk.say(line)
@@ -359,10 +431,53 @@ def _prepare(recipe: AnyRecipe, folder: Path, talk: _Talk, *, fsdp: bool, force:
     found.require_fit(
         would_fit(recipe, device, scene_blocks=blocks, processes=processes) if too_large else ()
     )
-    return clips
 
 
-def _clips(recipe: Finetune, folder: Path, talk: _Talk, device: torch.device) -> EncodedData:
+def _rollouts(
+    recipe: CompressorDistill, folder: Path, talk: _Talk, stop: _Stop, device: torch.device
+) -> EncodedData:
+    """The model's own videos, those made now that are not there yet; the processes share them."""
+    from packforcing_cli import registry
+    from packforcing_cli.training import frozen, rollout_data
+    from packforcing_cli.training.estimate import precision
+    from packforcing_cli.training.loop import Workers
+    from packforcing_cli.training.self_forcing import read_prompts
+
+    settings = recipe.data
+    prompts = read_prompts(settings.prompts)
+    mode = frozen.MODES.get(recipe.quantize_frozen, "none")
+    source = registry.open_model(
+        recipe.model,
+        device=device,
+        dtype=precision(recipe, device),
+        quantize=mode,
+        quantize_text="none" if mode == "none" else "int8",
+    )
+
+    def made(done: int, total: int, prompt: str) -> None:
+        talk.say(f"video {done}/{total}: {prompt}")
+
+    talk.say(
+        f"{settings.rollouts} videos of the model's own, {settings.rollout_blocks} blocks each, are made in"
+        f" {folder / 'data'}, those that are not there yet …"
+    )
+    return rollout_data.make(
+        folder / "data",
+        source,
+        prompts,
+        count=settings.rollouts,
+        blocks=settings.rollout_blocks,
+        seed=settings.rollout_seed,
+        workers=Workers.start(),
+        quantize=recipe.quantize_frozen,
+        on_video=made,
+        should_stop=lambda: stop.code != 0,
+    )
+
+
+def _clips(
+    recipe: Finetune | CompressorDistill, folder: Path, talk: _Talk, device: torch.device
+) -> EncodedData:
     """The encoded data a recipe names, encoded now if it is a folder of clips; by the first process alone."""
     from packforcing_cli import packages, registry
     from packforcing_cli.errors import UsageError
@@ -388,7 +503,8 @@ def _clips(recipe: Finetune, folder: Path, talk: _Talk, device: torch.device) ->
     data.find_clips(given)  # a wrong folder is said before the model is verified
     workers = Workers.start()
     if workers.rank == 0:
-        source = registry.open_model(recipe.model, device=device)
+        small = "none" if recipe.quantize_frozen == "none" else "int8"
+        source = registry.open_model(recipe.model, device=device, quantize_text=small)
 
         def told(done: int, total: int, finding: data.Finding, had: bool) -> None:
             if finding.state != "used":
@@ -405,7 +521,7 @@ def _clips(recipe: Finetune, folder: Path, talk: _Talk, device: torch.device) ->
 def _train(
     recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None, *, fsdp: bool
 ) -> dict[str, Any]:
-    from packforcing_cli.training.recipe_kinds import Finetune
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
 
     if recipe.kind == "demo-vae":
         from packforcing_cli.training import demo_vae
@@ -417,6 +533,13 @@ def _train(
         assert clips is not None
         return finetune.train(
             recipe, folder, clips, share=fsdp, on_log=lines, should_stop=lambda: stop.code != 0
+        )
+    if isinstance(recipe, CompressorDistill):
+        from packforcing_cli.training import compressor_distill
+
+        assert clips is not None
+        return compressor_distill.train(
+            recipe, folder, clips, on_log=lines, should_stop=lambda: stop.code != 0
         )
     if recipe.kind == "self-forcing":
         from packforcing_cli.training import self_forcing
@@ -436,7 +559,7 @@ def _train(
 def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any]) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
-    from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
 
     if recipe.kind == "demo-vae":
         result = folder / "vae"
@@ -445,10 +568,16 @@ def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any
         result = folder / "package"
         for pair in figures.get("pairs", ()):
             talk.say(f"before (left) and after (right): {pair}")
-        if isinstance(recipe, Finetune) and recipe.samples.every:
-            talk.say(f"samples: {folder / 'samples'}; curve: {folder / 'curve.png'}")
+        samples = getattr(recipe, "samples", None)
+        if samples is not None and samples.every:
+            talk.say(f"samples on the way: {folder / 'samples'}")
+        if isinstance(recipe, Finetune | CompressorDistill):
+            talk.say(f"curve: {folder / 'curve.png'}")
         if isinstance(recipe, FinetuneLora):
             talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
+        if recipe.kind == "compressor-distill":
+            alone = shlex.quote(str(result / "compressor"))
+            talk.say(f"the compressor alone: packforcing generate … --compressor {alone}")
         talk.say(
             'Done. Try it: packforcing generate "a red circle moving right on a blue background"'
             f" --model {shlex.quote(str(result))}"

@@ -526,7 +526,7 @@ def encode(
             found = Findings(folder, tuple(findings), tuple(others), wanted.max_bad)
             found.require_enough()
             texts = [text for clip in found.used for words in clip.words for text in words.captions]
-            _encode_text(out, source, [*(clip.caption for clip in found.used), *texts])
+            encode_text(out, source, [*(clip.caption for clip in found.used), *texts])
             _write_dataset(out, source, found, journal)
     except (OSError, SafetensorError) as error:
         if durable.is_full_disk(error):
@@ -541,7 +541,7 @@ def encode(
 
 def _settle(out: Path, source: ModelSource, wanted: Wanted) -> None:
     """Write settings.json, or compare with the one that is there."""
-    values = _settings(source, wanted)
+    values = settings_of(source, wanted)
     path = out / SETTINGS
     if not path.is_file():
         durable.write(path, (json.dumps(values, indent=2) + "\n").encode())
@@ -553,7 +553,8 @@ def _settle(out: Path, source: ModelSource, wanted: Wanted) -> None:
     require_same(there, values, f"{out} was encoded with other settings")
 
 
-def _settings(source: ModelSource, wanted: Wanted) -> dict[str, Any]:
+def settings_of(source: ModelSource, wanted: Wanted) -> dict[str, Any]:
+    """All that encoded data depends on but for the clips, as JSON values."""
     manifest = source.manifest
     values = {
         "schema": SCHEMA,
@@ -731,7 +732,7 @@ def _text_path(out: Path, text: str) -> Path:
     return out / "text" / f"{hashlib.sha256(clean(text).encode()).hexdigest()[:32]}.safetensors"
 
 
-def _encode_text(out: Path, source: ModelSource, captions: list[str]) -> None:
+def encode_text(out: Path, source: ModelSource, captions: list[str]) -> None:
     """Write the embeddings of captions and of the empty prompt that are not there."""
     texts = dict.fromkeys([UNCONDITIONAL, *captions])
     missing = [text for text in texts if not _has_text(out, source.text, text)]

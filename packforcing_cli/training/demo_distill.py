@@ -26,9 +26,9 @@ from torch import Tensor, nn
 
 from packforcing_cli.errors import UsageError
 from packforcing_cli.packages import read_manifest
-from packforcing_cli.registry import Schedule
+from packforcing_cli.registry import LAYERS, Schedule
 from packforcing_cli.sampler import renoise_sigmas, shifted
-from packforcing_cli.training import demo_flow, demo_package, demo_text, loop
+from packforcing_cli.training import demo_flow, demo_package, demo_text, frozen, loop
 from packforcing_cli.training.demo_flow import Alone, Batch, Models, Packed, Pool
 from packforcing_cli.training.recipes import DemoDistill
 
@@ -69,6 +69,7 @@ class Trainer:
         student.text.model.requires_grad_(False).eval()
         self.recipe, self.student = recipe, student
         self.teacher, self.target = frozen_copy(student), frozen_copy(student)
+        frozen.shrink(self.teacher.transformer, recipe.quantize_frozen, LAYERS)
         self.sigmas = torch.tensor(levels(recipe))  # [levels, teacher steps + 1]
 
     def learning(self) -> dict[str, nn.Module]:
@@ -181,6 +182,8 @@ def train(
         "workers": workers.count,
         "vae": demo_flow.fingerprint(codec),
     }
+    if recipe.quantize_frozen != "none":
+        facts["quantize_frozen"] = recipe.quantize_frozen
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         trainer.follow(state.average)

@@ -16,17 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, machine, packages, weights
+from packforcing_cli import catalog, machine, packages, registry, weights
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import MemoryFitError, OfflineError, UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.packages import CacheDefaults, Manifest
 from packforcing_cli.planner import DECODER_PEAK
 from packforcing_cli.text import build_encoder
+from packforcing_cli.training import frozen
+from packforcing_cli.training.distill_plan import AppendedContext, DistillShape, with_bytes
 from packforcing_cli.training.items import Context, Item, Shape
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, ItemData, span_of
-from packforcing_cli.training.recipes import AnyRecipe, DemoFlow, DemoVae, SelfForcing
+from packforcing_cli.training.recipe_kinds import (
+    CompressorDistill,
+    Finetune,
+    FinetuneLora,
+    ItemData,
+    span_of,
+)
+from packforcing_cli.training.recipes import AnyRecipe, DemoDistill, DemoFlow, DemoVae, SelfForcing
 from packforcing_cli.transformer import TextKV, TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
 
@@ -40,7 +48,7 @@ TEMPORARY = 0.25  # of what the backward pass needs: the tensors in hand while i
 class Memory:
     """Bytes of one process where the model runs.
 
-    weights:     parameters in float32, trained or not.
+    weights:     parameters, trained or not; in float32, but for frozen ones in a smaller form.
     training:    gradients, AdamW's two moments, the moving average.
     activations: what the backward pass of one item needs, with what is in hand meanwhile.
     other:       the VAE for samples, the interpreter or the GPU's context.
@@ -148,21 +156,33 @@ def estimate(
     Raises: UsageError or WeightsError if a model or size it names is not possible.
     """
     found = _of_one(recipe, device, scene_blocks)
-    return found if processes == 1 else dataclasses.replace(found, memory=_shared(recipe, found, processes))
+    if processes > 1 and isinstance(recipe, Finetune | SelfForcing):
+        return dataclasses.replace(found, memory=_shared(recipe, found.memory, processes))
+    return found
 
 
-def _shared(recipe: AnyRecipe, found: Estimate, processes: int) -> Memory:
-    """The memory of the first of several processes: its part of all, what is gathered, and a copy to evaluate with.
+def _shared(recipe: Finetune | SelfForcing, memory: Memory, processes: int) -> Memory:
+    """The memory of the first of several processes that share the weights out.
 
-    Gathered are two layers at a time and what is in no layer; a fifth of the weights is more than both.
+    Its part of all; what is gathered at a time, two layers and what is in no layer, with their gradients; and a whole
+    copy of what samples, evaluation and the result are made with.
     """
-    memory, whole = found.memory, found.memory.weights
-    copy = whole if isinstance(recipe, Finetune) else 0
+    _, config, of_compressor, _ = _described(_model_of(recipe))
+    with torch.device("meta"):
+        network, compressor = WanTransformer(config), Compressor(of_compressor)
+    layer, whole = _count(network.blocks[0]), _count(network) + _count(compressor)
+    gathered = 4 * (whole - layer * max(0, config.num_layers - 2))
     return dataclasses.replace(
         memory,
-        weights=-(-whole // processes) + whole // 5 + copy,
-        training=-(-memory.training // processes) + whole // 5,  # a gathered layer has a whole gradient
+        weights=-(-memory.weights // processes) + gathered + 4 * whole,
+        training=-(-memory.training // processes) + gathered,
     )
+
+
+def _model_of(recipe: Finetune | SelfForcing) -> str:
+    if isinstance(recipe, Finetune):
+        return recipe.model
+    return "demo" if recipe.student == "package" else recipe.student
 
 
 def _of_one(recipe: AnyRecipe, device: torch.device, scene_blocks: int | None) -> Estimate:
@@ -173,6 +193,8 @@ def _of_one(recipe: AnyRecipe, device: torch.device, scene_blocks: int | None) -
         return _of_flow(recipe, device, free, name)
     if isinstance(recipe, SelfForcing):
         return _of_self_forcing(recipe, device, free, name)
+    if isinstance(recipe, CompressorDistill):
+        return _of_distill(recipe, device, free, name, scene_blocks)
     return _of_finetune(recipe, device, free, name, scene_blocks)
 
 
@@ -233,7 +255,11 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     data = recipe.data
     blocks = data.first_scenes + data.short_scenes * data.short_blocks + data.long_scenes * data.long_blocks
     pool = blocks * (demo_flow.FRAMES_PER_BLOCK * 16 * 8 * 16 + 2 * 16 * 2 * 4) * 2
-    memory = Memory(4 * count, 16 * count, activations, _other(device) + pool)
+    weight_bytes = 4 * count
+    if isinstance(recipe, DemoDistill):  # teacher and target beside the student
+        weight_bytes += 2 * 4 * (_count(transformer) + _count(compressor))
+        weight_bytes -= saved_bytes(transformer, recipe.quantize_frozen, torch.float32)
+    memory = Memory(weight_bytes, 16 * count, activations, _other(device) + pool)
     mids = {demo_flow.LONG_SINKS: demo_flow.MAX_MIDS if data.long_clips else max(0, data.packed_blocks - 4)}
     context = Context(demo_flow.FRAMES_PER_BLOCK, mids, tuple(sorted(set(demo_flow.SPANS))))
     preset = CacheDefaults(
@@ -282,7 +308,7 @@ def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name:
     count, trained = 3 * network_count + compressor_count, 2 * network_count + compressor_count
     dtype = precision(recipe, device)
     half = dtype == torch.bfloat16
-    grid = dataclasses.replace(grid_of(manifest, config), dtype_bytes=dtype.itemsize)
+    grid = with_bytes(grid_of(manifest, config), dtype)
     context = student_context(recipe, manifest)
     graphs = graph_bytes(
         config,
@@ -300,7 +326,9 @@ def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name:
     # Moments of all that is trained, the averaged student, and the gradients of one step, which go with it.
     training = 8 * trained + 4 * learner + 4 * max(learner, network_count)
     other = _other(device) + dtype.itemsize * vae_params + _rollout_bytes(recipe, grid, manifest)
-    memory = Memory(4 * trained + dtype.itemsize * network_count, training, activations, other)
+    weight_bytes = 4 * trained + dtype.itemsize * network_count
+    weight_bytes -= saved_bytes(network, recipe.quantize_frozen, dtype)  # of the teacher
+    memory = Memory(weight_bytes, training, activations, other)
     return Estimate(
         recipe.kind,
         count,
@@ -500,9 +528,76 @@ def _of_finetune(
     if recipe.samples.every:
         vae = sum(record.size for record in manifest.part_files("vae").values())
         other += 2 * vae if device.type == "cpu" else vae
-    memory = Memory(4 * count, 16 * trained, activations, other)
+    weight_bytes = 4 * count - saved_bytes(transformer, recipe.quantize_frozen, torch.float32)
+    memory = Memory(weight_bytes, 16 * trained, activations, other)
     context = shape.context(grid, blocks)
     preset = preset_of(recipe, manifest)
+    return Estimate(
+        recipe.kind,
+        count,
+        trained,
+        recipe.train.steps,
+        memory,
+        free,
+        name,
+        context,
+        preset,
+        _mismatches(context, preset),
+    )
+
+
+def _of_distill(
+    recipe: CompressorDistill, device: torch.device, free: int, name: str, scene_blocks: int | None
+) -> Estimate:
+    """A frozen transformer, a compressor, the cache of inference, and graphs of a few compressed forwards."""
+    folder = packages.find_package(recipe.model)
+    manifest = packages.read_manifest(folder)
+    config = TransformerConfig.from_dict(
+        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
+    )
+    with torch.device("meta"):
+        transformer = WanTransformer(config)
+        compressor = Compressor(
+            dataclasses.replace(compressor_config(manifest, config, folder), branches="hr+lr")
+        )
+    dtype = precision(recipe, device)
+    grid = with_bytes(grid_of(manifest, config), dtype)
+    rollouts = not recipe.data.folder
+    blocks = scene_blocks or (
+        recipe.data.rollout_blocks if rollouts else grid.blocks_for(recipe.data.scene_seconds, manifest.fps)
+    )
+    shape = DistillShape.by(recipe.data, blocks)
+    if blocks < shape.least_blocks:
+        raise UsageError(
+            f"scenes of {blocks} blocks: with {max(shape.sinks)} sinks a block asks for a compressed one from block"
+            f" {shape.least_blocks} on",
+            hint="Use longer clips, a larger data.scene_seconds, or data.sinks=[1].",
+        )
+    count, trained = _count(transformer) + _count(compressor), _count(compressor)
+    weight_bytes = dtype.itemsize * _count(transformer) + 4 * trained
+    weight_bytes -= saved_bytes(transformer, recipe.quantize_frozen, dtype)
+    activations = distill_bytes(
+        config,
+        shape.layout(grid, max(shape.sinks), max(shape.spans)),
+        recipe,
+        blocks,
+        text_length=manifest.text_length,
+        keeps_scores=device.type == "cpu",
+    )
+    other = _other(device)
+    if recipe.samples.every:
+        vae = sum(record.size for record in manifest.part_files("vae").values())
+        other += 2 * vae if device.type == "cpu" else vae
+    memory = Memory(weight_bytes, 16 * trained, activations, other)
+    if rollouts:  # made before, with the VAE in memory; the prompts are read before that
+        parts = {
+            part: sum(r.size for r in manifest.part_files(part).values()) for part in ("vae", "text_encoder")
+        }
+        wide = 2 if device.type == "cpu" else 1  # stored in 16 bits
+        cache = shape.layout(grid, max(shape.sinks), max(shape.spans)).capacity_bytes(blocks).live
+        making = max(parts["text_encoder"] * wide, weight_bytes + cache + parts["vae"] * wide)
+        memory = dataclasses.replace(memory, other=other + max(0, making - (memory.total - other)))
+    context, preset = shape.context(grid, blocks), preset_of(recipe, manifest)
     return Estimate(
         recipe.kind,
         count,
@@ -521,10 +616,18 @@ def would_fit(
     recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None, processes: int = 1
 ) -> list[str]:
     """Changes of a recipe, as --set options, with which it fits; the mildest first."""
-    if not isinstance(recipe, Finetune):
+    changes: list[dict[str, Any]]
+    if isinstance(recipe, CompressorDistill):
+        small = {"checkpointing": True, "queries.stand_ins": 1, "queries.blocks": 1, "queries.layers": 1}
+        changes = [{"checkpointing": True}, small, {"quantize_frozen": "int8"}]
+        changes += [{**small, "quantize_frozen": "int8"}]
+    elif isinstance(recipe, Finetune):
+        changes = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
+    else:
         return []
-    changes: list[dict[str, Any]] = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
-    if not isinstance(recipe, FinetuneLora):
+    if isinstance(recipe, FinetuneLora):
+        changes += [{**changes[-1], "quantize_frozen": "int8"}]
+    elif isinstance(recipe, Finetune):
         changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
     found = []
     for change in changes:
@@ -583,7 +686,7 @@ def compressor_config(manifest: Manifest, config: TransformerConfig, folder: Any
     return CompressorConfig(dim=config.dim, in_channels=config.in_channels)
 
 
-def preset_of(recipe: Finetune, manifest: Manifest) -> CacheDefaults:
+def preset_of(recipe: Finetune | CompressorDistill, manifest: Manifest) -> CacheDefaults:
     """Memory settings of the result: the recipe's, else those of the model it starts from."""
     changes = recipe.preset.model_dump(exclude_none=True)
     if not isinstance(recipe, FinetuneLora):
@@ -591,7 +694,7 @@ def preset_of(recipe: Finetune, manifest: Manifest) -> CacheDefaults:
     return manifest.cache.model_copy(update=changes)
 
 
-def precision(recipe: Finetune | SelfForcing, device: torch.device) -> torch.dtype:
+def precision(recipe: Finetune | CompressorDistill | SelfForcing, device: torch.device) -> torch.dtype:
     """The dtype of products."""
     if recipe.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -640,6 +743,81 @@ def activation_bytes(
     else:
         kept = rest + config.num_layers * layer
     return round(kept + TEMPORARY * layer)
+
+
+def distill_bytes(
+    config: TransformerConfig,
+    layout: Layout,
+    recipe: CompressorDistill,
+    blocks: int,
+    *,
+    text_length: int,
+    keeps_scores: bool,
+) -> int:
+    """Bytes that one item of compressor distillation needs beside the weights.
+
+    Args:
+        layout: of its context, with the bytes of its keys and values.
+        blocks: of its scene.
+    """
+    grid, asked = layout.grid, recipe.queries
+    stand_ins = min(asked.stand_ins, max(1, blocks - layout.sink_blocks - layout.recent_blocks - 1))
+    tokens = layout.tokens(layout.largest_view(blocks))
+    # The cache; the whole keys and values of the replaced blocks, of the sinks (rotated for the compressed forward)
+    # and of the block in hand, which are stacked from their layers.
+    kept = layout.capacity_bytes(blocks).live
+    kept += (stand_ins + layout.sink_blocks + 2) * grid.block_tokens * grid.bytes_per_token
+    # What asking leaves: for each layer that is compared the rest of the context, and the same with the stand-ins.
+    layers = min(asked.layers, grid.layers) * asked.blocks
+    number = grid.dtype_bytes
+    keys = tokens.active + stand_ins * grid.compressed_tokens
+    kept += layers * 2 * (2 * keys * grid.kv_dim * number)
+    if keeps_scores:
+        kept += layers * 2 * min(asked.tokens, grid.block_tokens) * keys * grid.heads * 4
+    # One pass over a whole block: what is in hand in its widest layer.
+    wide = max(config.ffn_dim, 4 * config.dim)
+    passing = grid.block_tokens * (2 * wide + 4 * config.dim) * 4 + 4 * keys * grid.kv_dim * number
+    graphs = [
+        _compressed_forward(dataclasses.replace(config, num_layers=n), layout, text_length) for n in (2, 3)
+    ]
+    layer = graphs[1] - graphs[0]
+    forward = round((graphs[0] + (config.num_layers - 2) * layer) * number / 4)
+    pairs = stand_ins * grid.compressed_tokens * grid.bytes_per_token
+    return kept + passing + pairs + (1 if recipe.checkpointing else stand_ins) * forward
+
+
+def _compressed_forward(config: TransformerConfig, layout: Layout, text_length: int) -> int:
+    """Bytes that the backward pass of one compressed forward needs, in float32."""
+    grid = layout.grid
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    with torch.device("meta"):
+        model = WanTransformer(config).requires_grad_(False)
+        tokens = torch.empty(1, grid.compressed_tokens, config.dim, requires_grad=True)
+        text = torch.empty(1, text_length, config.text_dim)
+        past = torch.empty(1, layout.sink_blocks * grid.block_tokens, heads, head_dim)
+    context = AppendedContext(
+        torch.empty(grid.compressed_tokens, 3, dtype=torch.float64, device="meta"),
+        [past] * config.num_layers,
+        [past] * config.num_layers,
+    )
+    with _Saved() as saved:
+        model.commit_tokens(tokens, model.embed_text(text), context)
+    return saved.size_bytes
+
+
+def saved_bytes(module: nn.Module, mode: str, dtype: torch.dtype) -> int:
+    """Bytes that quantizing the linears of a frozen transformer's layers spares."""
+    if mode == "none":
+        return 0
+    linears = [
+        child
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear) and name.startswith(registry.LAYERS)
+    ]
+    return sum(
+        frozen.linear_bytes(linear, "none", dtype) - frozen.linear_bytes(linear, mode, dtype)
+        for linear in linears
+    )
 
 
 def _saved_by(

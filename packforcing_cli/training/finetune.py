@@ -10,19 +10,20 @@ Source: docs/method.md 7.4, 7.5, 7.7; teacher forcing as in Self-Forcing.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from packforcing_cli import durable, embeddings, packages, registry, weights
+from packforcing_cli import durable, embeddings, lora, packages, registry, weights
 from packforcing_cli.compressor import Compressor
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache
 from packforcing_cli.errors import UsageError
@@ -32,11 +33,11 @@ from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.registry import ModelSource, VideoModel
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
 from packforcing_cli.timeline import Script
-from packforcing_cli.training import adapters, estimate, loop, shards
+from packforcing_cli.training import adapters, estimate, frozen, loop, shards
 from packforcing_cli.training.data import EncodedData, Scene
 from packforcing_cli.training.items import Item, Shape, kept_evenly
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora
+from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
 from packforcing_cli.training.samples import Sampler
 from packforcing_cli.transformer import WanTransformer
 from packforcing_cli.vae import Codec
@@ -154,7 +155,9 @@ def _item_loss(
     sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
     wide = sigmas.view(1, count, 1, 1, 1, 1)
     texts = list(dict.fromkeys(captions))
-    rows = torch.tensor([[texts.index(caption) for caption in captions]]) if len(texts) > 1 else None
+    rows = None
+    if len(texts) > 1:
+        rows = torch.tensor([[texts.index(caption) for caption in captions]], device=device)
     noisy = (1 - wide) * x0 + wide * noise
     if models.whole is not None:
         noisy = shards.anchored(noisy, (models.transformer, models.compressor))
@@ -223,6 +226,7 @@ def load_models(recipe: Finetune, source: ModelSource, device: torch.device) -> 
     compressor.train().requires_grad_(not is_lora)
     if isinstance(recipe, FinetuneLora):
         adapters.insert(transformer, recipe)
+    frozen.shrink(transformer, recipe.quantize_frozen, registry.LAYERS)
     return Models(
         transformer,
         compressor,
@@ -260,14 +264,17 @@ def optimizer_of(models: Models, recipe: Finetune) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, betas=(0.9, 0.99))
 
 
-def facts_of(recipe: Finetune, source: ModelSource, data: EncodedData) -> dict[str, Any]:
+def facts_of(recipe: Finetune | CompressorDistill, source: ModelSource, data: EncodedData) -> dict[str, Any]:
     """What a checkpoint can only be continued with: all that the sequence of losses depends on."""
     free = {"samples", "sampling", "preset", "checkpointing"}
+    if recipe.quantize_frozen == "none":
+        free.add("quantize_frozen")
     values = recipe.model_dump(mode="json", exclude=free)
     for name in ("checkpoint_minutes", "evaluate_every", "threads", "steps"):
         del values["train"][name]
     for name in ("folder", "max_bad", "enlarge", "scene_seconds"):
         del values["data"][name]
+    values["data"].pop("prompts", None)  # where they came from; the data's own hash says which
     flat: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
@@ -327,7 +334,7 @@ def train(
     known = [loop.step_of(path) for path in loop.checkpoints_of(out / "checkpoints")]
     loop.forget_lost_steps(log_path, max(known, default=0))
     manifest = result_manifest(recipe, source, data, shape, split)
-    maker = _Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
+    maker = Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
     last: dict[str, Any] = {}
     bad: list[str] = []
 
@@ -383,12 +390,12 @@ def train(
                             last["samples"] = maker.make(state.step, result)
                             log.write(event="samples", step=state.step, samples=last["samples"])
                         figures["pairs"] = [str(path) for path in maker.pairs(state.step)]
-                    network: WanTransformer = result.transformer
+                    network = result.transformer if recipe.train_transformer else None
                     own: Compressor | None = result.compressor
                     if isinstance(recipe, FinetuneLora):
-                        adapters.write(out / "lora", network, recipe)
+                        adapters.write(out / "lora", result.transformer, recipe)
                         figures["lora"] = str(out / "lora")
-                        network, own = adapters.merged(network), None
+                        network, own = _with_adapters(result, recipe, source, out / "lora"), None
                     if figures.get("pairs"):
                         last["before and after"] = [f"samples/{Path(p).name}" for p in figures["pairs"]]
                     write_result(
@@ -399,6 +406,18 @@ def train(
                     log.write(event="done", **figures)
     workers.stop()
     return figures
+
+
+def _with_adapters(
+    models: Models, recipe: FinetuneLora, source: ModelSource, adapter: Path
+) -> WanTransformer:
+    """The whole weights with the adapters; a base that was trained on in 8 bits is read again."""
+    if recipe.quantize_frozen == "none":
+        return adapters.merged(models.transformer)
+    place = packages.part_folder(source.folder, source.manifest, "transformer")
+    return registry.load_transformer(
+        place, device=torch.device("cpu"), dtype=torch.float32, loras=[lora.read(adapter)]
+    )
 
 
 @contextmanager
@@ -464,7 +483,7 @@ def evaluated(
     return {"held-out clips" if split.is_held_out else "trained clips": errors}
 
 
-def draw_curve(log: Path, path: Path) -> None:
+def draw_curve(log: Path, path: Path, *, measure: str = "squared velocity error") -> None:
     """Draw the losses and evaluations of a log as a PNG. Nothing is drawn before the second line."""
     from matplotlib.figure import Figure
 
@@ -490,7 +509,7 @@ def draw_curve(log: Path, path: Path) -> None:
     for name, values in errors.items():
         axes.plot(list(values), list(values.values()), marker=".", label=name)
     axes.set_xlabel("step")
-    axes.set_ylabel("squared velocity error")
+    axes.set_ylabel(measure)
     axes.set_yscale("log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
@@ -558,7 +577,7 @@ def write_result(
     folder: Path,
     source: ModelSource,
     manifest: Manifest,
-    transformer: WanTransformer,
+    transformer: WanTransformer | None,
     compressor: Compressor | None,
     *,
     steps: int,
@@ -579,12 +598,25 @@ def write_result(
     )
 
 
-class _Maker:
+class Sampled(Protocol):
+    """What sample videos are made with."""
+
+    @property
+    def transformer(self) -> WanTransformer: ...
+
+    @property
+    def compressor(self) -> Compressor: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Maker:
     """Sample videos of this run: the model they are made with, and its prompts."""
 
     def __init__(
         self,
-        recipe: Finetune,
+        recipe: Finetune | CompressorDistill,
         source: ModelSource,
         manifest: Manifest,
         data: EncodedData,
@@ -599,32 +631,36 @@ class _Maker:
         self._codec: Codec | None = None
         self._sampler: Sampler | None = None
 
-    def make(self, step: int, models: Models) -> dict[str, float]:
+    def make(self, step: int, models: Sampled) -> dict[str, float]:
         """Make and measure the videos of a step. Returns: figures, means over them."""
+        network, compressor = models.transformer, models.compressor
+        dtype = network.patch_embedding.weight.dtype
+        if next(compressor.parameters()).dtype != dtype:
+            compressor = copy.deepcopy(compressor).to(dtype)
         if self._codec is None:
             place = packages.part_folder(self._source.folder, self._source.manifest, "vae")
-            self._codec = registry.load_codec(place, device=models.device, dtype=torch.float32)
+            self._codec = registry.load_codec(place, device=models.device, dtype=dtype)
         model = VideoModel(
             name=self._manifest.name,
             manifest=self._manifest,
             folder=self._source.folder,
-            transformer=models.transformer,
-            compressor=models.compressor,
+            transformer=network,
+            compressor=compressor,
             codec=self._codec,
             load_text_encoder=self._source.load_text_encoder,
             text=self._source.text,
             device=models.device,
-            dtype=torch.float32,
+            dtype=dtype,
         )
         if self._sampler is None:
-            self._sampler = Sampler(self._recipe.samples, self._encoded(models.device), self._folder)
+            self._sampler = Sampler(self._recipe.samples, self._encoded(models.device, dtype), self._folder)
         return self._sampler.make(step, model)
 
     def pairs(self, step: int) -> list[Path]:
         """Put the videos from before the first step and from this one side by side."""
         return [] if self._sampler is None else self._sampler.pairs(step)
 
-    def _encoded(self, device: torch.device) -> list[Story]:
+    def _encoded(self, device: torch.device, dtype: torch.dtype) -> list[Story]:
         guided = self._manifest.schedule.guidance != 1.0
         texts = list(
             dict.fromkeys(text for script in self._scripts for text in (*script.prompts, UNCONDITIONAL))
@@ -636,11 +672,11 @@ class _Maker:
             embeds = {text: entry.embeds for text, entry in found.items()}
         else:
             embeds = {text: self._data.embedding(text) for text in texts}
-        empty = embeds[UNCONDITIONAL].to(device).float() if guided else None
+        empty = embeds[UNCONDITIONAL].to(device, dtype) if guided else None
         return [
             Story(
                 script,
-                tuple(Prompt(text, embeds[text].to(device).float(), empty) for text in script.prompts),
+                tuple(Prompt(text, embeds[text].to(device, dtype), empty) for text in script.prompts),
             )
             for script in self._scripts
         ]

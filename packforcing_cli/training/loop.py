@@ -94,6 +94,7 @@ class Workers:
 
         Those of weights that are shared out are means already.
         """
+        parameters = [p for p in parameters if p.requires_grad]
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)

@@ -35,6 +35,10 @@ class Train(Strict):
     threads: int | None = Field(default=None, gt=0)
 
 
+Quantized = Literal["none", "int8", "fp8"]
+"""Weights of frozen parts: as they are, or their linears in 8 bits; see `frozen`."""
+
+
 def span_of(value: str) -> Fraction:
     """Slots of a mid block as a number. Raises: ValueError for anything but a positive number or fraction."""
     try:
@@ -44,6 +48,12 @@ def span_of(value: str) -> Fraction:
     if span <= 0:
         raise ValueError(f'{value!r} is no number of slots: use for example "1", "4" or "1/2"')
     return span
+
+
+def _check_spans(value: tuple[str, ...]) -> tuple[str, ...]:
+    for span in value:
+        span_of(span)
+    return value
 
 
 class ItemData(Strict):
@@ -101,6 +111,69 @@ class ItemData(Strict):
         return tuple(Fraction(span) for span in self.spans)
 
 
+def _check_sinks(value: tuple[int, ...]) -> tuple[int, ...]:
+    if any(n < 1 or n > 2 for n in value):
+        raise ValueError("sinks are 1 or 2 blocks")
+    return value
+
+
+class DistillData(Strict):
+    """What a compressor is distilled on.
+
+    folder:          clips, or what `packforcing data encode` made of them; --data sets it. Empty = the model's own
+                     videos, made once with the real rollout and kept in the run's folder.
+    prompts:         of these videos: a text file with one a line, or "demo" for captions of the demo's world.
+    rollouts:        how many of them.  rollout_blocks: length of each.  rollout_seed: of their noise.
+    scene_seconds:   clips are cut into scenes of at most this length.
+    sinks:           sink blocks, one of these numbers an item.
+    max_mids:        compressed blocks that a block sees at most.
+    spans:           slots a compressed block takes, one of these an item.
+    caption_dropout: asking blocks that read the empty prompt.
+    clean:           asking blocks without noise, as in the clean pass.
+    held_out:        share of the clips or videos that is evaluated on and not trained on.
+    enlarge:         take clips that are smaller than the model's pictures, too.
+    max_bad:         share of bad clips above which nothing is started.
+    """
+
+    folder: str = ""
+    prompts: str = "demo"
+    rollouts: int = Field(default=8, ge=2)
+    rollout_blocks: int = Field(default=20, ge=4)
+    rollout_seed: int = Field(default=0, ge=0)
+    scene_seconds: float = Field(default=24.0, gt=0, le=24)
+    sinks: tuple[int, ...] = Field(default=(2,), min_length=1)
+    max_mids: int = Field(default=16, ge=1)
+    spans: tuple[str, ...] = Field(default=("1", "1", "2", "4"), min_length=1)
+    caption_dropout: float = Field(default=0.1, ge=0, lt=1)
+    clean: float = Field(default=0.2, ge=0, le=1)
+    held_out: float = Field(default=0.25, ge=0, le=0.5)
+    enlarge: bool = False
+    max_bad: float = Field(default=0.1, ge=0, le=1)
+
+    _sinks = field_validator("sinks")(_check_sinks)
+    _spans = field_validator("spans")(_check_spans)
+
+    @property
+    def slot_spans(self) -> tuple[Fraction, ...]:
+        """`spans` as numbers."""
+        return tuple(Fraction(span) for span in self.spans)
+
+
+class Queries(Strict):
+    """Where attention is compared.
+
+    blocks:    of a scene that ask, an item.
+    layers:    of the transformer, drawn for each asking block.
+    tokens:    of each asking block.
+    stand_ins: older blocks that are replaced together, at most; one to this many an item.
+    """
+
+    blocks: int = Field(default=4, ge=1)
+    layers: int = Field(default=4, ge=1)
+    tokens: int = Field(default=64, ge=1)
+    stand_ins: int = Field(default=4, ge=1)
+
+
 class Preset(Strict):
     """Memory settings that the package of the result is run with; left out = those of the model it starts from."""
 
@@ -149,6 +222,7 @@ class Finetune(Strict):
     train_transformer:        false = the compressor alone.
     precision:                bf16 = products in bfloat16, everything that is kept in float32; auto = bf16 on a GPU.
     checkpointing:            run each layer again in the backward pass instead of keeping what is in it.
+    quantize_frozen:          of a transformer that is not trained; --quantize-frozen sets it.
     """
 
     kind: Literal["finetune"]
@@ -158,6 +232,7 @@ class Finetune(Strict):
     train_transformer: bool = True
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpointing: bool = False
+    quantize_frozen: Quantized = "none"
     data: ItemData
     preset: Preset = Preset()
     samples: Samples = Samples()
@@ -168,12 +243,22 @@ class Finetune(Strict):
     def _what_belongs_together(self) -> Finetune:
         if self.train.muon_learning_rate is not None:
             raise ValueError("train.muon_learning_rate: finetuning uses AdamW alone; leave it out")
+        if self.quantize_frozen != "none" and self.trains_all:
+            raise ValueError(
+                f"quantize_frozen {self.quantize_frozen}: every weight is trained, nothing is frozen; leave it out,"
+                " or use finetune-lora or train_transformer=false"
+            )
         if self.samples.every % self.train.evaluate_every:
             raise ValueError(
                 f"samples.every {self.samples.every} must be a multiple of train.evaluate_every"
                 f" {self.train.evaluate_every}"
             )
         return self
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether no weight of transformer and compressor is frozen."""
+        return self.train_transformer
 
 
 class FinetuneLora(Finetune):
@@ -202,4 +287,54 @@ class FinetuneLora(Finetune):
                 raise ValueError(
                     f"{name} has no meaning here: adapters of the transformer are all that is trained"
                 )
+        return self
+
+    @property
+    def trains_all(self) -> bool:
+        """False: the base is frozen."""
+        return False
+
+
+class CompressorDistill(Strict):
+    """The compressor of a model whose transformer is frozen, by what attention over its tokens gives.
+
+    model:           a model's name or package folder.
+    start:           model = from its trained compressor where it has one; lr = from the training-free LR branch, the
+                     HR branch's projection zero. A model without a trained compressor starts from LR in any case.
+    items:           items a step, over all processes together.
+    pool_weight:     of the match with pooled keys and values, beside 1 for attention.
+    precision:       bf16 = the frozen transformer and products in bfloat16; auto = bf16 on a GPU.
+    checkpointing:   run the compressed forward again in the backward pass instead of keeping what is in it.
+    quantize_frozen: of the transformer, and of the text encoder that reads prompts; --quantize-frozen sets it.
+    """
+
+    kind: Literal["compressor-distill"]
+    model: str = "demo"
+    start: Literal["model", "lr"] = "model"
+    items: int = Field(default=2, ge=1)
+    pool_weight: float = Field(default=1e-3, ge=0)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    checkpointing: bool = False
+    quantize_frozen: Quantized = "none"
+    data: DistillData = DistillData()
+    queries: Queries = Queries()
+    preset: Preset = Preset()
+    samples: Samples = Samples()
+    train: Train
+
+    @model_validator(mode="after")
+    def _what_belongs_together(self) -> CompressorDistill:
+        if self.train.muon_learning_rate is not None:
+            raise ValueError("train.muon_learning_rate: the compressor uses AdamW alone; leave it out")
+        if self.samples.every % self.train.evaluate_every:
+            raise ValueError(
+                f"samples.every {self.samples.every} must be a multiple of train.evaluate_every"
+                f" {self.train.evaluate_every}"
+            )
+        least = max(self.data.sinks) + 3
+        if not self.data.folder and self.data.rollout_blocks < least:
+            raise ValueError(
+                f"data.rollout_blocks {self.data.rollout_blocks}: with {max(self.data.sinks)} sinks no block asks"
+                f" for a compressed one in fewer than {least} blocks"
+            )
         return self

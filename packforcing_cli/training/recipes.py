@@ -16,10 +16,19 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.training.recipe_kinds import Finetune, FinetuneLora, Samples, Train, span_of
+from packforcing_cli.training.recipe_kinds import (
+    CompressorDistill,
+    Finetune,
+    FinetuneLora,
+    Quantized,
+    Samples,
+    Train,
+    span_of,
+)
 from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
 __all__ = [
+    "CompressorDistill",
     "DemoDistill",
     "DemoFlow",
     "DemoVae",
@@ -150,6 +159,7 @@ class DemoDistill(DemoFlow):
         default=2, ge=1, description="the teacher's Euler steps in one of the student's"
     )
     guidance: float = Field(default=2.0, ge=0, description="of the teacher: u + g (c - u)")
+    quantize_frozen: Quantized = Field(default="none", description="linears of the teacher in 8 bits")
 
 
 class StudentRollout(_Strict):
@@ -232,18 +242,22 @@ class SelfForcing(_Strict):
     guidance: float = Field(default=3.0, ge=0, description="of the teacher: c + w (c - u)")
     critic_updates: int = Field(default=5, ge=1, description="critic updates for one of the student")
     batch: int = Field(default=1, ge=1, description="rollouts a step, over all processes together")
+    quantize_frozen: Quantized = Field(
+        default="none", description="linears of the teacher and of the text encoder in 8 bits"
+    )
     rollout: StudentRollout = StudentRollout()
     samples: Samples = Samples()
     train: StudentTrain
 
 
-AnyRecipe = DemoVae | DemoFlow | DemoDistill | Finetune | FinetuneLora | SelfForcing
+AnyRecipe = DemoVae | DemoFlow | DemoDistill | Finetune | FinetuneLora | CompressorDistill | SelfForcing
 KINDS: dict[str, type[BaseModel]] = {
     "demo-vae": DemoVae,
     "demo-flow": DemoFlow,
     "demo-distill": DemoDistill,
     "finetune": Finetune,
     "finetune-lora": FinetuneLora,
+    "compressor-distill": CompressorDistill,
     "self-forcing": SelfForcing,
 }
 Recipe = Annotated[AnyRecipe, Field(discriminator="kind")]

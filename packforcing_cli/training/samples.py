@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from packforcing_cli import metrics, rollout
+from packforcing_cli import metrics, resolve, rollout
+from packforcing_cli.prompts import Story
 from packforcing_cli.registry import VideoModel
-from packforcing_cli.rollout import Story
 from packforcing_cli.training import detectors, world
 from packforcing_cli.training.recipe_kinds import Samples
 from packforcing_cli.video import VideoReader, VideoWriter
@@ -85,7 +85,7 @@ def _last_shown(path: Path, shown: Sequence[tuple[int, str]], model: VideoModel)
     reader = VideoReader(path)
     timing = reader.timing()
     length = float(timing.end - timing.start)
-    grid = rollout.grid_for(model, (reader.width, reader.height))
+    grid = resolve.grid_for(model, (reader.width, reader.height))
     begun = [(grid.frames_for(block) / model.manifest.fps, text) for block, text in shown]
     start, text = [(at, text) for at, text in begun if at < length][-1]
     return max(start, length - READ_SECONDS), text

@@ -41,11 +41,11 @@ from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Layout, Span
 from packforcing_cli.packages import Manifest, Part
 from packforcing_cli.prompts import Prompt, Story
-from packforcing_cli.registry import ModelSource, VideoModel, write_package
+from packforcing_cli.registry import LAYERS, ModelSource, VideoModel, write_package
 from packforcing_cli.registry import Schedule as ScheduleRecord
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, renoise_sigmas
 from packforcing_cli.timeline import Script
-from packforcing_cli.training import dmd, estimate, loop, shards, world
+from packforcing_cli.training import dmd, estimate, frozen, loop, shards, world
 from packforcing_cli.training.recipes import SelfForcing
 from packforcing_cli.training.samples import Sampler
 from packforcing_cli.training.student_rollout import Student, rollout
@@ -81,9 +81,10 @@ class Roles:
             ("critic", self.critic),
         ):
             for parameter in network.parameters():
-                owner = places.setdefault(parameter.untyped_storage().data_ptr(), name)
-                if owner != name:
-                    raise ValueError(f"{owner} and {name} share storage")
+                for part in frozen.plain(parameter):
+                    owner = places.setdefault(part.untyped_storage().data_ptr(), name)
+                    if owner != name:
+                        raise ValueError(f"{owner} and {name} share storage")
 
     @classmethod
     def of(
@@ -92,6 +93,7 @@ class Roles:
         teacher: VideoModel | None = None,
         *,
         frozen_dtype: torch.dtype = torch.float32,
+        quantize: str = "none",
     ) -> Roles:
         """Student and critic from a model, the teacher from another or from the same.
 
@@ -99,6 +101,7 @@ class Roles:
 
         Args:
             frozen_dtype: of the teacher's weights; what learns is float32.
+            quantize:     the teacher's linears: "none", "int8" or "fp8".
         Raises: UsageError if the two do not fit each other.
         """
         source = teacher or model
@@ -109,7 +112,7 @@ class Roles:
             )
         critic = _copy(source.transformer).float().requires_grad_(True)
         judge = teacher.transformer if teacher is not None else _copy(model.transformer)
-        judge.requires_grad_(False).to(frozen_dtype)
+        frozen.shrink(judge.requires_grad_(False).to(frozen_dtype), quantize, LAYERS)
         learner = model.transformer.float().requires_grad_(True)
         student = Student(learner, _compressor_of(model).float().requires_grad_(True), model.codec)
         return cls(student, judge, critic)
@@ -483,9 +486,15 @@ def train(
             f"{recipe.batch} rollouts a step cannot be shared by {workers.count} processes",
             hint=f"Use a multiple of {workers.count}, for example --set batch={workers.count}.",
         )
+    texts = read_prompts(recipe.prompts)
     products = estimate.precision(recipe, workers.device)
-    source = _opened(recipe.student, workers.device, products)
-    judge = None if recipe.teacher == recipe.student else _opened(recipe.teacher, workers.device, products)
+    small_text = "none" if recipe.quantize_frozen == "none" else "int8"
+    source = registry.open_model(
+        _place(recipe.student), device=workers.device, dtype=products, quantize_text=small_text, fuse=False
+    )
+    judge = None
+    if recipe.teacher != recipe.student:
+        judge = registry.open_model(_place(recipe.teacher), device=workers.device, dtype=products)
     if source.manifest.cache.compressed_context != "sinks":
         raise UsageError(
             f"{source.name} compresses blocks in the context {source.manifest.cache.compressed_context!r}:"
@@ -494,18 +503,17 @@ def train(
         )
     if judge is not None:
         require_alike(source.manifest, judge.manifest)
-    texts = read_prompts(recipe.prompts)
     shown = sample_prompts(recipe, texts)
     # Before the networks: the text encoder may be larger than all of them, and is gone when this returns.
     prompts, negative, stories = encode_prompts(source, texts, recipe.negative_prompt, shown)
     # Networks that will be shared out need not fit on the device.
     place = torch.device("cpu") if share else workers.device
-    model = registry.load_model(_place(recipe.student), device=place, dtype="fp32")
+    model = registry.load_model(_place(recipe.student), device=place, dtype="fp32", fuse=False)
     teacher = None
     if judge is not None:
-        teacher = registry.load_model(_place(recipe.teacher), device=place, dtype="fp32")
+        teacher = registry.load_model(_place(recipe.teacher), device=place, dtype="fp32", fuse=False)
     facts = facts_of(recipe, texts, model, teacher or model)
-    roles = Roles.of(model, teacher, frozen_dtype=products)
+    roles = Roles.of(model, teacher, frozen_dtype=products, quantize=recipe.quantize_frozen)
     roles.student.codec.to(workers.device, products)
     if settings.checkpointing:
         roles.recompute_layers()
@@ -620,10 +628,6 @@ def _place(name: str) -> str:
     return "demo" if name == "package" else name
 
 
-def _opened(name: str, device: torch.device, dtype: torch.dtype) -> ModelSource:
-    return registry.open_model(_place(name), device=device, dtype=dtype)
-
-
 def read_prompts(source: str) -> list[str]:
     """Prompts of a text file, one a line, `#` begins a comment; "demo" = the captions of the demo world.
 
@@ -695,6 +699,9 @@ def result_manifest(recipe: SelfForcing, model: VideoModel) -> Manifest:
     return base.model_copy(
         update={
             "schedule": schedule,
+            "name": f"{base.name}-student",
+            "title": f"{base.title} - student trained on its own rollouts",
+            "base_model": base.base_model or base.name,
             "cache": base.cache.model_copy(update={"compressor": "hr+lr"}),
             "trained_frames": context.slots,
             "provenance": provenance,

@@ -21,25 +21,24 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from packforcing_cli import durable
-from packforcing_cli.errors import WeightsError
+from packforcing_cli.errors import EnvironmentProblem, UsageError, WeightsError
 from packforcing_cli.transformer import WanTransformer
+
+if TYPE_CHECKING:  # most trainings share nothing out, and some builds of PyTorch cannot
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.device_mesh import DeviceMesh
 
 DESCRIPTION = "checkpoint.json"
 LAYER_METHODS = ("text_keys_values", "inputs_alone")
@@ -65,7 +64,11 @@ def whole(mesh: DeviceMesh, transformer: WanTransformer, *others: nn.Module) -> 
 
     Weights that lie in host memory go to the mesh's device a layer at a time, so that they need not fit there whole.
     Optimisers and averages must be made afterwards.
+
+    Raises: EnvironmentProblem if this PyTorch cannot.
     """
+    with _needed():
+        from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
     for layer in transformer.blocks:
         fully_shard(layer, mesh=mesh)
         for method in LAYER_METHODS:
@@ -80,28 +83,38 @@ def whole(mesh: DeviceMesh, transformer: WanTransformer, *others: nn.Module) -> 
 
 
 def mesh_of(device: torch.device, count: int) -> DeviceMesh:
-    """All processes in a row."""
+    """All processes in a row. Raises: UsageError if there is one; EnvironmentProblem if this PyTorch cannot."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise UsageError(
+            "weights are shared out among several processes, and there is one",
+            hint="Start it with torchrun --nproc-per-node N -m packforcing_cli train …",
+        )
+    with _needed():
+        from torch.distributed.device_mesh import init_device_mesh
     return init_device_mesh(device.type, (count,))
 
 
 def is_shared(tensor: Tensor) -> bool:
     """Whether a tensor is one of those that are shared out."""
-    return isinstance(tensor, DTensor)
+    known: Any = sys.modules.get("torch.distributed.tensor")  # without it nothing is
+    return known is not None and isinstance(tensor, known.DTensor)
 
 
 def own_part(tensor: Tensor) -> Tensor:
     """This process's part of a tensor, of the same storage; all of it if it is not shared out."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    shared: Any = tensor
+    return shared.to_local() if is_shared(tensor) else tensor
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All of every tensor, on the CPU; all processes must ask, and the first one alone gets them."""
     keep = not dist.is_initialized() or dist.get_rank() == 0
     found: dict[str, Tensor] = {}
+    value: Any
     for name, value in tensors.items():
-        whole_value = value.full_tensor() if isinstance(value, DTensor) else value
+        all_of_it = value.full_tensor() if is_shared(value) else value
         if keep:
-            found[name] = whole_value.detach().cpu()
+            found[name] = all_of_it.detach().cpu()
     return found
 
 
@@ -138,19 +151,24 @@ def _temporary(path: Path) -> Path:
 def save(path: Path, tensors: Mapping[str, Tensor], step: int, facts: Mapping[str, Any]) -> None:
     """Write a checkpoint folder; all processes must ask. A kill or a full disk leaves no part of it under `path`.
 
-    Raises: OSError, in every process if in one.
+    Raises: OSError, in every process if in one; what torch.distributed raises if another process is gone.
     """
+    with _needed():
+        from torch.distributed.checkpoint import state_dict_saver
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     temporary, is_first = _temporary(path), dist.get_rank() == 0
     with _failing_together():
         if is_first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(temporary, ignore_errors=True)
+            for left in path.parent.glob(".step-*"):  # by a kill
+                shutil.rmtree(left, ignore_errors=True)
             temporary.mkdir()
     try:
         # A number without dimensions has no slices, and so no parts.
         values = {name: value.reshape(1) if value.ndim == 0 else value for name, value in tensors.items()}
         with _quiet():
-            dcp.save(
+            state_dict_saver.save(
                 values, storage_writer=HuggingFaceStorageWriter(path=str(temporary), save_distributed=True)
             )
         with _failing_together():
@@ -197,6 +215,8 @@ def describe(path: Path) -> dict[str, Any]:
 
 def stored(path: Path) -> dict[str, torch.Size]:
     """Names and whole shapes of the tensors of a checkpoint folder."""
+    with _needed():
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     metadata = HuggingFaceStorageReader(path=str(path)).read_metadata()
     return {name: torch.Size(entry.size) for name, entry in metadata.state_dict_metadata.items()}  # type: ignore[union-attr]
 
@@ -206,10 +226,14 @@ def load(path: Path, into: Mapping[str, Tensor]) -> None:
 
     Raises: WeightsError if a tensor is not there or cannot be read, in every process if in one.
     """
+    with _needed():
+        from torch.distributed.checkpoint import state_dict_loader
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     values = {name: value.reshape(1) if value.ndim == 0 else value for name, value in into.items()}
     try:
         with _quiet():
-            dcp.load(
+            state_dict_loader.load(
                 dict(values),
                 storage_reader=HuggingFaceStorageReader(path=str(path)),
                 no_dist=not dist.is_initialized(),
@@ -222,11 +246,24 @@ def load(path: Path, into: Mapping[str, Tensor]) -> None:
 
 def placed_like(value: Tensor, example: Tensor) -> Tensor:
     """A whole tensor that every process has, shared out as another is."""
-    if not isinstance(example, DTensor):
+    if not is_shared(example):
         return value.to(example.device)
-    return distribute_tensor(
-        value.to(example.device), example.device_mesh, example.placements, src_data_rank=None
-    )
+    from torch.distributed.tensor import distribute_tensor
+
+    like: Any = example
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+@contextmanager
+def _needed() -> Iterator[None]:
+    """An import of what an old PyTorch has not. Raises: EnvironmentProblem."""
+    try:
+        yield
+    except ImportError as error:
+        raise EnvironmentProblem(
+            f"PyTorch {torch.__version__} cannot share weights out among processes: {error}",
+            hint="Install a newer one, or leave --fsdp away.",
+        ) from error
 
 
 @contextmanager
@@ -253,9 +290,9 @@ def _failing_together() -> Iterator[None]:
         raise OSError(first[0] or 0, f"another process: {first[1]}")
 
 
-def _cause(error: CheckpointException) -> OSError:
-    """The first failure of torch's checkpointing as an OSError, a full disk with its number."""
+def _cause(error: CheckpointException) -> Exception:
+    """The first failure of torch's checkpointing, a full disk as an OSError with its number."""
     cause, _ = next(iter(error.failures.values()))
     if durable.is_full_disk(cause):
         return OSError(28, f"no space left: {cause}")
-    return OSError(getattr(cause, "errno", None) or 5, f"{type(cause).__name__}: {cause}")
+    return cause if isinstance(cause, Exception) else OSError(5, f"{type(cause).__name__}: {cause}")

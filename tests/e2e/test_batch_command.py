@@ -474,6 +474,9 @@ def test_the_next_prompt_is_encoded_and_the_last_file_finished_beside_the_denois
     assert waited == [True, True]
     figures = made[1].result["figures"]
     assert figures["text_ahead_seconds"] > 0 and "text_wait_seconds" in figures
+    assert 0 < figures["first_frame_seconds"] <= figures["total_seconds"]
+    assert 0 < figures["block_seconds_p50"] <= figures["block_seconds_p95"]
+    assert figures["stall_seconds"] >= 0
 
 
 def test_a_run_folder_that_is_not_wanted_is_gone_afterwards(package: Path, tmp_path: Path) -> None:

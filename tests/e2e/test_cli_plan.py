@@ -47,6 +47,9 @@ PLAN_SHAPE: dict[str, Any] = {
         "compressor": str,
         "compressed_context": str,
         "rope_adjustment": bool,
+        "kv_dtype": str,
+        "bank_memory": (int, type(None)),
+        "bank_device": str,
     },
     "tokens": {
         "block": int,
@@ -197,6 +200,9 @@ def test_every_memory_option_reaches_the_plan(run_command: Any) -> None:
         "--mid-span": "1/2",
         "--compressor": "hr+lr",
         "--compressed-context": "history",
+        "--kv-dtype": "int8",
+        "--bank-memory": "2GB",
+        "--bank-device": "host",
     }
     arguments = [word for pair in options.items() for word in pair]
     values = json.loads(run_command("inspect-cache", *arguments, "--seconds", "60", "--json").out)
@@ -211,6 +217,9 @@ def test_every_memory_option_reaches_the_plan(run_command: Any) -> None:
         "compressor": "hr+lr",
         "compressed_context": "history",
         "rope_adjustment": True,
+        "kv_dtype": "int8",
+        "bank_memory": 2 * 10**9,
+        "bank_device": "host",
     }
     assert values["tokens"]["sink"] == values["tokens"]["block"]
     assert values["tokens"]["mid"] == 3 * values["tokens"]["compressed_block"]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from packforcing_cli import attention as attention_kernels
 from packforcing_cli import catalog, config, registry
 from packforcing_cli.cli import doctor
 from packforcing_cli.cli.doctor import Finding
@@ -31,9 +32,7 @@ def test_this_machine_works_and_the_json_is_frozen(run_command: Any, tmp_path: P
     said = {finding["name"]: finding for finding in values["checks"]}
     for name in ("packforcing", "PyTorch", "host memory", "codecs", "Hub cache", "model demo"):
         assert said[name]["status"] == "ok", said[name]
-    assert (
-        doctor.attention_kind([said["attention"]["text"]]) != "unknown" or "CPU" in said["attention"]["text"]
-    )
+    assert "; --attention can be auto, " in said["attention"]["text"]
     assert said["self-test"]["text"].startswith("29 frames of the demo in ")
     assert list(tmp_path.iterdir()) == []  # nothing is left behind
 
@@ -176,7 +175,7 @@ def test_an_error_of_a_check_keeps_its_hint(run_command: Any, monkeypatch: pytes
     ],
 )
 def test_kernels_are_told_apart_by_name(kernels: list[str], kind: str) -> None:
-    assert doctor.attention_kind(kernels) == kind
+    assert attention_kernels.kind(kernels) == kind
 
 
 def test_flash_attention_2_on_a_hopper_gpu_is_warned_about() -> None:
@@ -188,16 +187,20 @@ def test_flash_attention_2_on_a_hopper_gpu_is_warned_about() -> None:
     assert doctor.attention_finding(["gemm"], (8, 0)).status == "warning"
 
 
+def kernels_on(device: str) -> list[str]:
+    return attention_kernels.profiled(attention_kernels.Kernel(), torch.device(device))
+
+
 def test_the_profiled_call_is_attention_and_the_profiler_says_nothing(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    assert doctor.attention_kind(doctor._profiled_kernels("cpu")) == "PyTorch's CPU kernel"
+    assert attention_kernels.kind(kernels_on("cpu")) == "PyTorch's CPU kernel"
     assert capfd.readouterr().err == ""
 
 
 @pytest.mark.gpu
 def test_the_kernel_of_this_gpu_is_known() -> None:
-    assert doctor.attention_kind(doctor._profiled_kernels("cuda")) not in ("unknown", "plain matrix products")
+    assert attention_kernels.kind(kernels_on("cuda")) not in ("unknown", "plain matrix products")
 
 
 def test_a_pyav_without_h264_is_broken() -> None:

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -66,6 +67,7 @@ RESULT_SHAPE: dict[str, Any] = {
         "block_seconds_p50": float,
         "block_seconds_p95": float,
         "stall_seconds": float,
+        "process_first_frame_seconds": float,
         "fps": float,
         "realtime_factor": float,
         "kv_bytes": {
@@ -179,6 +181,10 @@ def test_stdout_is_the_path_and_stderr_is_the_talk(generate: Any, tmp_path: Path
     assert said[2].startswith("block 3/3: 0:03 of 0:03, ")
     assert "sink " in said[2] and "recent " in said[2] and "a full cache for this video: " in said[2]
     assert said[3].startswith("3 blocks, 45 frames (2.81 s) in ")
+    assert re.search(
+        r"; first frames in the file after [\d.]+ s \([\d.]+ s from the start of the command\), a block",
+        said[3],
+    )
     assert len(said) == 4
     reader = VideoReader(tmp_path / "a-red-circle.mp4")
     assert (num_frames(reader.path), reader.width, reader.height, int(reader.fps)) == (45, 64, 64, 16)
@@ -203,6 +209,14 @@ def test_every_line_of_json_progress_is_an_event(generate: Any) -> None:
     assert names == ["note", "warning", "start", "block", "block", "block", "done", "note"]
     assert events[1]["text"].startswith("this model does not know: elephant. It understands: a red circle")
     assert [event["index"] for event in events[3:6]] == [0, 1, 2]
+    assert set(events[6]["figures"]) == {
+        "total_seconds",
+        "first_frame_seconds",
+        "process_first_frame_seconds",
+        "block_seconds_p50",
+        "block_seconds_p95",
+        "stall_seconds",
+    }
     assert set(events[3]) == {
         "event",
         "index",
@@ -851,7 +865,7 @@ def spoil(monkeypatch: pytest.MonkeyPatch, block: int, attempts: int) -> None:
         return denoise(*args, **options)
 
     monkeypatch.setattr(rollout, "denoise_block", spoilt)
-    monkeypatch.setattr(rollout, "to_uint8", lambda pixels: look(pixels) * (not state["bad"]))
+    monkeypatch.setattr(rollout, "to_uint8", lambda pixels, *to: look(pixels, *to) * (not state["bad"]))
 
 
 def test_guard_stop_ends_the_video_with_a_file_and_the_commands_to_go_on(

@@ -248,3 +248,17 @@ def test_two_processes_train_together_and_stop_together(vae_run: Path, tmp_path:
     assert "in 2 processes" in text
     assert "a checkpoint is saved. To go on: torchrun --nproc-per-node 2 -m packforcing_cli train" in text
     assert len(list((tmp_path / "run" / "checkpoints").glob("step-*.safetensors"))) == 1
+
+
+def test_a_process_that_lost_the_others_says_how_to_go_on(
+    run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*_: Any) -> Any:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:537] Read error: Connection reset by peer. GLHF!")
+
+    monkeypatch.setattr(demo_vae, "_loss", lost)
+    result = run_command("train", "demo-vae", *settings(VAE))
+    assert result.code == 1
+    assert "another process of this training ended" in result.err
+    assert "packforcing train demo-vae --out runs/demo-vae" in result.err
+    assert "GLHF" not in result.err

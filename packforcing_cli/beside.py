@@ -1,0 +1,171 @@
+"""Work that the model does not wait for: a second stream of the GPU, and stage times that stop nothing.
+
+    model    | denoise i | clean i | denoise i+1 ............. | compress i | clean i+1 | ...
+    beside               | decode i, frames i, LR branch of i |
+    host                                       look at i, hand i on
+
+What runs beside reads the clean block and nothing that the model writes, so its results are those of the serial
+order. A tensor that crosses from one stream to the other is recorded in both: its memory is not given away while
+the other one still reads it. Without a second stream everything runs at once, in the order it is given.
+Knows nothing of blocks, caches or codecs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+RUN = 3  # blocks in a row that `Faster` makes one way; the first of them overlaps the run before and is not timed
+ORDER = (False, True, True, False)  # what grows evenly from block to block weighs equally on both
+
+
+class Mark:
+    """A point in a stream's work; on the CPU all work up to it is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event()
+            self._event.record(torch.cuda.current_stream(device))
+        self._device = device
+
+    def wait(self) -> None:
+        """Let the host wait until the work is done."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def before(self, stream: torch.cuda.Stream | None) -> None:
+        """Let a stream wait for it, None = the current one; the host goes on."""
+        if self._event is not None:
+            (stream or torch.cuda.current_stream(self._device)).wait_event(self._event)
+
+
+def memory_allows(device: torch.device) -> bool:
+    """Whether a GPU has room for a second line of work, which shares no freed memory with the first.
+
+    Asked before the first block: weights and cache are there, the work is not. At the shapes of Wan2.1-1.3B and its VAE
+    both lines together take about three quarters of what is there (planner.py's figures); as much must be free.
+    """
+    if device.type != "cuda":
+        return True
+    free, _ = torch.cuda.mem_get_info(device)
+    return free >= torch.cuda.memory_allocated(device)
+
+
+class Beside:
+    """A second line of work.
+
+    used: whether there is one; it takes a GPU.
+    """
+
+    def __init__(self, device: torch.device, *, used: bool) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if used and device.type == "cuda" else None
+
+    def mark(self) -> Mark:
+        """A point in the current line of work."""
+        return Mark(self._device)
+
+    @contextmanager
+    def work(self, *reads: Tensor | None, since: Mark | None = None) -> Iterator[None]:
+        """Give it work: what is called inside runs there, after `since`, None = all the model has been given so far.
+
+        reads: tensors of the model's line that this work reads.
+        """
+        if self._stream is None:
+            yield
+            return
+        (since or self.mark()).before(self._stream)
+        for tensor in reads:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(self._stream)
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def hand_over(self, done: Mark, *tensors: Tensor | None) -> None:
+        """Let the model read tensors that were made beside, before `done`."""
+        if self._stream is None:
+            return
+        done.before(None)
+        for tensor in tensors:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream(self._device))
+
+    def to_host(self, tensor: Tensor) -> Tensor:
+        """A tensor on the CPU; beside the model it is there only after the next mark. A copy if it was elsewhere."""
+        if self._stream is None or not tensor.is_cuda:
+            return tensor.cpu()
+        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        return there.copy_(tensor, non_blocking=True)
+
+
+class Stopwatch:
+    """Seconds of named stages; on a GPU those of the stream a stage runs in, and nothing waits until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._seconds: dict[str, float] = {}
+        self._open: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def stage(self, name: str, *, on_host: bool = False) -> Iterator[None]:
+        """Time a stage. on_host: it is work of the CPU, wherever the model is."""
+        self._seconds.setdefault(name, 0.0)
+        if self._device.type != "cuda" or on_host:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(self._device))
+        yield
+        end.record(torch.cuda.current_stream(self._device))
+        self._open.append((name, begin, end))
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each stage so far; the host waits for the end of those that are not over."""
+        for name, begin, end in self._open:
+            end.synchronize()
+            self._seconds[name] += begin.elapsed_time(end) / 1000
+        self._open.clear()
+        return dict(self._seconds)
+
+    @property
+    def rounded(self) -> dict[str, float]:
+        """Seconds to the microsecond, as they are written down."""
+        return {name: round(value, 6) for name, value in self.seconds.items()}
+
+
+class Faster:
+    """Which of two ways of making blocks takes less time here; their results are the same.
+
+    wanted: None = measure; the first blocks are made both ways in turn. Else: that way.
+    """
+
+    def __init__(self, wanted: bool | None, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._wanted, self._clock = wanted, clock
+        self._starts: list[float] = []
+
+    @property
+    def wanted(self) -> bool | None:
+        """The way that is known to be wanted, None while it is being measured."""
+        return self._wanted
+
+    def choose(self) -> bool:
+        """The way of the next block; call it when the block begins."""
+        if self._wanted is not None:
+            return self._wanted
+        self._starts.append(self._clock())
+        block = len(self._starts) - 1
+        if block < RUN * len(ORDER):
+            return ORDER[block // RUN]
+        took = {False: 0.0, True: 0.0}
+        for run, way in enumerate(ORDER):
+            took[way] += self._starts[RUN * (run + 1)] - self._starts[RUN * run + 1]
+        self._wanted = took[True] < took[False]
+        return self._wanted
