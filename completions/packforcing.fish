@@ -422,7 +422,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from train' -l data -x -d 'Cl
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l fsdp -d 'Share the weights out among the processes of torchrun (FSDP2) instead of copying them'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l quantize-frozen -x -a 'none int8 fp8' -d 'Keep weights of what is not trained in 8 bits, none, int8 or fp8'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l resume -d 'Only go on with a run, refuse to start a new one'
-complete -c packforcing -n '__fish_seen_subcommand_from train' -l force -d 'Accept that inference leaves the context of training'
+complete -c packforcing -n '__fish_seen_subcommand_from train' -l force -d 'Accept an inference that leaves the context of training, data that a recipe cannot use whole, and a run that was begun with another recipe or other data'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -s q -l quiet -d 'Say nothing but errors'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -s v -l verbose -d 'Say more; show tracebacks'
 complete -c packforcing -n '__fish_seen_subcommand_from train' -l help -s h -d 'Show this message and exit.'

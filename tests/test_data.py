@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.errors import DiskFullError, LockedError, UsageError, WeightsError
 from packforcing_cli.registry import ModelSource
 from packforcing_cli.source import Source
-from packforcing_cli.training import data
+from packforcing_cli.training import data, finetune, loop
 from packforcing_cli.training.data import EncodedData, Wanted
+from packforcing_cli.training.items import Shape
 
 torch.set_num_threads(1)
 
@@ -229,7 +231,7 @@ def test_captions_of_blocks_are_encoded_and_read_back(
     encoded = data.encode(clips, tmp_path / "out", demo, wanted())
     assert counted == ["0.mp4", "1.mp4", "2.mp4"]  # once: words are no pixels
     assert encoded.sha256 != before.sha256
-    first, scene = encoded.scenes[:2]
+    first, scene = sorted(encoded.scenes, key=lambda scene: scene.clip)[:2]
     assert (first.captions, first.cuts) == (("a square, number 0",) * 3, ())
     assert (scene.captions, scene.cuts) == (("a square, number 1",) * 2 + ("night falls",), (2,))
     assert not torch.equal(encoded.embedding("night falls"), encoded.embedding(scene.caption))
@@ -256,14 +258,15 @@ def test_encoded_scenes_are_what_the_autoencoder_makes_of_the_frames(
     clips: Path, tmp_path: Path, demo: ModelSource
 ) -> None:
     encoded = data.encode(clips, tmp_path / "out", demo, wanted())
-    assert [(scene.clip, scene.caption, scene.blocks) for scene in encoded.scenes] == [
+    assert sorted((scene.clip, scene.caption, scene.blocks) for scene in encoded.scenes) == [
         (f"{n}.mp4", f"a square, number {n}", 3) for n in range(3)
     ]
+    second = next(scene for scene in encoded.scenes if scene.clip == "1.mp4")
     codec = registry.load_codec(DEMO_FOLDER / "vae", device=torch.device("cpu"), dtype=torch.float32)
     frames = np.stack(list(Source(clips / "1.mp4", fps=16, size=(128, 64)).frames()))
     pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None].float() / 255  # all 45 frames at once
     z = codec.encoder().encode(pixels)
-    latents, lr = encoded.load(encoded.scenes[1], (0, 1, 2))
+    latents, lr = encoded.load(second, (0, 1, 2))
     torch.testing.assert_close(latents, z[0].unflatten(1, (3, 4)).transpose(0, 1), rtol=1e-3, atol=2e-3)
     decoded = codec.decoder().decode(z)
     small = torch.nn.functional.avg_pool2d(decoded[0].transpose(0, 1), 4)  # [45,3,16,32]
@@ -275,7 +278,7 @@ def test_encoded_scenes_are_what_the_autoencoder_makes_of_the_frames(
         nine = torch.cat([before, *(rest[a:b].mean(0, keepdim=True) for a, b in cuts)])
         expected = codec.encoder().encode(nine.transpose(0, 1)[None])[0][:, 1:]
         torch.testing.assert_close(lr[block], expected, rtol=1e-3, atol=5e-3)
-    picked, _ = encoded.load(encoded.scenes[1], (2, 0))
+    picked, _ = encoded.load(second, (2, 0))
     assert torch.equal(picked, latents[[2, 0]])
 
 
@@ -294,12 +297,40 @@ def test_encoding_again_encodes_what_is_new_or_changed_only(
     (clips / "2.mp4").unlink()
     again = data.encode(clips, out, demo, wanted())
     assert counted[3:] == ["1.mp4"]
-    assert [(scene.clip, scene.caption) for scene in again.scenes] == [
+    assert sorted((scene.clip, scene.caption) for scene in again.scenes) == [
         ("1.mp4", "a square, number 1"),
         ("moved.mp4", "another caption"),
     ]
     assert again.sha256 != first.sha256
     assert again.embedding("another caption").shape == again.embedding("").shape
+
+
+def test_renamed_clips_are_the_same_data_in_the_same_order(
+    clips: Path, tmp_path: Path, demo: ModelSource
+) -> None:
+    first = data.encode(clips, tmp_path / "out", demo, wanted())
+    for old, new in (("0", "z"), ("1", "0"), ("2", "a")):
+        for ending in (".mp4", ".txt"):
+            (clips / f"{old}{ending}").rename(clips / f"{new}{ending}")
+    again = data.encode(clips, tmp_path / "out", demo, wanted())
+    assert again.sha256 == first.sha256
+    assert [scene.clip for scene in again.scenes] != [scene.clip for scene in first.scenes]
+    assert [scene.content for scene in again.scenes] == [scene.content for scene in first.scenes]
+    assert [scene.caption for scene in again.scenes] == [scene.caption for scene in first.scenes]
+    shape = Shape("strict", 3, (1,), 1, (Fraction(1),), 0.0)
+    splits = [finetune.Split.of(encoded, shape, 0.34) for encoded in (first, again)]
+    held = [[scene.content for scene in split.evaluated] for split in splits]
+    assert splits[0].is_held_out and held[0] == held[1]
+
+
+def test_asked_to_stop_it_ends_after_the_clip_in_hand(
+    clips: Path, tmp_path: Path, demo: ModelSource, counted: list[str]
+) -> None:
+    with pytest.raises(loop.Stopped):
+        data.encode(clips, tmp_path / "out", demo, wanted(), should_stop=lambda: len(counted) == 2)
+    assert counted == ["0.mp4", "1.mp4"]
+    assert len(data.encode(clips, tmp_path / "out", demo, wanted()).scenes) == 3
+    assert counted == ["0.mp4", "1.mp4", "2.mp4"]
 
 
 def test_a_stopped_encoding_goes_on_where_it_was(
@@ -468,3 +499,6 @@ def test_data_encode_prints_the_folder(clips: Path, run_command: Any, tmp_path: 
     assert (result.code, result.out) == (0, "made\n")
     assert "3 clips encoded, 0 were there already: 3 scenes, 9 blocks" in result.err
     assert EncodedData.open(tmp_path / "made").settings["model"] == "demo"
+    assert "Train on them: packforcing train finetune --data made" in result.err
+    result = run_command("data", "encode", str(clips), "--out", "long", "--max-bad", "0.5")
+    assert "Train on them: packforcing train finetune-long --data long" in result.err

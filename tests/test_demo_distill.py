@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -171,8 +173,13 @@ def test_a_run_is_resumed_bit_for_bit_and_ends_in_a_student_that_runs(teacher: P
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "run", functools.partial(loop.run, log_every=1))
         done = demo_distill.train(settings, whole)
-        steps = iter((False, True))
-        assert "result" not in demo_distill.train(settings, broken, should_stop=lambda: next(steps))
+        logged: list[dict[str, Any]] = []
+
+        def stop() -> bool:
+            return sum("loss" in record for record in logged) == 2
+
+        stopped = demo_distill.train(settings, broken, on_log=logged.append, should_stop=stop)
+        assert stopped == {"steps": 2}
         demo_distill.train(settings, broken)
     assert losses(whole) == losses(broken) and len(losses(whole)) == 3
     manifest = packages.read_manifest(Path(done["result"]))
@@ -189,3 +196,22 @@ def test_first_blocks_are_clips_alone(student: Models, pools: dict[str, Pool]) -
         Batch(torch.Generator().manual_seed(0), torch.device("cpu")), pools["first"], 3
     )
     assert isinstance(clips, Alone) and clips.x0.shape == (3, 1, 16, 4, 8, 16)
+
+
+def test_going_on_with_another_teacher_is_refused_before_scenes_are_made(
+    teacher: Path, tmp_path: Path
+) -> None:
+    settings = recipe(f"init={teacher}", "train.steps=1")
+    demo_distill.train(settings, tmp_path / "run")
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    values = json.loads((other / "packforcing.json").read_text("utf-8"))
+    name = next(name for name in values["files"] if name.startswith("compressor/"))
+    values["files"][name]["sha256"] = "0" * 64
+    (other / "packforcing.json").write_text(json.dumps(values), "utf-8")
+    pools = sorted((tmp_path / "run/pool").iterdir())
+    before = [path.stat().st_mtime_ns for path in pools]
+    changed = recipe(f"init={other}", "train.steps=2", "guidance=1.5", "data.short_scenes=3")
+    with pytest.raises(UsageError, match=r"guidance: 2\.0 then, 1\.5 now; teacher\.compressor: "):
+        demo_distill.train(changed, tmp_path / "run")
+    assert [path.stat().st_mtime_ns for path in pools] == before

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from packforcing_cli.training import demo_flow, demo_text, loop, recipes, world
+from packforcing_cli.training import demo_flow, demo_text, estimate, loop, recipes, world
 from packforcing_cli.training.demo_flow import Batch, Models, Pool
 from packforcing_cli.training.recipes import DemoFlow
 from packforcing_cli.vae import TinyCodec
@@ -158,3 +158,52 @@ def test_an_evaluation_is_repeatable(models: Models, pools: dict[str, Pool]) -> 
     first = demo_flow.mean_error(models, pools, recipe(), 0.9, count=4)
     assert first == demo_flow.mean_error(models, pools, recipe(), 0.9, count=4)
     assert first.keys() >= {"first", "later"} and min(first.values()) > 0
+
+
+def test_asked_to_stop_it_leaves_no_half_a_pool(codec: TinyCodec, tmp_path: Path) -> None:
+    path, asked = tmp_path / "first.safetensors", iter((False, True))
+    with pytest.raises(loop.Stopped):
+        demo_flow.build_pool(
+            path, codec, scenes=70, blocks=1, seed=0, quick=False, should_stop=lambda: next(asked), **STORIES
+        )
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_planned_memory_is_that_of_all_kinds_of_items(models: Models, pools: dict[str, Pool]) -> None:
+    """What a step keeps for the backward pass, counted as it is made, with as many far blocks as there are."""
+    chosen = recipe("data.whole_probability=1", "data.whole_clips=2", "data.long_blocks=12")
+    batch = demo_flow.Batch(torch.Generator().manual_seed(5), torch.device("cpu"))
+    kept: dict[str, int] = {}
+    plain = replace(pools["short"], caption=torch.zeros_like(pools["short"].caption))
+    given = pools | {"short": plain}
+    for name, clips, draws in demo_flow.items_of_step(models, batch, given, chosen.data, mids=16):
+        with estimate._Saved() as saved:
+            demo_flow.flow_errors(models, batch, clips, chosen, draws)
+        kept[name] = saved.size_bytes
+    assert set(kept) == {"first", "packed", "long", "whole"}
+    count = sum(kept.values())
+
+    def planned(*settings: str) -> int:
+        changed = recipe("data.whole_probability=1", "data.whole_clips=2", "data.long_blocks=12", *settings)
+        return estimate.estimate(changed, torch.device("cpu")).memory.activations
+
+    assert count < planned() < 1.5 * count
+    assert planned("data.whole_clips=4") > planned()
+    assert planned("data.first_clips=8") > planned()
+    assert planned("data.long_draws=6") > planned()
+
+
+def test_too_large_demo_training_says_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, large = (
+        torch.device("cpu"),
+        recipe("data.packed_draws=6", "data.packed_clips=2", "data.first_clips=2"),
+    )
+    needed, less = (
+        estimate.estimate(r, cpu).memory.total
+        for r in (large, recipe("data.packed_draws=1", "data.long_draws=1"))
+    )
+    assert less < needed
+    monkeypatch.setattr(estimate, "free_memory", lambda device: ((needed + less) / 2 / 0.95, "this machine"))
+    found = estimate.would_fit(large, cpu)
+    assert found[0].startswith("--set data.packed_draws=1 --set data.long_draws=1")
+    assert estimate.estimate(large, cpu).is_too_large

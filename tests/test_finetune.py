@@ -91,6 +91,10 @@ def recipe(package: Path, name: str = "finetune", **changes: Any) -> Finetune:
     return chosen
 
 
+def longest(encoded: EncodedData) -> data.Scene:
+    return max(encoded.scenes, key=lambda scene: scene.blocks)
+
+
 def train(chosen: Finetune, out: Path, encoded: EncodedData, **options: Any) -> dict[str, Any]:
     return finetune.train(chosen, out, encoded, log_every=1, **options)
 
@@ -117,7 +121,7 @@ def test_gradients_reach_the_compressor_and_equal_finite_differences(
     models = finetune.load_models(chosen, source, torch.device("cpu"))
     models.transformer.double()
     models.compressor.double()
-    shape, scene = estimate.shape_of(chosen.data), encoded.scenes[-1]
+    shape, scene = estimate.shape_of(chosen.data), longest(encoded)
     assert scene.blocks == 8
 
     def loss() -> Tensor:
@@ -156,7 +160,7 @@ def test_checkpointing_and_the_whole_backward_pass_give_equal_gradients(
         models = finetune.load_models(chosen, source, torch.device("cpu"))
         generator = torch.Generator().manual_seed(3)
         shape = estimate.shape_of(chosen.data)
-        finetune.item_loss(models, encoded, encoded.scenes[-1], shape, chosen, generator).backward()
+        finetune.item_loss(models, encoded, longest(encoded), shape, chosen, generator).backward()
         gradients.append([p.grad for m in (models.transformer, models.compressor) for p in m.parameters()])
     for whole, again in zip(*gradients, strict=True):
         assert (whole is None and again is None) or torch.equal(whole, again)
@@ -169,7 +173,7 @@ def test_every_block_of_an_item_reads_its_own_caption(
     chosen = recipe(package, name, data__draws=2, data__caption_dropout=0.0)
     source = registry.open_model(package, device="cpu", dtype=torch.float32)
     models = finetune.load_models(chosen, source, torch.device("cpu"))
-    shape, plain = estimate.shape_of(chosen.data), encoded.scenes[-1]
+    shape, plain = estimate.shape_of(chosen.data), longest(encoded)
     texts = [scene.caption for scene in encoded.scenes[:2]]
     captions = tuple(texts[block >= 4] for block in range(plain.blocks))
     scene = dataclasses.replace(plain, words=data.Words(captions, (4,)))
@@ -198,6 +202,33 @@ def test_every_block_of_an_item_reads_its_own_caption(
         for s in (plain, same)
     ]
     assert torch.equal(*losses)
+
+
+def test_a_dropped_caption_leaves_the_history_its_own(
+    package: Path, encoded: EncodedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As guidance does at inference: both passes see a history that was committed with its caption."""
+    chosen = recipe(package, "finetune-long", data__draws=2, data__caption_dropout=0.99999)
+    source = registry.open_model(package, device="cpu", dtype=torch.float32)
+    models = finetune.load_models(chosen, source, torch.device("cpu"))
+    seen: dict[str, Any] = {}
+
+    def spy(model: WanTransformer, item: PackedItem, grid: Grid, **given: Any) -> Tensor:
+        seen.update(given, item=item)
+        return packed_forward(model, item, grid, **given)
+
+    monkeypatch.setattr(finetune, "packed_forward", spy)
+    scene = longest(encoded)
+    finetune.item_loss(
+        models, encoded, scene, estimate.shape_of(chosen.data), chosen, torch.Generator().manual_seed(3)
+    )
+    rows, keys = seen["prompts"][0].tolist(), seen["text"].layers[0][0]
+    history = len(seen["item"].full) + len(seen["item"].compressed)
+    assert 0 < history < len(rows)
+    for n, row in enumerate(rows):
+        text = scene.caption if n < history else ""
+        own = models.transformer.embed_text(encoded.embedding(text)).layers[0][0]
+        torch.testing.assert_close(keys[row : row + 1], own)
 
 
 def test_held_out_clips_are_never_trained_on(package: Path, encoded: EncodedData) -> None:
@@ -398,6 +429,54 @@ def test_another_recipe_or_other_data_does_not_go_on(
     other = EncodedData(encoded.folder, fewer | {"sha256": "0" * 64})
     with pytest.raises(UsageError, match=f"\\(data: '{encoded.sha256}' then, '{'0' * 64}' now\\)"):
         train(recipe(package, "finetune-long", **options), tmp_path, other)
+    begun = max(loop.step_of(path) for path in loop.checkpoints_of(tmp_path / "checkpoints"))
+    done = train(recipe(package, "finetune-long", **options), tmp_path, other, accept=True)
+    assert done["steps"] == 7
+    said = registry.read_manifest(Path(done["result"])).provenance["changed on the way"]
+    assert said == [{"step": begun, "facts": {"data": [encoded.sha256, "0" * 64]}}]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "said"),
+    [
+        ("finetune", [], "11% of the data would never be trained on: strict items take the first 5 blocks"),
+        ("finetune-long", ["data.scene_seconds=5"], "up to 8 blocks, and data.scene_seconds is 5"),
+        ("finetune-long", ["data.enlarge=true"], "data.enlarge is true, and "),
+        ("finetune-long", ["data.max_bad=0"], "1 of the 6 clips of "),
+    ],
+)
+def test_data_that_was_encoded_otherwise_than_the_recipe_says_is_refused(
+    name: str, settings: list[str], said: str, encoded: EncodedData, run_command: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    values = json.loads((encoded.folder / "dataset.json").read_text("utf-8"))
+    values["counts"]["too short"] = 1
+    (folder / "dataset.json").write_text(json.dumps(values), "utf-8")
+    words = [word for setting in ("samples.every=0", *settings) for word in ("--set", setting)]
+    result = run_command("train", name, "--data", str(folder), "--out", "run", *words)
+    assert result.code == 2
+    assert said in result.err
+    assert not Path("run/checkpoints").exists()
+
+
+def test_a_start_says_how_often_items_see_as_many_mids_as_inference_and_of_trained_scenes_alone(
+    package: Path, encoded: EncodedData, run_command: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scene of eight blocks is held out: what is left has no more than two mids beside a sink."""
+    long = longest(encoded).content
+
+    def split(clips: list[str], share: float) -> tuple[list[int], list[int]]:
+        return [n for n, clip in enumerate(clips) if clip != long], [clips.index(long)]
+
+    monkeypatch.setattr(finetune, "kept_evenly", split)
+    chosen = ["samples.every=0", f"model={package}", "preset.top_k=3"]
+    words = [word for setting in chosen for word in ("--set", setting)]
+    result = run_command("train", "finetune-long", "--data", str(encoded.folder), "--out", "run", *words)
+    assert result.code == 2
+    assert "1 sink with 0 to 2 mids, 2 sinks with 0 to 1 mid;" in result.err
+    assert "mids         3, as many as inference recalls, in 0% of the items" in result.err
+    assert "3 mids: training meets at most 1 beside 2 sinks" in result.err
 
 
 def test_data_of_another_model_is_refused(package: Path, encoded: EncodedData, tmp_path: Path) -> None:
@@ -470,7 +549,9 @@ def test_too_little_memory_is_said_with_what_would_fit(
     ]
     with pytest.raises(MemoryFitError, match="the training needs about"):
         estimate.estimate(chosen, cpu).require_fit()
-    result = run_command("train", "finetune", "--data", str(encoded.folder), "--set", "samples.every=0")
+    result = run_command(
+        "train", "finetune", "--data", str(encoded.folder), "--set", "samples.every=0", "--force"
+    )
     assert result.code == 5
     assert "This would fit: --set checkpointing=true" in result.err
     assert not (tmp_path / "runs" / "finetune" / "checkpoints").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -116,8 +117,19 @@ def encode(
             f"{progress.new} clips encoded, {progress.had} were there already:"
             f" {len(result.scenes)} scenes, {sum(scene.blocks for scene in result.scenes)} blocks"
         )
-        console.say(f"Train on them: packforcing train finetune --data {out}")
+        console.say(f"Train on them: {_training(wanted.scene_blocks, model)} --data {shlex.quote(str(out))}")
     console.result(str(out))
+
+
+def _training(scene_blocks: int, model: str) -> str:
+    """The command that trains on scenes of this length and takes all of them."""
+    from packforcing_cli.training import recipes
+
+    strict = recipes.load("finetune")
+    assert isinstance(strict, recipes.Finetune)
+    name = "finetune" if scene_blocks <= strict.data.blocks else "finetune-long"
+    own = "" if model == "demo" else f" --set model={shlex.quote(model)}"
+    return f"packforcing train {name}{own}"
 
 
 class _Progress:

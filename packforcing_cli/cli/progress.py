@@ -93,7 +93,7 @@ class Display:
     def stopping(self, text: str) -> None:
         """Say that the run will stop; called from a signal handler, so it must not touch Python's streams."""
         if not self.quiet:
-            _write_at_once(text)
+            write_at_once(text)
 
     def done(self, result: Result) -> None:
         """The file is finished."""
@@ -273,7 +273,7 @@ class _JsonLines(Display):
         )
 
     def stopping(self, text: str) -> None:
-        _write_at_once(json.dumps({"event": "stopping", "text": text}))
+        write_at_once(json.dumps({"event": "stopping", "text": text}))
 
     def done(self, result: Result) -> None:
         self._event(
@@ -390,7 +390,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def _write_at_once(text: str) -> None:
+def write_at_once(text: str) -> None:
     """Write a line to stderr past Python's buffers, which a signal may have interrupted in the middle."""
     try:
         os.write(2, (text + "\n").encode())

@@ -136,8 +136,7 @@ def validate(
     else:
         console.result("\n".join(found.lines()))
     check(found, force=force)
-    too_large = found.memory.total > found.free_bytes
-    found.require_fit(would_fit(chosen, device) if too_large else ())
+    found.require_fit(would_fit(chosen, device) if found.is_too_large else ())
 
 
 def check(found: Estimate, *, force: bool) -> None:

@@ -5,11 +5,11 @@ With several processes (torchrun) every one of them runs this command; the first
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
 import signal
-import time
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,12 +19,12 @@ import typer
 if TYPE_CHECKING:
     import torch
 
+    from packforcing_cli.cli.train_progress import Lines
     from packforcing_cli.training.data import EncodedData
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
     from packforcing_cli.training.recipes import AnyRecipe
 
-LINE_EVERY_SECONDS = 10.0
-SPEED_WINDOW_SECONDS = 60.0
+MAX_UNSEEN = 0.1  # share of the data that a recipe may leave unused
 SHARED_KINDS = ("finetune", "finetune-lora", "self-forcing")
 
 
@@ -73,7 +73,12 @@ def train(
         bool, typer.Option("--resume", help="Only go on with a run: refuse to start a new one.")
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Accept that inference leaves the context of training.")
+        bool,
+        typer.Option(
+            "--force",
+            help="Accept an inference that leaves the context of training, data that a recipe cannot use whole, and"
+            " a run that was begun with another recipe or other data.",
+        ),
     ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="Say nothing but errors.")] = False,
     verbose: Annotated[bool, typer.Option("-v", "--verbose", help="Say more; show tracebacks.")] = False,
@@ -84,14 +89,13 @@ def train(
     packforcing train demo-flow --vae runs/demo-vae
 
     A folder that has checkpoints is continued. Ctrl-C saves a checkpoint first; twice stops at once. A recipe whose
-    result would be run in a context that it is not trained in is refused.
+    result would be run in a context that it is not trained in is refused, and so is going on with another recipe.
     """
-    from packforcing_cli.cli import console
+    from packforcing_cli.cli import console, train_progress
     from packforcing_cli.errors import MemoryFitError, PackforcingError, UsageError
     from packforcing_cli.training import loop, recipes
 
     is_first = os.environ.get("RANK", "0") == "0"
-    talk = _Talk(silent=quiet or not is_first)
     try:
         changed = list(settings or [])
         chosen = recipes.load(recipe, changed)
@@ -122,6 +126,7 @@ def train(
             )
         _make_folder(folder)
         again = _command(recipe, folder, settings or [], vae, data, quantize_frozen, fsdp=fsdp, force=force)
+        talk = train_progress.choose(chosen.train.steps, silent=quiet or not is_first)
         code, figures = _run(chosen, folder, talk, again, fsdp=fsdp, force=force, verbose=verbose)
     except PackforcingError as error:
         if is_first:
@@ -227,7 +232,7 @@ def _command(
     return shlex.join(words)
 
 
-def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -> None:
+def _introduce(recipe: AnyRecipe, folder: Path, talk: Lines, *, verbose: bool) -> None:
     import torch
 
     from packforcing_cli.training import loop
@@ -256,78 +261,19 @@ def _introduce(recipe: AnyRecipe, folder: Path, talk: _Talk, *, verbose: bool) -
         talk.say(recipe.model_dump_json())
 
 
-class _Talk:
-    """What the first process says; the others are silent."""
-
-    def __init__(self, *, silent: bool) -> None:
-        self.silent = silent
-
-    def say(self, text: str) -> None:
-        from packforcing_cli.cli import console
-
-        if not self.silent:
-            console.say(text)
-
-
-class _Lines:
-    """Turns the lines of a training's log into a line for people now and then."""
-
-    def __init__(self, steps: int, talk: _Talk) -> None:
-        self._steps, self._talk = steps, talk
-        self._shown = float("-inf")
-        self._marks: list[tuple[float, int]] = []  # (time, step) of the newest steps
-
-    def __call__(self, record: dict[str, Any]) -> None:
-        event = record.get("event")
-        if event is not None:
-            self._event(str(event), {n: v for n, v in record.items() if n not in ("event", "seconds")})
-            return
-        now, step = time.monotonic(), int(record["step"])
-        self._marks = [m for m in self._marks if now - m[0] < SPEED_WINDOW_SECONDS] or self._marks[-1:]
-        self._marks.append((now, step))
-        if step < self._steps and now - self._shown < LINE_EVERY_SECONDS:
-            return
-        self._shown = now
-        figures = {name: value for name, value in record.items() if name not in ("step", "seconds")}
-        self._talk.say(f"step {step}/{self._steps}: {_figures(figures)}{self._speed(step)}")
-
-    def _speed(self, step: int) -> str:
-        from packforcing_cli.cli.progress import clock
-
-        (then, first), (now, last) = self._marks[0], self._marks[-1]
-        if last == first:
-            return ""
-        each = (now - then) / (last - first)
-        return f"; {each:.2f} s a step, {clock((self._steps - step) * each)} left"
-
-    def _event(self, event: str, record: dict[str, Any]) -> None:
-        if event == "pool":
-            self._talk.say("scenes are rendered and encoded, once for this folder …")
-        elif event == "start":
-            if record["step"]:
-                self._talk.say(f"{record['step']} of {self._steps} steps done already")
-        elif event in ("evaluate", "samples"):
-            step = record.pop("step")
-            said = "evaluated" if event == "evaluate" else "before training" if not step else "at the end"
-            self._talk.say(f"step {step}, {said}: {_figures(record)}")
-
-
-def _figures(values: dict[str, Any]) -> str:
-    """Named numbers as text; a table among them in brackets."""
-    return ", ".join(
-        f"{name} ({_figures(value)})" if isinstance(value, dict) else f"{name} {value:.4g}"
-        for name, value in values.items()
-    )
-
-
 class _Stop:
-    """The first Ctrl-C or SIGTERM asks to stop after the step, the next one stops at once.
+    """The first Ctrl-C or SIGTERM asks to stop after what is in hand, and says so; the next one stops at once.
 
     Under torchrun one Ctrl-C arrives twice (from the terminal and from torchrun), so only the first one counts there.
+    what: is in hand.
     """
 
-    def __init__(self) -> None:
-        self.code = 0
+    def __init__(self, talk: Lines) -> None:
+        self.code, self.what, self._talk = 0, "step", talk
+
+    def asked(self) -> bool:
+        """Whether to stop."""
+        return self.code != 0
 
     def __enter__(self) -> _Stop:
         self._before = {s: signal.signal(s, self._caught) for s in (signal.SIGINT, signal.SIGTERM)}
@@ -338,25 +284,36 @@ class _Stop:
             signal.signal(number, handler)
 
     def _caught(self, number: int, _frame: FrameType | None) -> None:
-        if self.code and os.environ.get("WORLD_SIZE", "1") == "1":
+        alone = os.environ.get("WORLD_SIZE", "1") == "1"
+        if self.code and alone:
             raise KeyboardInterrupt
-        self.code = self.code or 128 + number
+        if not self.code:
+            self.code = 128 + number
+            at_once = "; Ctrl-C again stops at once" if alone else ""
+            self._talk.stopping(f"Stopping after this {self.what}{at_once} …")
 
 
 def _run(
-    recipe: AnyRecipe, folder: Path, talk: _Talk, again: str, *, fsdp: bool, force: bool, verbose: bool
+    recipe: AnyRecipe, folder: Path, talk: Lines, again: str, *, fsdp: bool, force: bool, verbose: bool
 ) -> tuple[int, dict[str, Any]]:
     """Train. Returns: 0, or the exit code of a run that was stopped; and its figures. Raises: PackforcingError."""
     from packforcing_cli import durable
     from packforcing_cli.errors import DiskFullError, PackforcingError
+    from packforcing_cli.training import loop
 
-    lines = _Lines(recipe.train.steps, talk)
-    with _Stop() as stop:
+    is_first = os.environ.get("RANK", "0") == "0"
+    with talk, _Stop(talk) as stop:
         try:
-            _introduce(recipe, folder, talk, verbose=verbose)
-            clips = _prepare(recipe, folder, talk, stop, fsdp=fsdp, force=force)
-            figures = _train(recipe, folder, lines, stop, clips, fsdp=fsdp)
+            with loop.locked(folder) if is_first else contextlib.nullcontext():
+                _introduce(recipe, folder, talk, verbose=verbose)
+                clips = _prepare(recipe, folder, talk, stop, fsdp=fsdp, force=force)
+                stop.what = "step"
+                figures = _train(recipe, folder, talk, stop, clips, fsdp=fsdp, force=force)
+        except loop.Stopped:
+            talk.say(f"Stopped before the first step; what is done is kept. To go on: {again}")
+            return stop.code or 130, {}
         except KeyboardInterrupt:
+            talk.stop()
             talk.say(f"Stopped at once; the steps since the newest checkpoint are lost. To go on: {again}")
             return stop.code or 130, {}
         except Exception as error:
@@ -371,6 +328,7 @@ def _run(
                     hint=f"What it said is above. To go on from the newest checkpoint: {again}",
                 ) from error
             raise
+    talk.stop()
     if figures["steps"] < recipe.train.steps:
         talk.say(f"Stopped at step {figures['steps']}, a checkpoint is saved. To go on: {again}")
         return stop.code or 130, figures
@@ -390,11 +348,12 @@ def _is_lost_partner(error: Exception) -> bool:
 
 
 def _prepare(
-    recipe: AnyRecipe, folder: Path, talk: _Talk, stop: _Stop, *, fsdp: bool, force: bool
+    recipe: AnyRecipe, folder: Path, talk: Lines, stop: _Stop, *, fsdp: bool, force: bool
 ) -> EncodedData | None:
     """Say what the training takes, refuse what cannot go well, and encode or make clips where it is to have any.
 
-    Raises: UsageError if inference would leave the trained context; MemoryFitError; what reading clips raises.
+    Raises: UsageError if inference would leave the trained context, or most of the data could not be used;
+        MemoryFitError; what reading clips raises.
     """
     from packforcing_cli.training.loop import Workers
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
@@ -404,37 +363,45 @@ def _prepare(
     if isinstance(recipe, CompressorDistill) and not recipe.data.folder:
         _check(
             recipe, device, None, talk, processes=processes, force=force
-        )  # before videos are made, which takes long
+        )  # before videos are made: that takes long
         return _rollouts(recipe, folder, talk, stop, device)
-    clips = None
+    clips, blocks, met = None, None, ""
     if isinstance(recipe, Finetune | CompressorDistill):
-        clips = _clips(recipe, folder, talk, device)
-    blocks = None if clips is None else max((scene.blocks for scene in clips.scenes), default=None)
-    _check(recipe, device, blocks, talk, processes=processes, force=force)
+        clips = _clips(recipe, folder, talk, stop, device)
+        blocks = max((scene.blocks for scene in clips.scenes), default=None)
+        if isinstance(recipe, Finetune):
+            blocks, met = _use(recipe, clips, talk, force=force)
+    _check(recipe, device, blocks, talk, met, processes=processes, force=force)
     return clips
 
 
 def _check(
-    recipe: AnyRecipe, device: torch.device, blocks: int | None, talk: _Talk, *, processes: int, force: bool
+    recipe: AnyRecipe,
+    device: torch.device,
+    blocks: int | None,
+    talk: Lines,
+    met: str = "",
+    *,
+    processes: int,
+    force: bool,
 ) -> None:
-    """Say what the training takes. Raises: as `_prepare`."""
+    """Say what the training takes, and how many mids it meets. Raises: as `_prepare`."""
     from packforcing_cli.training.estimate import estimate, would_fit
 
     found = estimate(recipe, device, scene_blocks=blocks, processes=processes)
-    for line in found.lines():
+    for line in [*found.lines(), *filter(None, [met])]:
         talk.say(line)
     if not force:
         found.require_match()
     for mismatch in found.mismatches:
         talk.say(f"warning: inference leaves what is trained: {mismatch}")
-    too_large = found.memory.total > found.free_bytes * 0.95
     found.require_fit(
-        would_fit(recipe, device, scene_blocks=blocks, processes=processes) if too_large else ()
+        would_fit(recipe, device, scene_blocks=blocks, processes=processes) if found.is_too_large else ()
     )
 
 
 def _rollouts(
-    recipe: CompressorDistill, folder: Path, talk: _Talk, stop: _Stop, device: torch.device
+    recipe: CompressorDistill, folder: Path, talk: Lines, stop: _Stop, device: torch.device
 ) -> EncodedData:
     """The model's own videos, those made now that are not there yet; the processes share them."""
     from packforcing_cli import registry
@@ -461,6 +428,7 @@ def _rollouts(
         f"{settings.rollouts} videos of the model's own, {settings.rollout_blocks} blocks each, are made in"
         f" {folder / 'data'}, those that are not there yet …"
     )
+    stop.what = "block"
     return rollout_data.make(
         folder / "data",
         source,
@@ -471,18 +439,65 @@ def _rollouts(
         workers=Workers.start(),
         quantize=recipe.quantize_frozen,
         on_video=made,
-        should_stop=lambda: stop.code != 0,
+        should_stop=stop.asked,
+    )
+
+
+def _use(recipe: Finetune, clips: EncodedData, talk: Lines, *, force: bool) -> tuple[int, str]:
+    """What a recipe makes of its data. Returns: blocks of the longest scene it trains on; a line on its mids.
+
+    Raises: UsageError if the recipe says otherwise than the data was encoded, or leaves much of it unused.
+    """
+    from packforcing_cli import packages, weights
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.training import estimate, finetune
+    from packforcing_cli.transformer import TransformerConfig
+
+    settings, shape = recipe.data, estimate.shape_of(recipe.data)
+    split = finetune.Split.of(clips, shape, settings.held_out)
+    place = packages.find_package(recipe.model)
+    manifest = packages.read_manifest(place)
+    config = weights.read_config(packages.part_folder(place, manifest, "transformer"))
+    grid = estimate.grid_of(manifest, TransformerConfig.from_dict(config))
+    lengths = [scene.blocks for scene in split.trained]
+    longest, unseen = max(lengths), finetune.unseen_share(split, settings)
+    limit = grid.blocks_for(settings.scene_seconds, manifest.fps)
+    said, hint = "", ""
+    if unseen > 0:
+        said = (
+            f"{unseen:.0%} of the data would never be trained on: {shape.name} items take the first"
+            f" {shape.blocks} blocks of a scene, and scenes have up to {longest}"
+        )
+        seconds = grid.frames_for(shape.blocks) / manifest.fps
+        hint = f"Encode the clips anew with --scene-seconds {seconds:.2g}, or train finetune-long"
+    elif longest > limit:
+        length = grid.frames_for(longest) / manifest.fps
+        said = f"scenes have up to {longest} blocks, and data.scene_seconds is {settings.scene_seconds:g}"
+        hint = f"Set data.scene_seconds={length:.3g}, or encode the clips anew with that length"
+    if said and not force and (not unseen or unseen > MAX_UNSEEN):
+        raise UsageError(f"{clips.folder}: {said}", hint=f"{hint}; --force trains all the same.")
+    if said:
+        talk.say(f"warning: {said}")
+    most = estimate.preset_of(recipe, manifest).top_k
+    met = shape.mids_met(grid, lengths)
+    share = sum(n >= most for n in met) / len(met)
+    return longest, (
+        f"mids         {most}, as many as inference recalls, in {share:.0%} of the items;"
+        f" {sum(met) / len(met):.1f} in the mean"
     )
 
 
 def _clips(
-    recipe: Finetune | CompressorDistill, folder: Path, talk: _Talk, device: torch.device
+    recipe: Finetune | CompressorDistill, folder: Path, talk: Lines, stop: _Stop, device: torch.device
 ) -> EncodedData:
-    """The encoded data a recipe names, encoded now if it is a folder of clips; by the first process alone."""
+    """The encoded data a recipe names, encoded now if it is a folder of clips; by the first process alone.
+
+    Raises: loop.Stopped in every process when the first one is asked to stop.
+    """
     from packforcing_cli import packages, registry
-    from packforcing_cli.errors import UsageError
+    from packforcing_cli.errors import PackforcingError, UsageError
     from packforcing_cli.training import data
-    from packforcing_cli.training.loop import Workers
+    from packforcing_cli.training.loop import Stopped, Workers
 
     settings = recipe.data
     if not settings.folder:
@@ -491,7 +506,9 @@ def _clips(
         )
     given = Path(settings.folder)
     if data.EncodedData.is_one(given):
-        return data.EncodedData.open(given)
+        found = data.EncodedData.open(given)
+        _require_settings(recipe, found)
+        return found
     place = packages.find_package(recipe.model)
     wanted = data.Wanted.by(
         packages.read_manifest(place),
@@ -501,63 +518,101 @@ def _clips(
         max_bad=settings.max_bad,
     )
     data.find_clips(given)  # a wrong folder is said before the model is verified
-    workers = Workers.start()
+    workers, failure = Workers.start(), None
     if workers.rank == 0:
-        small = "none" if recipe.quantize_frozen == "none" else "int8"
-        source = registry.open_model(recipe.model, device=device, quantize_text=small)
 
         def told(done: int, total: int, finding: data.Finding, had: bool) -> None:
             if finding.state != "used":
                 talk.say(f"warning: {finding.name}: {finding.state}, {finding.message}")
 
+        stop.what = "clip"
         talk.say(f"encoding the clips of {given} into {folder / 'data'}, what is not there yet …")
-        data.encode(given, folder / "data", source, wanted, on_clip=told)
-    workers.any_wants(False)  # the others wait here
+        try:
+            small = "none" if recipe.quantize_frozen == "none" else "int8"
+            source = registry.open_model(recipe.model, device=device, quantize_text=small)
+            data.encode(given, folder / "data", source, wanted, on_clip=told, should_stop=stop.asked)
+        except (PackforcingError, Stopped) as error:
+            failure = error
+    failed = workers.any_wants(failure is not None)  # the others wait here
+    if failure is not None:
+        raise failure
+    if failed:
+        raise Stopped
     found = data.EncodedData.open(folder / "data")
     talk.say(f"data: {len(found.scenes)} scenes of {len({scene.clip for scene in found.scenes})} clips")
     return found
 
 
+def _require_settings(recipe: Finetune | CompressorDistill, found: EncodedData) -> None:
+    """Raises: UsageError if a recipe asks for what only encoding could do, and encoded data is otherwise."""
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.training import data
+
+    settings = recipe.data
+    then = bool(found.settings.get("enlarge"))
+    if "enlarge" in settings.model_fields_set and settings.enlarge != then:
+        raise UsageError(
+            f"data.enlarge is {str(settings.enlarge).lower()}, and {found.folder} was encoded with {str(then).lower()}",
+            hint="Leave it away, or encode the clips anew.",
+        )
+    bad, total = (sum(found.counts.get(state, 0) for state in states) for states in (data.BAD, data.STATES))
+    if "max_bad" in settings.model_fields_set and bad > settings.max_bad * total:
+        raise UsageError(
+            f"{bad} of the {total} clips of {found.folder} were bad, data.max_bad allows {settings.max_bad:.0%}",
+            hint="Mend those clips and encode them anew, or allow more.",
+        )
+
+
 def _train(
-    recipe: AnyRecipe, folder: Path, lines: _Lines, stop: _Stop, clips: EncodedData | None, *, fsdp: bool
+    recipe: AnyRecipe,
+    folder: Path,
+    talk: Lines,
+    stop: _Stop,
+    clips: EncodedData | None,
+    *,
+    fsdp: bool,
+    force: bool,
 ) -> dict[str, Any]:
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
     from packforcing_cli.training.recipes import DemoDistill
 
+    def told(record: dict[str, Any]) -> None:
+        pool = record.get("event") == "pool"
+        stop.what = "handful of scenes" if pool else "step" if "event" in record else stop.what
+        talk(record)
+
     if recipe.kind == "demo-vae":
         from packforcing_cli.training import demo_vae
 
-        return demo_vae.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+        return demo_vae.train(recipe, folder, accept=force, on_log=told, should_stop=stop.asked)
     if isinstance(recipe, Finetune):
         from packforcing_cli.training import finetune
 
         assert clips is not None
         return finetune.train(
-            recipe, folder, clips, share=fsdp, on_log=lines, should_stop=lambda: stop.code != 0
+            recipe, folder, clips, share=fsdp, accept=force, on_log=told, should_stop=stop.asked
         )
     if isinstance(recipe, CompressorDistill):
         from packforcing_cli.training import compressor_distill
 
         assert clips is not None
         return compressor_distill.train(
-            recipe, folder, clips, on_log=lines, should_stop=lambda: stop.code != 0
+            recipe, folder, clips, accept=force, on_log=told, should_stop=stop.asked
         )
     if recipe.kind == "self-forcing":
         from packforcing_cli.training import self_forcing
 
-        return self_forcing.train(
-            recipe, folder, share=fsdp, on_log=lines, should_stop=lambda: stop.code != 0
-        )
+        return self_forcing.train(recipe, folder, share=fsdp, on_log=told, should_stop=stop.asked)
     if isinstance(recipe, DemoDistill):
         from packforcing_cli.training import demo_distill
 
-        return demo_distill.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+        return demo_distill.train(recipe, folder, accept=force, on_log=told, should_stop=stop.asked)
     from packforcing_cli.training import demo_flow
 
-    return demo_flow.train(recipe, folder, on_log=lines, should_stop=lambda: stop.code != 0)
+    return demo_flow.train(recipe, folder, accept=force, on_log=told, should_stop=stop.asked)
 
 
-def _report(recipe: AnyRecipe, folder: Path, talk: _Talk, figures: dict[str, Any]) -> None:
+def _report(recipe: AnyRecipe, folder: Path, talk: Lines, figures: dict[str, Any]) -> None:
     """What was made: the path on stdout, what to do with it on stderr."""
     from packforcing_cli.cli import console
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora

@@ -486,6 +486,7 @@ def train(
     out: Path,
     data: EncodedData,
     *,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     log_every: int = loop.LOG_EVERY,
@@ -496,6 +497,7 @@ def train(
 
     Args:
         data:        encoded clips, or what `rollout_data.make` made.
+        accept:      go on from checkpoints of another recipe or other data, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -516,8 +518,9 @@ def train(
         modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
     )
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
-    known = [loop.step_of(path) for path in loop.checkpoints_of(out / "checkpoints")]
-    loop.forget_lost_steps(log_path, max(known, default=0))
+    known = loop.checkpoints_of(out / "checkpoints")
+    facts = finetune.facts_of(recipe, source, data)
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
     manifest = result_manifest(recipe, source, data, shape, split)
     maker = Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
     manifest = result_manifest(recipe, source, data, shape, split)
@@ -551,7 +554,8 @@ def train(
             settings,
             loss,
             out=out,
-            facts=finetune.facts_of(recipe, source, data),
+            facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             evaluate=evaluate,
@@ -580,6 +584,7 @@ def train(
                     models.compressor,
                     steps=state.step,
                     metrics=last,
+                    changes=state.changes,
                 )
             finetune.draw_curve(log_path, out / "curve.png", measure=MEASURE)
             figures["result"] = str(out / "package")

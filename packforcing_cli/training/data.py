@@ -47,6 +47,7 @@ from packforcing_cli.past import encode_blocks
 from packforcing_cli.registry import ModelSource
 from packforcing_cli.source import Source
 from packforcing_cli.text import TextIdentity, clean
+from packforcing_cli.training import loop
 from packforcing_cli.training.estimate import grid_of
 from packforcing_cli.transformer import TransformerConfig
 from packforcing_cli.vae import Codec, encode_lr, lr_pixels
@@ -507,11 +508,13 @@ def encode(
     wanted: Wanted,
     *,
     on_clip: Callable[[int, int, Finding, bool], None] = lambda *_: None,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> EncodedData:
     """Encode the clips of a folder into `out`, or what is missing there.
 
     Args:
-        on_clip: called with the number of clips done, of all, the newest finding, and whether it was there already.
+        on_clip:     called with the number of clips done, of all, the newest finding, and whether it was there already.
+        should_stop: asked after every clip; True raises loop.Stopped, clips that are done are kept.
     Returns: the encoded data.
     Raises: UsageError if `out` was made with other settings, or too many clips are bad (at once when that is clear);
         LockedError if another process writes it; DiskFullError.
@@ -522,7 +525,7 @@ def encode(
         durable.make_folder(out / "text")
         with _journal(out) as journal:
             _settle(out, source, wanted)
-            findings = _encode_clips(clips, out, source, wanted, journal, on_clip)
+            findings = _encode_clips(clips, out, source, wanted, journal, on_clip, should_stop)
             found = Findings(folder, tuple(findings), tuple(others), wanted.max_bad)
             found.require_enough()
             texts = [text for clip in found.used for words in clip.words for text in words.captions]
@@ -634,6 +637,7 @@ def _encode_clips(
     wanted: Wanted,
     journal: _Journal,
     on_clip: Callable[[int, int, Finding, bool], None],
+    should_stop: Callable[[], bool],
 ) -> list[Finding]:
     inspector, findings = Inspector(wanted), []
     parts: _Parts | None = None
@@ -659,6 +663,8 @@ def _encode_clips(
             bad.append(finding)
             if len(bad) > wanted.max_bad * len(clips):
                 raise too_many_bad(bad, len(clips), wanted.max_bad)
+        if should_stop():
+            raise loop.Stopped
     return findings
 
 
@@ -792,11 +798,13 @@ def _write_dataset(out: Path, source: ModelSource, found: Findings, journal: _Jo
 class Scene:
     """A scene of encoded data: number `index` of a shard, of one clip.
 
+    clip:    its name, and content: the sha256 of its file.
     caption: of its first block.
     words:   of all blocks, where they have captions of their own; None = `caption` throughout.
     """
 
     clip: str
+    content: str
     caption: str
     shard: Path
     index: int
@@ -822,6 +830,7 @@ class Scene:
 class EncodedData:
     """Encoded clips: scenes with captions, read one at a time.
 
+    Scenes are in the order of their clips' contents, so that a clip may be renamed: what is drawn stays the same.
     Attributes: folder; settings (of settings.json); sha256 over contents, captions and settings; scenes.
     """
 
@@ -831,12 +840,12 @@ class EncodedData:
         self.sha256: str = values["sha256"]
         self.counts: dict[str, int] = values["counts"]
         scenes: list[Scene] = []
-        for clip in values["clips"]:
+        for clip in sorted(values["clips"], key=lambda clip: str(clip["sha256"])):
             words = iter(clip.get("words", ()))
             for shard in clip["shards"]:
                 for index, blocks in enumerate(shard["blocks"]):
                     place = folder / "latents" / shard["file"]
-                    scene = Scene(clip["name"], clip["caption"], place, index, blocks)
+                    scene = Scene(clip["name"], clip["sha256"], clip["caption"], place, index, blocks)
                     if (entry := next(words, None)) is not None:
                         own = Words(tuple(entry["captions"]), tuple(entry["cuts"]))
                         scene = replace(scene, caption=own.captions[0], words=own)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.packages import read_manifest
+from packforcing_cli.packages import Part, read_manifest
 from packforcing_cli.registry import LAYERS, Schedule
 from packforcing_cli.sampler import renoise_sigmas, shifted
 from packforcing_cli.training import demo_flow, demo_package, demo_text, frozen, loop
 from packforcing_cli.training.demo_flow import Alone, Batch, Models, Packed, Pool
 from packforcing_cli.training.recipes import DemoDistill
 
+PARTS: tuple[Part, ...] = ("transformer", "compressor", "text_encoder")
+"""What makes a teacher."""
 ROLES = ("transformer", "compressor")
 """What student, target and teacher have of their own."""
 
@@ -137,12 +138,14 @@ def train(
     recipe: DemoDistill,
     out: Path,
     *,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume the recipe in `out`; the result is the model package `out/package/`.
 
     Args:
+        accept:      go on from checkpoints of another recipe or teacher, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -172,18 +175,11 @@ def train(
         loop.MovingAverage(learning, settings.average),
         demo_flow.optimizers_of(learning, settings),
     )
-    facts = {
-        "kind": recipe.kind,
-        "model": json.dumps(recipe.model.model_dump(mode="json"), sort_keys=True),
-        "teacher": own.part_hash("transformer"),
-        "levels": json.dumps(levels(recipe)),
-        "guidance": recipe.guidance,
-        "seed": settings.seed,
-        "workers": workers.count,
-        "vae": demo_flow.fingerprint(codec),
-    }
-    if recipe.quantize_frozen != "none":
-        facts["quantize_frozen"] = recipe.quantize_frozen
+    judges = {f"teacher.{part}": own.part_hash(part) for part in PARTS}
+    facts = demo_flow.facts_of(recipe, codec, workers) | judges
+    if recipe.quantize_frozen == "none":
+        del facts["quantize_frozen"]
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
 
     def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         trainer.follow(state.average)
@@ -191,13 +187,14 @@ def train(
 
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         log.write(event="pool")
-        pools = demo_flow.build_pools(recipe, out, codec, workers)
+        pools = demo_flow.build_pools(recipe, out, codec, workers, should_stop or (lambda: False))
         finished = loop.run(
             state,
             settings,
             loss,
             out=out,
             facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             should_stop=should_stop,
@@ -226,6 +223,7 @@ def write_result(
         "settings": recipe.model_dump(mode="json", exclude={"vae", "init"}),
         "data": "packforcing_cli.training.world, rendered; no other data",
         "teacher": teacher.provenance,
+        **({"changed on the way": state.changes} if state.changes else {}),
     }
     codec = demo_flow.load_codec(recipe)
     schedule = Schedule(kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps)

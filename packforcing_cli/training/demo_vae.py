@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from packforcing_cli import durable
 from packforcing_cli.errors import UsageError
 from packforcing_cli.training import loop, world
 from packforcing_cli.training.recipes import DemoVae
@@ -64,12 +65,14 @@ def train(
     recipe: DemoVae,
     out: Path,
     *,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
     """Run or resume the recipe in `out`; the result is `out/vae/` (config.json, weights).
 
     Args:
+        accept:      go on from checkpoints of another recipe, and say so in the log.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -84,7 +87,8 @@ def train(
     )
     modules = {"vae": model}
     state = loop.TrainingState(modules, loop.MovingAverage(modules, settings.average), [optimizer])
-    facts = {"kind": recipe.kind, "model": json.dumps(recipe.model, sort_keys=True), "seed": settings.seed}
+    own: dict[str, Any] = {"workers": workers.count}  # each draws scenes of its own
+    facts = loop.facts_of(recipe.model_dump(mode="json")) | own
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         finished = loop.run(
             state,
@@ -92,6 +96,7 @@ def train(
             lambda generator: _loss(model, recipe, generator),
             out=out,
             facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             evaluate=lambda: evaluate(recipe, state),
@@ -121,15 +126,20 @@ def evaluate(recipe: DemoVae, state: loop.TrainingState) -> dict[str, float]:
 
 
 def write_result(recipe: DemoVae, state: loop.TrainingState, out: Path) -> dict[str, Any]:
-    """Write `out/vae/` from the averaged weights, with measured latent statistics in its configuration."""
+    """Write `out/vae/` from the averaged weights, with measured latent statistics in its configuration.
+
+    The configuration comes last: without it the folder is no autoencoder.
+    """
     model = averaged(recipe, state)
     mean, std = latent_statistics(model, recipe.train.seed)
     config = dataclasses.replace(model.config, latents_mean=tuple(mean), latents_std=tuple(std))
     folder = out / "vae"
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+    (folder / "config.json").unlink(missing_ok=True)  # its statistics are of these weights alone
+    with durable.replacing(folder / "model.safetensors") as part:
+        save_file({k: v.contiguous() for k, v in model.state_dict().items()}, part)
     values = {"_class_name": "TinyAutoencoder", **config.to_dict()}
-    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    durable.write(folder / "config.json", (json.dumps(values, indent=2) + "\n").encode())
     return {"result": str(folder), **evaluate(recipe, state)}
 
 

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,11 @@ from packforcing_cli.errors import MemoryFitError, OfflineError, UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.packages import CacheDefaults, Manifest
 from packforcing_cli.planner import DECODER_PEAK
-from packforcing_cli.text import build_encoder
+from packforcing_cli.text import TextEncoder, build_encoder, load_tokenizer
 from packforcing_cli.training import frozen
 from packforcing_cli.training.distill_plan import AppendedContext, DistillShape, with_bytes
 from packforcing_cli.training.items import Context, Item, Shape
-from packforcing_cli.training.packed import packed_forward
+from packforcing_cli.training.packed import PackedItem, packed_forward
 from packforcing_cli.training.recipe_kinds import (
     CompressorDistill,
     Finetune,
@@ -37,6 +37,9 @@ from packforcing_cli.training.recipe_kinds import (
 from packforcing_cli.training.recipes import AnyRecipe, DemoDistill, DemoFlow, DemoVae, SelfForcing
 from packforcing_cli.transformer import TextKV, TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
+
+if TYPE_CHECKING:
+    from packforcing_cli.training.demo_flow import Models, Pool
 
 HEADROOM = 0.95  # of the free memory may be planned with
 CUDA_CONTEXT = 600_000_000  # bytes the driver and its libraries take
@@ -134,9 +137,14 @@ class Estimate:
                 hint="Change [preset] or [data] of the recipe, or pass --force.",
             )
 
+    @property
+    def is_too_large(self) -> bool:
+        """Whether there is not enough memory."""
+        return self.memory.total > self.free_bytes * HEADROOM
+
     def require_fit(self, would_fit: Sequence[str] = ()) -> None:
         """Raises: MemoryFitError if there is not enough memory; `would_fit`: changes that would help."""
-        if self.memory.total > self.free_bytes * HEADROOM:
+        if self.is_too_large:
             hint = f"This would fit: {would_fit[0]}" if would_fit else "Use a machine with more memory."
             raise MemoryFitError(
                 f"the training needs about {_gb(self.memory.total)} and {self.device} has"
@@ -228,7 +236,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     from packforcing_cli.training import demo_flow, demo_text, world
 
     text = demo_text.tiny_umt5_config()
-    size = recipe.model
+    size, data = recipe.model, recipe.data
     config = TransformerConfig(
         num_layers=size.layers,
         num_attention_heads=size.heads,
@@ -236,30 +244,27 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
         ffn_dim=size.ffn_dim,
         text_dim=text.d_model,
     )
-    with torch.device("meta"):
-        transformer = WanTransformer(config)
-        compressor = Compressor(CompressorConfig(dim=config.dim, widths=size.compressor_widths))
     encoder = build_encoder({"model_type": "umt5", **text.to_dict()}, on_meta=True)
-    count = _count(transformer) + _count(compressor) + _count(encoder)
-    grid = _grid(config, (world.WIDTH, world.HEIGHT), 8, demo_flow.FRAMES_PER_BLOCK)
-    shape = Shape("strict", recipe.data.packed_blocks, (2,), demo_flow.MAX_MIDS, demo_flow.SPANS, 0.0)
-    item = shape.item(grid, recipe.data.packed_blocks, torch.Generator().manual_seed(0))
-    activations = activation_bytes(
-        config,
-        grid,
-        item,
-        draws=recipe.data.packed_draws,
-        text_length=demo_text.DEMO_TEXT_LENGTH,
-        keeps_scores=device.type == "cpu",
-    ) * max(1, recipe.data.packed_clips)
-    data = recipe.data
+    tokenizer = load_tokenizer(demo_flow.package_folder("package") / "tokenizer")
+    with torch.device("meta"):
+        models = demo_flow.Models(
+            WanTransformer(config),
+            Compressor(CompressorConfig(dim=config.dim, widths=size.compressor_widths)),
+            _Shapes(encoder, tokenizer, max_length=demo_text.DEMO_TEXT_LENGTH),
+            _grid(config, (world.WIDTH, world.HEIGHT), 8, demo_flow.FRAMES_PER_BLOCK),
+        )
+    count = trained = sum(_count(module) for module in models.modules().values())
+    copies = 0
+    if isinstance(recipe, DemoDistill):  # teacher and target; the text encoder does not learn
+        trained -= _count(encoder)
+        copies = 2 * trained
     blocks = data.first_scenes + data.short_scenes * data.short_blocks + data.long_scenes * data.long_blocks
     pool = blocks * (demo_flow.FRAMES_PER_BLOCK * 16 * 8 * 16 + 2 * 16 * 2 * 4) * 2
-    weight_bytes = 4 * count
-    if isinstance(recipe, DemoDistill):  # teacher and target beside the student
-        weight_bytes += 2 * 4 * (_count(transformer) + _count(compressor))
-        weight_bytes -= saved_bytes(transformer, recipe.quantize_frozen, torch.float32)
-    memory = Memory(weight_bytes, 16 * count, activations, _other(device) + pool)
+    weight_bytes = 4 * (count + copies)
+    if isinstance(recipe, DemoDistill):
+        weight_bytes -= saved_bytes(models.transformer, recipe.quantize_frozen, torch.float32)
+    activations = flow_bytes(recipe, models, keeps_scores=device.type == "cpu")
+    memory = Memory(weight_bytes, 16 * trained, activations, _other(device) + pool)
     mids = {demo_flow.LONG_SINKS: demo_flow.MAX_MIDS if data.long_clips else max(0, data.packed_blocks - 4)}
     context = Context(demo_flow.FRAMES_PER_BLOCK, mids, tuple(sorted(set(demo_flow.SPANS))))
     preset = CacheDefaults(
@@ -270,7 +275,7 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     return Estimate(
         recipe.kind,
         count,
-        count,
+        trained,
         recipe.train.steps,
         memory,
         free,
@@ -617,18 +622,33 @@ def would_fit(
 ) -> list[str]:
     """Changes of a recipe, as --set options, with which it fits; the mildest first."""
     changes: list[dict[str, Any]]
-    if isinstance(recipe, CompressorDistill):
+    if isinstance(recipe, DemoVae):
+        whole, shrunken = recipe.data.clips, recipe.data.shrunken_clips
+        changes = [
+            {"data.clips": -(-whole // part), "data.shrunken_clips": shrunken // part}
+            for part in (2, 4, whole)
+        ]
+    elif isinstance(recipe, DemoFlow):
+        draws: dict[str, Any] = {"data.packed_draws": 1, "data.long_draws": 1}
+        clips = {
+            "data.packed_clips": min(1, recipe.data.packed_clips),
+            "data.long_clips": min(1, recipe.data.long_clips),
+        }
+        firsts = {"data.first_clips": recipe.data.first_clips // 4}
+        changes = [draws, draws | clips, draws | clips | firsts]
+    elif isinstance(recipe, SelfForcing):
+        shorter = {"rollout.max_prefix": 0, "rollout.blocks": min(3, recipe.rollout.blocks)}
+        changes = [{"train.checkpointing": True}, shorter, {"train.checkpointing": True, **shorter}]
+    elif isinstance(recipe, CompressorDistill):
         small = {"checkpointing": True, "queries.stand_ins": 1, "queries.blocks": 1, "queries.layers": 1}
         changes = [{"checkpointing": True}, small, {"quantize_frozen": "int8"}]
         changes += [{**small, "quantize_frozen": "int8"}]
-    elif isinstance(recipe, Finetune):
-        changes = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
     else:
-        return []
-    if isinstance(recipe, FinetuneLora):
-        changes += [{**changes[-1], "quantize_frozen": "int8"}]
-    elif isinstance(recipe, Finetune):
-        changes.append({"checkpointing": True, "samples.every": 0, "train_transformer": False})
+        changes = [{"checkpointing": True}, {"checkpointing": True, "samples.every": 0}]
+        if isinstance(recipe, FinetuneLora):
+            changes.append({**changes[-1], "quantize_frozen": "int8"})
+        else:
+            changes.append({**changes[-1], "train_transformer": False})
     found = []
     for change in changes:
         values = recipe.model_dump(mode="json", exclude_unset=True)
@@ -638,7 +658,7 @@ def would_fit(
         smaller = estimate(
             type(recipe).model_validate(values), device, scene_blocks=scene_blocks, processes=processes
         )
-        if smaller.memory.total <= smaller.free_bytes * HEADROOM:
+        if not smaller.is_too_large:
             found.append(" ".join(f"--set {key}={str(value).lower()}" for key, value in change.items()))
     return found
 
@@ -838,7 +858,7 @@ def _saved_by(
         compressed = torch.empty(1, mids, grid.compressed_tokens, config.dim, requires_grad=True)
         text = torch.empty(1, text_length, config.text_dim)
         timesteps = torch.empty(1, draws * targets)
-    ignored = frozenset[int]() if keeps_scores else frozenset(_key_lengths(grid, item, text_length))
+    ignored = frozenset[int]() if keeps_scores else frozenset(_key_lengths(grid, item.packed, text_length))
     with (
         _Saved(ignored - {config.attention_head_dim, config.dim}) as saved,
         torch.autocast("cpu", torch.bfloat16, enabled=half),
@@ -857,11 +877,11 @@ def _saved_by(
     return saved.size_bytes
 
 
-def _key_lengths(grid: Grid, item: Item, text_length: int) -> set[int]:
+def _key_lengths(grid: Grid, item: PackedItem, text_length: int) -> set[int]:
     """How many keys the queries of an item attend, in all its attentions."""
     block, packed = grid.block_tokens, grid.compressed_tokens
-    lengths = {text_length, len(item.packed.sinks or ()) * block + packed}
-    for view in item.packed.views:
+    lengths = {text_length, len(item.sinks or ()) * block + packed}
+    for view in item.views:
         lengths.add((len(view.sink) + len(view.recent) + 1) * block + len(view.mid) * packed)
     return lengths
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from packforcing_cli.training import adapters, estimate, frozen, loop, shards
 from packforcing_cli.training.data import EncodedData, Scene
 from packforcing_cli.training.items import Item, Shape, kept_evenly
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
+from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora, ItemData
 from packforcing_cli.training.samples import Sampler
 from packforcing_cli.transformer import WanTransformer
 from packforcing_cli.vae import Codec
@@ -75,7 +75,7 @@ class Split:
 
     @classmethod
     def of(cls, data: EncodedData, shape: Shape, held_out: float) -> Split:
-        """Split by clip, so that no scene of a held-out clip is trained on.
+        """Split by the contents of clips, so that no scene of a held-out one is trained on, whatever it is named.
 
         Raises: UsageError if no scene is long enough for the shape.
         """
@@ -87,12 +87,19 @@ class Split:
                 f" {len(data.scenes)} in {data.folder} has {most}",
                 hint="Use longer clips, or encode them with a larger --scene-seconds.",
             )
-        clips = sorted({scene.clip for scene in long_enough})
+        clips = sorted({scene.content for scene in long_enough})
         trained, held = kept_evenly(clips, held_out)
-        names = {clips[n] for n in trained}
-        inside = tuple(scene for scene in long_enough if scene.clip in names)
-        outside = tuple(scene for scene in long_enough if scene.clip not in names)
+        kept = {clips[n] for n in trained}
+        inside = tuple(scene for scene in long_enough if scene.content in kept)
+        outside = tuple(scene for scene in long_enough if scene.content not in kept)
         return cls(inside, outside or inside, bool(held))
+
+
+def unseen_share(split: Split, settings: ItemData) -> float:
+    """Share of the trained scenes' blocks that no item ever takes: strict ones begin at a scene's start."""
+    blocks = [scene.blocks for scene in split.trained]
+    taken = [min(n, settings.blocks) if settings.shape == "strict" else n for n in blocks]
+    return 1 - sum(taken) / sum(blocks)
 
 
 # -- the loss -----------------------------------------------------------------------------------------------------
@@ -149,7 +156,9 @@ def _item_loss(
     if sigma is None:
         # Half of the items meet a slightly noisy history, as the model's own past errors will be.
         level = dice[0] * settings.context_noise if dice[1] < 0.5 else 0.0
-        captions = [UNCONDITIONAL] if dice[2] < settings.caption_dropout else captions
+        if dice[2] < settings.caption_dropout:
+            # The history keeps its caption: so is guidance at inference, where the two passes share one history.
+            captions[-count:] = [UNCONDITIONAL] * count
     else:
         levels = [sigma] * count
     sigmas = torch.tensor(levels, device=device, dtype=dtype)[None]
@@ -252,7 +261,10 @@ def trained_modules(models: Models, recipe: Finetune) -> dict[str, nn.Module]:
 
 
 def optimizer_of(models: Models, recipe: Finetune) -> torch.optim.Optimizer:
-    """AdamW; only matrices decay, and the compressor has its own learning rate (docs/method.md 7.6 f)."""
+    """AdamW; the compressor has its own learning rate (docs/method.md 7.6 f).
+
+    Biases and scales of one dimension do not decay; matrices, kernels and the modulation tables do.
+    """
     settings = recipe.train
     groups: list[dict[str, Any]] = []
     for name, module in trained_modules(models, recipe).items():
@@ -270,21 +282,14 @@ def facts_of(recipe: Finetune | CompressorDistill, source: ModelSource, data: En
     if recipe.quantize_frozen == "none":
         free.add("quantize_frozen")
     values = recipe.model_dump(mode="json", exclude=free)
-    for name in ("checkpoint_minutes", "evaluate_every", "threads", "steps"):
-        del values["train"][name]
     for name in ("folder", "max_bad", "enlarge", "scene_seconds"):
         del values["data"][name]
     values["data"].pop("prompts", None)  # where they came from; the data's own hash says which
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= {f"{name}.{key}": inner for key, inner in value.items()}
-        else:
-            flat[name] = value
-    flat["data"] = data.sha256
-    flat["weights"] = packages.hash_of(source.manifest.files | _referred(source.manifest))
-    result: dict[str, Any] = json.loads(json.dumps(flat))
-    return result
+    own = {
+        "data": data.sha256,
+        "weights": packages.hash_of(source.manifest.files | _referred(source.manifest)),
+    }
+    return loop.facts_of(values) | own
 
 
 def _referred(manifest: Manifest) -> dict[str, packages.FileRecord]:
@@ -301,6 +306,7 @@ def train(
     data: EncodedData,
     *,
     share: bool = False,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
     log_every: int = loop.LOG_EVERY,
@@ -309,6 +315,7 @@ def train(
 
     Args:
         share:       share the weights out among the processes (FSDP2) instead of keeping all of them in each.
+        accept:      go on from checkpoints of another recipe or other data, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -331,8 +338,8 @@ def train(
         modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
     )
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
-    known = [loop.step_of(path) for path in loop.checkpoints_of(out / "checkpoints")]
-    loop.forget_lost_steps(log_path, max(known, default=0))
+    facts = facts_of(recipe, source, data)
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
     manifest = result_manifest(recipe, source, data, shape, split)
     maker = Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
     last: dict[str, Any] = {}
@@ -369,7 +376,8 @@ def train(
             settings,
             loss,
             out=out,
-            facts=facts_of(recipe, source, data),
+            facts=facts,
+            accept=accept,
             workers=workers,
             log=log,
             evaluate=evaluate,
@@ -399,7 +407,14 @@ def train(
                     if figures.get("pairs"):
                         last["before and after"] = [f"samples/{Path(p).name}" for p in figures["pairs"]]
                     write_result(
-                        out / "package", source, manifest, network, own, steps=state.step, metrics=last
+                        out / "package",
+                        source,
+                        manifest,
+                        network,
+                        own,
+                        steps=state.step,
+                        metrics=last,
+                        changes=state.changes,
                     )
                     draw_curve(log_path, out / "curve.png")
                     figures["result"] = str(out / "package")
@@ -582,11 +597,14 @@ def write_result(
     *,
     steps: int,
     metrics: dict[str, Any],
+    changes: Sequence[dict[str, Any]] = (),
 ) -> Manifest:
     """Write the package, its weights in the precision they came in; parts that were not trained are the base's."""
     place = packages.part_folder(source.folder, source.manifest, "transformer")
     _, first = next(weights.each_tensor(place))
     provenance = {**manifest.provenance, "steps": steps, "weights": "averaged", "metrics": metrics}
+    if changes:
+        provenance["changed on the way"] = list(changes)
     return registry.write_package(
         folder,
         manifest.model_copy(update={"provenance": provenance, "references": {}}),

@@ -117,6 +117,15 @@ class Shape:
         targets = (*head, *range(start if true_start else start + 1, start + near))
         return Item(PackedItem(full, compressed, tuple(views), head), scene, targets)
 
+    def mids_met(self, grid: Grid, scene_blocks: Sequence[int], *, draws: int = 400) -> list[int]:
+        """The most mids that a trained block sees, of each of so many items drawn from scenes of these lengths."""
+        generator, found = torch.Generator().manual_seed(0), []
+        for _ in range(draws):
+            item = self.item(grid, scene_blocks[_below(len(scene_blocks), generator)], generator)
+            views = {view.block: view for view in item.packed.views}
+            found.append(max(len(views[target].mid) for target in item.targets))
+        return found
+
     def context(self, grid: Grid, scene_blocks: int) -> Context:
         """The widest contexts such items meet, in scenes of at most `scene_blocks` blocks."""
         mids = {}
@@ -220,9 +229,9 @@ def _count(number: int, noun: str) -> str:
 
 
 def kept_evenly(items: Sequence[str], share: float) -> tuple[list[int], list[int]]:
-    """Split into (trained, held out) by name: the names with the lowest hashes are held out.
+    """Split into (trained, held out) by key, such as a hash of contents: those with the lowest hashes are held out.
 
-    Adding a clip moves at most one other one, so an evaluation stays comparable when data grows.
+    Adding one moves at most one other, so an evaluation stays comparable when data grows.
     """
     import hashlib
 

@@ -3,11 +3,13 @@
 Knows no model and no data. A checkpoint is one safetensors file written atomically (temporary file, fsync, rename),
 or a folder of them where the weights are shared out among processes (`shards`); the last two are kept; a kill at any
 moment costs at most the steps since the newest one. Every random draw of a step comes from a generator made of (seed,
-step, rank), so a resumed run sees the batches and noise of an unbroken one.
+step, rank), so a resumed run sees the batches and noise of an unbroken one. With a checkpoint go the facts its losses
+came of; a run with others goes on from it only if it is told to, and what changed is kept with all that follows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -15,7 +17,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Self
@@ -27,11 +29,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from packforcing_cli import durable
-from packforcing_cli.errors import UsageError, WeightsError
+from packforcing_cli.errors import LockedError, UsageError, WeightsError
 from packforcing_cli.training import shards
 from packforcing_cli.training.recipes import Train
 
+try:  # Windows has none
+    import fcntl
+except ImportError:  # pragma: no cover
+    fcntl = None  # type: ignore[assignment]
+
 LOG_EVERY = 10  # steps
+LOCK = ".lock"
+CHANGES = "changes"  # among a checkpoint's facts: what was changed on the way
+FREE = frozenset({"steps", "checkpoint_minutes", "evaluate_every", "threads"})
+"""Of a recipe's [train]: what a resumed run may have otherwise. With other steps the learning rate decays otherwise."""
+SHOWN_DIFFERENCES = 8
 PATIENCE = timedelta(
     hours=6
 )  # of processes that wait while the first one evaluates, makes samples or encodes clips
@@ -154,12 +166,18 @@ class MovingAverage:
 
 @dataclass
 class TrainingState:
-    """Everything a checkpoint holds."""
+    """Everything a checkpoint holds.
+
+    changed: facts that differ from those of the checkpoint it was read from: name -> [then, now].
+    changes: all that were changed on the way, the oldest first: {"step": N, "facts": {name: [then, now]}}.
+    """
 
     modules: Mapping[str, nn.Module]
     average: MovingAverage
     optimizers: list[torch.optim.Optimizer]
     step: int = 0
+    changed: dict[str, list[Any]] = field(default_factory=dict)
+    changes: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def is_shared(self) -> bool:
@@ -202,6 +220,7 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
     Where weights are shared out, all processes write a folder `step-NNNNNNN` together; otherwise one alone may ask.
     """
     tensors = state.tensors()
+    facts = dict(facts) | ({CHANGES: state.changes} if state.changes else {})
     if state.is_shared:
         path = folder / f"step-{state.step:07d}"
         shards.save(path, tensors, state.step, facts)
@@ -215,7 +234,7 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
                     k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()
                 },  # copies: tied weights are kept twice
                 part,
-                {"step": str(state.step), "facts": json.dumps(dict(facts))},
+                {"step": str(state.step), "facts": json.dumps(facts)},
             )
     if is_first:
         for old in checkpoints_of(folder)[:-2]:
@@ -226,13 +245,70 @@ def save_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
     return path
 
 
-def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any] | None) -> bool:
+def facts_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The facts of a checkpoint: all of a recipe's values by name (train.seed), but for those in `FREE`."""
+    flat: dict[str, Any] = {}
+    for name, value in recipe.items():
+        if isinstance(value, Mapping):
+            free = FREE if name == "train" else frozenset()
+            flat |= {f"{name}.{key}": inner for key, inner in value.items() if key not in free}
+        else:
+            flat[name] = value
+    result: dict[str, Any] = json.loads(json.dumps(flat))  # as it will be read back
+    return result
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Facts that are not the same: name -> [then, now], None where there is none."""
+    names = sorted({*then, *now} - {CHANGES})
+    return {name: [then.get(name), now.get(name)] for name in names if then.get(name) != now.get(name)}
+
+
+def require_same(name: str, then: Mapping[str, Any], now: Mapping[str, Any], *, accept: bool) -> None:
+    """Raises: UsageError if the facts of a checkpoint differ from those of now; with `accept` only if its kind does."""
+    found = differing(then, now)
+    if not found or (accept and "kind" not in found):
+        return
+    said = [f"{key}: {_then(before)}, {after!r} now" for key, (before, after) in found.items()]
+    more = f"; and {len(said) - SHOWN_DIFFERENCES} more" if len(said) > SHOWN_DIFFERENCES else ""
+    hint = "Use another --out folder, or the recipe of that run"
+    raise UsageError(
+        f"{name} was written by another recipe ({'; '.join(said[:SHOWN_DIFFERENCES])}{more})",
+        hint=f"{hint}." if "kind" in found else f"{hint}; --force goes on from it with what is new.",
+    )
+
+
+def _then(value: Any) -> str:
+    return "not recorded then" if value is None else f"{value!r} then"
+
+
+def check_facts(folder: Path, facts: Mapping[str, Any], *, accept: bool) -> None:
+    """Refuse at once what `load_checkpoint` would refuse: before anything is made for the run.
+
+    Raises: UsageError as `require_same`.
+    """
+    for path in reversed(checkpoints_of(folder)):
+        try:
+            if path.is_dir():
+                then = shards.describe(path)["facts"]
+            else:
+                with safe_open(path, framework="pt") as handle:
+                    then = json.loads((handle.metadata() or {})["facts"])
+        except (SafetensorError, OSError, ValueError, KeyError):
+            continue  # `load_checkpoint` says so if it matters
+        return require_same(path.name, then, facts, accept=accept)
+
+
+def load_checkpoint(
+    folder: Path, state: TrainingState, facts: Mapping[str, Any] | None, *, accept: bool = False
+) -> bool:
     """Restore the newest readable checkpoint of `folder` into `state`; False if there is none.
 
     It may have been written by another number of processes. Where there are several, all of them must ask.
 
     Args:
-        facts: what must be as it was when the checkpoint was written; None = do not compare.
+        facts:  what must be as it was when the checkpoint was written; None = do not compare.
+        accept: go on with other facts; they become `state.changed` and are added to `state.changes`.
     Raises: UsageError if it was written by another recipe (`facts` differ), naming the difference; WeightsError if
         there are checkpoints and none can be read.
     """
@@ -252,18 +328,16 @@ def load_checkpoint(folder: Path, state: TrainingState, facts: Mapping[str, Any]
             unreadable.append(path.name)  # the file system lost its end in a crash: use the one before
             continue
         facts = stored if facts is None else facts
-        differing = sorted(k for k in {*stored, *facts} if stored.get(k) != facts.get(k))
-        if differing:
-            shown = "; ".join(f"{k}: {stored.get(k)!r} then, {facts.get(k)!r} now" for k in differing)
-            raise UsageError(
-                f"{path.name} was written by another recipe ({shown})",
-                hint="Use another --out folder, or the recipe of that run.",
-            )
+        require_same(path.name, stored, facts, accept=accept)
+        state.changed = differing(stored, facts)
         if path.is_dir():
             _restore_parts(state, path, shapes)
         else:
             _restore(state, tensors)
         state.step = step
+        state.changes = list(stored.get(CHANGES, ()))
+        if state.changed:
+            state.changes.append({"step": step, "facts": state.changed})
         _set_aside(folder, unreadable)
         return True
     if unreadable:
@@ -338,17 +412,28 @@ def _restore_parts(state: TrainingState, path: Path, shapes: Mapping[str, torch.
 
 
 class Log:
-    """`metrics.jsonl`: one JSON object a line, flushed as written; `listener` is told the same."""
+    """`metrics.jsonl`: one JSON object a line, flushed as written; `listener` is told the same.
+
+    What a kill left of a last line is dropped.
+    """
 
     def __init__(self, path: Path, listener: Callable[[dict[str, Any]], None] | None = None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._listener = listener
-        self._handle = path.open("a", encoding="utf-8")
+        self._listener, self._path = listener, path
+        self._handle = path.open("a+b")
+        self._handle.seek(0)
+        self._handle.truncate(self._handle.read().rfind(b"\n") + 1)
         self._start = time.monotonic()
+
+    def go_back(self, step: int) -> None:
+        """Forget the lines of steps after this one, which will be made again."""
+        self._handle.close()
+        forget_lost_steps(self._path, step)
+        self._handle = self._path.open("a+b")
 
     def write(self, **values: Any) -> None:
         record = {"seconds": round(time.monotonic() - self._start, 2), **values}
-        self._handle.write(json.dumps(record) + "\n")
+        self._handle.write((json.dumps(record) + "\n").encode())
         self._handle.flush()
         if self._listener is not None:
             self._listener(record)
@@ -373,6 +458,31 @@ def forget_lost_steps(log: Path, last: int) -> None:
         if int(record.get("step", 0)) <= last or record.get("event") == "start":
             kept.append(line)
     durable.write(log, b"".join(line + b"\n" for line in kept))
+
+
+class Stopped(Exception):
+    """Somebody asked to stop while there was no step to save yet; what is whole is kept."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other trainings out of a folder while the `with` lasts; a process that dies lets go of it.
+
+    Raises: LockedError if another process trains into it.
+    """
+    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | durable.BINARY, 0o666)
+    try:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # a file system without locks
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise LockedError(
+                        f"another process trains into {folder}", hint="Wait for it, or use another --out."
+                    ) from error
+        yield
+    finally:
+        os.close(fd)
 
 
 Loss = Callable[[torch.Generator], tuple[Tensor, dict[str, float]]]
@@ -404,12 +514,14 @@ def run(
     blame: Callable[[], str] | None = None,
     items: int | None = None,
     log_every: int = LOG_EVERY,
+    accept: bool = False,
 ) -> bool:
     """Train from `state.step` to `settings.steps`, with checkpoints, log lines and evaluations.
 
     Args:
         out:         the run's folder; checkpoints go to `out/checkpoints/`.
-        facts:       stored in checkpoints; a run with other facts cannot go on from them.
+        facts:       stored in checkpoints; a run with other facts goes on from them only if `accept` is True, and then
+                     the log and `state.changes` say what changed.
         evaluate:    called every `settings.evaluate_every` steps by the first process, by all of them where weights are
                      shared out; the first one's figures are logged.
         should_stop: asked after every step; True saves a checkpoint and ends.
@@ -422,12 +534,15 @@ def run(
     checkpoints, saved = out / "checkpoints", time.monotonic()
     parameters = [p for module in state.modules.values() for p in module.parameters()]
     peaks = [group["lr"] for optimizer in state.optimizers for group in optimizer.param_groups]
-    load_checkpoint(checkpoints, state, facts)
     if items is not None and items % workers.count:
         raise UsageError(
             f"{items} items a step cannot be shared by {workers.count} processes",
             hint=f"Use a multiple of {workers.count}.",
         )
+    load_checkpoint(checkpoints, state, facts, accept=accept)
+    log.go_back(state.step)
+    if state.changed:
+        log.write(event="changed", step=state.step, facts=state.changed)
     log.write(
         event="start", step=state.step, parameters=sum(p.numel() for p in parameters), workers=workers.count
     )

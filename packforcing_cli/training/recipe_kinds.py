@@ -69,7 +69,7 @@ class ItemData(Strict):
     spans:           slots a compressed block takes, one of these an item.
     drop:            strict items: how often a block does not see one of its mids.
     draws:           noise draws that share an item's clean pass.
-    caption_dropout: items with the empty prompt.
+    caption_dropout: items whose noisy blocks read the empty prompt; their history keeps its caption.
     context_noise:   most noise on the history, of half of the items; their timestep stays 0.
     held_out:        share of the clips that is evaluated on and not trained on.
     enlarge:         take clips that are smaller than the model's pictures, too.

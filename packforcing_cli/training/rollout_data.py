@@ -54,7 +54,7 @@ def make(
         blocks:      length of a video.
         quantize:    what the source makes of its weights; videos of others are not mixed with these.
         on_video:    told the number of videos this process has made, of how many, and the prompt of the newest.
-        should_stop: asked after every block; True raises KeyboardInterrupt, what is whole is kept.
+        should_stop: asked after every block; True raises loop.Stopped, what is whole is kept.
     Raises: UsageError if `out` was made with other settings; GenerationError; DiskFullError.
     """
     chosen = _chosen(prompts, count, seed)
@@ -152,7 +152,7 @@ def _video(
         pooled, previous = lr_pixels(decoder.decode(block.latents), previous)
         lr.append(encode_lr(model.codec, pooled.to(model.dtype))[0].cpu())
         if should_stop():
-            raise KeyboardInterrupt
+            raise loop.Stopped
     return {"0.latents": torch.stack(latents).half(), "0.lr": torch.stack(lr).half()}
 
 

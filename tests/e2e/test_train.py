@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from packforcing_cli.training import demo_vae, recipes
+from packforcing_cli.training import demo_flow, demo_vae, loop, recipes
 
 VAE = {
     "model.encoder_widths": "[4, 4, 4]",
@@ -127,6 +127,62 @@ def test_a_stopped_run_says_how_to_go_on_and_goes_on(
     assert steps(tmp_path / "a run") == [10, 20]
 
 
+def test_the_first_signal_is_answered_at_once(
+    run_command: Any, stop_at: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("packforcing_cli.cli.progress.write_at_once", said.append)
+    stop_at(2, signal.SIGINT)
+    assert run_command("train", "demo-vae", *settings(VAE)).code == 130
+    assert said == ["Stopping after this step; Ctrl-C again stops at once …"]
+
+
+def test_a_signal_while_scenes_are_rendered_stops_before_the_first_step(
+    run_command: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("packforcing_cli.cli.progress.write_at_once", said.append)
+    draw = demo_flow.draw_scene
+
+    def stop(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return draw(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo_flow, "draw_scene", stop)
+        result = run_command("train", "demo-flow", "--force", *settings(FLOW, data__first_scenes="1"))
+    assert (result.code, result.out) == (130, "")
+    assert said == ["Stopping after this handful of scenes; Ctrl-C again stops at once …"]
+    last = result.err.splitlines()[-1]
+    assert last.startswith("Stopped before the first step; what is done is kept. To go on: packforcing train")
+    assert not (tmp_path / "runs/demo-flow/checkpoints").exists()
+    assert not list((tmp_path / "runs/demo-flow").glob("pool/*.safetensors"))
+
+
+def test_two_trainings_do_not_share_a_folder(run_command: Any, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    with loop.locked(tmp_path / "one"):
+        result = run_command("train", "demo-vae", "--out", "one", *settings(VAE))
+    assert (result.code, result.out) == (9, "")
+    assert "another process trains into one" in result.err
+    assert not (tmp_path / "one/metrics.jsonl").exists()
+
+
+def test_force_goes_on_with_another_recipe_and_the_log_says_so(run_command: Any, tmp_path: Path) -> None:
+    assert run_command("train", "demo-vae", "-q", *settings(VAE, train__steps="1")).code == 0
+    other = settings(VAE, train__steps="2", latent_noise="0.2", train__learning_rate="1e-4")
+    result = run_command("train", "demo-vae", *other)
+    assert result.code == 2
+    assert "(latent_noise: 0.1 then, 0.2 now; train.learning_rate: 0.0012 then, 0.0001 now)" in result.err
+    assert "--force goes on" in result.err
+    result = run_command("train", "demo-vae", "--force", *other)
+    assert result.code == 0
+    assert "warning: from step 1 on other facts hold: latent_noise 0.1 then, 0.2 now" in result.err
+    lines = (tmp_path / "runs/demo-vae/metrics.jsonl").read_text("utf-8").splitlines()
+    changed = [record for record in map(json.loads, lines) if record.get("event") == "changed"]
+    assert [(c["step"], c["facts"]["latent_noise"]) for c in changed] == [(1, [0.1, 0.2])]
+
+
 def test_the_second_signal_stops_at_once(run_command: Any, stop_at: Any, tmp_path: Path) -> None:
     stop_at(3, signal.SIGINT, times=2)
     result = run_command("train", "demo-vae", "-q", *settings(VAE))
@@ -179,7 +235,7 @@ def test_another_recipe_does_not_go_on_in_the_folder(run_command: Any) -> None:
     assert run_command("train", "demo-vae", "-q", *settings(VAE, train__steps="1")).code == 0
     result = run_command("train", "demo-vae", "-q", *settings(VAE, train__seed="5"))
     assert result.code == 2
-    assert "was written by another recipe (seed: 0 then, 5 now)" in result.err
+    assert "was written by another recipe (train.seed: 0 then, 5 now)" in result.err
     assert "Use another --out folder" in result.err
 
 
