@@ -980,7 +980,10 @@ class Local(Engine):
                 one.process.kill()
             one.process.wait()
             _close(one.process)
-        self._processes.clear()
+        if self._processes:
+            self._processes.clear()
+            with contextlib.suppress(PackforcingError):  # else whoever looks next does it
+                self.folder.ledger.take_over()
 
     def _look_after(self) -> None:
         """Notice workers that ended, take their jobs back, and start those that are missing."""

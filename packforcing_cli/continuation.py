@@ -14,7 +14,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packforcing_cli import jobs, packages, provenance, runfolder, sameness
+from packforcing_cli import jobs, packages, provenance, runfolder
 from packforcing_cli.config import GenerateRequest, PlanRequest, SourceVideo
 from packforcing_cli.errors import RunFolderError, UsageError
 from packforcing_cli.jobs import Job
@@ -233,6 +233,7 @@ def branch(
     old: RunFolder, blocks: int, job: Job, model: VideoModel, folder: Path | None, *, other_memory: int
 ) -> RunFolder:
     """The new run folder, with the first blocks of the old one in it; the old one is let go."""
+    from packforcing_cli import sameness
 
     is_other = bool(other_memory)
     extends = made_by(old.record, blocks, job, is_other=is_other) if job.request.metadata else None

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -461,6 +462,50 @@ class ConditionEmbedder(nn.Module):
         return head, self.time_proj(F.silu(head)).unflatten(-1, (6, -1))
 
 
+def _recomputed(layer: Layer, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which runs a layer, keeping only its inputs for the backward pass.
+
+    A layer whose weights are fixed for this pass is run again with fixed weights, whatever they are by then.
+    """
+    fixed = not any(p.requires_grad for p in layer.parameters())
+
+    def again(*inputs: Any) -> Any:
+        with weights_fixed(layer if fixed else None):
+            return run(*inputs)
+
+    return partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
+
+
+def _run_and_show(
+    layer: Layer,
+    x: Tensor,
+    modulation: Modulation,
+    text: tuple[Tensor, Tensor],
+    attend: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x [B,S,d] after a layer; its un-rotated keys, its values and query sums."""
+    shown: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        shown.append((k, v, _token_sum(q)))
+        return attend(q, k, v)
+
+    return (layer(x, modulation, text, keep), *shown[0])
+
+
+@contextmanager
+def weights_fixed(module: nn.Module | None) -> Iterator[None]:
+    """Build no graph to a module's weights inside; what flows through it still does. None = nothing is fixed."""
+    learning = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)
+
+
 _PROJECTIONS = ("attn1.to_q.", "attn1.to_k.", "attn1.to_v.")
 
 
@@ -595,7 +640,7 @@ class WanTransformer(nn.Module):
         for i, layer in enumerate(self._layers()):
             run: Callable[..., Tensor] = layer
             if self._recomputes and torch.is_grad_enabled():
-                run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False)
+                run = _recomputed(layer, layer)
             x = run(x, modulation, text.layers[i], partial(attend, i), attend_text)
         return x
 
@@ -641,6 +686,10 @@ class WanTransformer(nn.Module):
                 if keep is not None and i == len(self.blocks) - 1:
                     q, k, v = layer.inputs_alone(x, modulation)
                     keep(i, k, v, _token_sum(q))
+                elif keep is not None and self._recomputes and torch.is_grad_enabled():
+                    again = _recomputed(layer, _run_and_show)
+                    x, *shown = again(layer, x, modulation, pairs.layers[i], partial(attend, i))
+                    keep(i, *shown)
                 elif self._regions is not None:
                     x = self._by_regions(
                         i, layer, x, modulation, pairs.layers[i], context, angles, batch, keep

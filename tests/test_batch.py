@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +181,18 @@ def test_an_engine_that_begins_no_more_does_not_wait_for_another_batch(tmp_path:
         assert engine.has_work()
         engine.stop("interrupted")
         assert [state.workers for state in engine.run()] == [0]
+
+
+def test_what_a_worker_held_that_was_ended_at_once_is_queued(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(["a"]), source="x")
+        process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+        assert base.claim(ledger.this_process(process.pid)) is not None
+        engine = batch.Local(folder, Options())
+        engine._processes.append(batch._Process(process, 0, tmp_path / "log"))
+        engine.kill()
+        assert base.counts()["queued"] == 1
 
 
 def test_only_what_nobody_is_at_work_on_is_left_behind(tmp_path: Path) -> None:

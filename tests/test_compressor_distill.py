@@ -512,7 +512,7 @@ def test_videos_too_short_for_a_compressed_block_and_contexts_left_are_refused(r
 
 @torch.no_grad()
 def test_blocks_read_their_own_captions_and_a_cut_hides_the_recent_block() -> None:
-    words = Words(("caption",) * 5 + ("another",) * 4, (5,))
+    words = Words(("caption",) * 5 + ("other",) * 4, (5,))
     scene = dataclasses.replace(SCENE, words=words)
     drawn = plan(3)
     drawn = dataclasses.replace(drawn, layout=dataclasses.replace(drawn.layout, cuts=(5,)))

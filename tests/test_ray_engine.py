@@ -531,7 +531,7 @@ def assert_it_went_on_elsewhere(manifest: Path, out: str, lost: int) -> None:
 def test_after_a_kill_of_the_driver_and_of_an_actor_the_other_one_finishes_its_job(
     tmp_path: Path, start: Start
 ) -> None:
-    manifest = some_jobs(tmp_path, 16)
+    manifest = some_jobs(tmp_path, 20)
     driver = start(manifest, "ray", *RAY)
     (before, _) = wait_for(manifest, "ray", driver, lambda rows: rows[0].blocks > 0)
     with Ledger.open(tmp_path / "ray" / ledger.NAME) as base:

@@ -6,10 +6,10 @@ block then asks in a context in which some mids are there at full resolution aga
     target     q_l  x  [own | sink | recent | other mids | K_l, V_l of the block, all its tokens]
     student    q_l  x  [own | sink | recent | other mids | K~_l, V~_l of its compressed tokens  ]      with a graph
 
-Same queries, same slots, same rest; the loss is the squared difference of the two outputs, relative to the target, at
-layers and queries drawn at random, plus a small match of K~, V~ with the pooled K, V before RoPE. The gradient reaches
-the compressor through the compressed forward (docs/method.md 2.4, A); the transformer's weights get none. Where a mid
-takes fewer slots than it has frames, its whole tokens are squeezed into the same slots.
+Same queries, same slots, same rest; the loss is the squared difference of the two outputs, as a share of what leaving
+the block out gives, at layers and queries drawn at random, plus a small match of K~, V~ with the pooled K, V before
+RoPE. The gradient reaches the compressor through the compressed forward (docs/method.md 2.4, A); the transformer's
+weights get none. Where a mid takes fewer slots than it has frames, its whole tokens are squeezed into the same slots.
 
 The HR branch comes on top of the training-free LR path: a new one ends in a zero projection, so training starts from
 what LR alone gives. Source: docs/method.md 7.5, 7.6 (U2's pre-training), 7.7 (T1).
@@ -368,7 +368,12 @@ def item_loss(
     recipe: CompressorDistill,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of one item of a scene, and its two parts. The generator draws the item and its noise, on the CPU."""
+    """Loss of one item of a scene, and its two parts. The generator draws the item and its noise, on the CPU.
+
+    attention: error as a share of what leaving the blocks out gives: 1 = the stand-ins are worth nothing. So an item
+               counts the same whether its asking blocks look much at the past or little.
+    pool:      as `pooled_error`.
+    """
     plan = shape.plan(models.grid, recipe.queries, scene.blocks, generator, cuts=scene.cuts)
     settings = recipe.data
     seen = observe(
@@ -381,7 +386,10 @@ def item_loss(
     pool = pooled_error(seen, pairs)
     if not seen.asked:  # no layer recalled one of them
         return recipe.pool_weight * pool, {"pool": float(pool.detach())}
-    matched = attention_errors(seen, pairs).mean()
+    errors = attention_errors(seen, pairs)
+    with torch.no_grad():
+        without = attention_errors(seen, {})
+    matched = errors.sum() / without.sum()
     parts = {"attention": float(matched.detach()), "pool": float(pool.detach())}
     return matched + recipe.pool_weight * pool, parts
 

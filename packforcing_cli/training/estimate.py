@@ -16,19 +16,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from packforcing_cli import machine, packages, registry, weights
+from packforcing_cli import catalog, machine, packages, registry, weights
 from packforcing_cli.compressor import Compressor, CompressorConfig
-from packforcing_cli.errors import MemoryFitError, UsageError
+from packforcing_cli.errors import MemoryFitError, OfflineError, UsageError
 from packforcing_cli.layout import Grid, Layout
 from packforcing_cli.packages import CacheDefaults, Manifest
+from packforcing_cli.planner import DECODER_PEAK
 from packforcing_cli.text import TextEncoder, build_encoder, load_tokenizer
 from packforcing_cli.training import frozen
 from packforcing_cli.training.distill_plan import AppendedContext, DistillShape, with_bytes
 from packforcing_cli.training.items import Context, Item, Shape
 from packforcing_cli.training.packed import PackedItem, packed_forward
-from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora, ItemData
+from packforcing_cli.training.recipe_kinds import (
+    CompressorDistill,
+    Finetune,
+    FinetuneLora,
+    ItemData,
+    span_of,
+)
 from packforcing_cli.training.recipes import AnyRecipe, DemoDistill, DemoFlow, DemoVae, SelfForcing
-from packforcing_cli.transformer import TransformerConfig, WanTransformer
+from packforcing_cli.transformer import TextKV, TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig
 
 if TYPE_CHECKING:
@@ -168,13 +175,9 @@ def _shared(recipe: Finetune | SelfForcing, memory: Memory, processes: int) -> M
     Its part of all; what is gathered at a time, two layers and what is in no layer, with their gradients; and a whole
     copy of what samples, evaluation and the result are made with.
     """
-    folder = packages.find_package(_model_of(recipe))
-    manifest = packages.read_manifest(folder)
-    config = TransformerConfig.from_dict(
-        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
-    )
+    _, config, of_compressor, _ = _described(_model_of(recipe))
     with torch.device("meta"):
-        network, compressor = WanTransformer(config), Compressor(compressor_config(manifest, config, folder))
+        network, compressor = WanTransformer(config), Compressor(of_compressor)
     layer, whole = _count(network.blocks[0]), _count(network) + _count(compressor)
     gathered = 4 * (whole - layer * max(0, config.num_layers - 2))
     return dataclasses.replace(
@@ -340,38 +343,54 @@ def flow_bytes(recipe: DemoFlow, models: Models, *, keeps_scores: bool) -> int:
     return round(kept * (1 + TEMPORARY))  # sizes that change from step to step leave gaps in memory
 
 
+def student_context(recipe: SelfForcing, manifest: Manifest) -> Context:
+    """The widest contexts that rollouts of self-forcing meet, of a student with this manifest."""
+    frames, trained = Fraction(manifest.cache.frames_per_block), manifest.trained_frames
+    plan = recipe.rollout
+    length = plan.max_prefix + plan.blocks
+    mids = {sinks: min(plan.top_k, max(0, length - sinks - 2)) for sinks in sorted({*plan.sink_blocks})}
+    fixed = {min(span_of(span), frames) for span in plan.mid_spans if span != "fit"}
+    fitted = {
+        min(frames, Fraction(room, count))
+        for sinks, most in mids.items()
+        for count in range(1, most + 1)
+        if "fit" in plan.mid_spans and (room := trained - (sinks + 2) * int(frames)) > 0
+    }
+    spans = tuple(sorted(fixed | fitted)) or (frames,)
+    return Context(int(frames), mids, spans, None if fixed else trained)
+
+
 def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name: str) -> Estimate:
-    """Three networks of one shape; the graph of a rollout is that of a strict item with as many blocks and mids."""
-    folder = packages.find_package(_model_of(recipe))
-    manifest = packages.read_manifest(folder)
-    config = TransformerConfig.from_dict(
-        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
-    )
+    """Three networks of one shape, the VAE, and the larger of two graphs: the critic's clip, the student's rollout."""
+    manifest, config, of_compressor, vae_params = _described(recipe.student)
     with torch.device("meta"):
-        network, compressor = WanTransformer(config), Compressor(compressor_config(manifest, config, folder))
+        network = WanTransformer(config)
+        compressor = Compressor(dataclasses.replace(of_compressor, branches="hr+lr"))
     network_count, compressor_count = _count(network), _count(compressor)
     count, trained = 3 * network_count + compressor_count, 2 * network_count + compressor_count
-    plan, grid = recipe.rollout, grid_of(manifest, config)
-    length = plan.max_prefix + plan.blocks
-    mids = {sinks: min(plan.top_k, max(0, length - sinks - 2)) for sinks in plan.sink_blocks}
-    spans = tuple(sorted({Fraction(span) for span in plan.mid_spans}))
-    shape = Shape("strict", plan.blocks, plan.sink_blocks, max(mids.values()), spans, 0.0)
-    activations = activation_bytes(
+    dtype = precision(recipe, device)
+    half = dtype == torch.bfloat16
+    grid = with_bytes(grid_of(manifest, config), dtype)
+    context = student_context(recipe, manifest)
+    graphs = graph_bytes(
         config,
         grid,
-        widest_item(shape, grid, plan.blocks),
-        draws=1,
+        context,
+        blocks=recipe.rollout.blocks,
         text_length=manifest.text_length,
+        half=half,
         keeps_scores=device.type == "cpu",
         checkpointing=recipe.train.checkpointing,
     )
-    # Beside gradients and moments: the averaged student; and the cache, whose contexts a graph keeps copied.
-    tokens = (max(plan.sink_blocks) + 2) * grid.block_tokens + plan.top_k * grid.compressed_tokens
-    copies = (plan.blocks + 2) * tokens * grid.bytes_per_token
-    training = 12 * trained + 4 * (network_count + compressor_count)
-    weight_bytes = 4 * count - saved_bytes(network, recipe.quantize_frozen, torch.float32)  # of the teacher
-    memory = Memory(weight_bytes, training, activations, _other(device) + copies)
-    context = Context(grid.frames_per_block, mids, spans)
+    # With products in bfloat16 a pass has a narrow copy of its network's weights.
+    activations = max(graphs) + (2 * network_count if half else 0)
+    learner = network_count + compressor_count
+    # Moments of all that is trained, the averaged student, and the gradients of one step, which go with it.
+    training = 8 * trained + 4 * learner + 4 * max(learner, network_count)
+    other = _other(device) + dtype.itemsize * vae_params + _rollout_bytes(recipe, grid, manifest)
+    weight_bytes = 4 * trained + dtype.itemsize * network_count
+    weight_bytes -= saved_bytes(network, recipe.quantize_frozen, dtype)  # of the teacher
+    memory = Memory(weight_bytes, training, activations, other)
     return Estimate(
         recipe.kind,
         count,
@@ -384,6 +403,146 @@ def _of_self_forcing(recipe: SelfForcing, device: torch.device, free: int, name:
         manifest.cache,
         _mismatches(context, manifest.cache),
     )
+
+
+def _described(name: str) -> tuple[Manifest, TransformerConfig, CompressorConfig, int]:
+    """Manifest and shapes of a model and the parameters of its VAE; of a known one that is not there its facts."""
+    place = "demo" if name == "package" else name
+    try:
+        folder = packages.find_package(place)
+    except OfflineError:
+        facts = catalog.find(place)
+        if facts is None:
+            raise
+        manifest = Manifest(name=facts.name, version="0", **packages.records_of(facts))
+        config = TransformerConfig(
+            num_layers=facts.layers,
+            num_attention_heads=facts.heads,
+            attention_head_dim=facts.head_dim,
+            ffn_dim=facts.ffn_dim,
+            in_channels=facts.latent_channels,
+            out_channels=facts.latent_channels,
+            text_dim=facts.text_dim,
+            freq_dim=catalog.TIME_EMBEDDING,
+            patch_size=facts.patch,
+        )
+        shape = CompressorConfig(dim=config.dim, in_channels=config.in_channels)
+        return manifest, config, shape, facts.vae_params
+    manifest = packages.read_manifest(folder)
+    config = TransformerConfig.from_dict(
+        weights.read_config(packages.part_folder(folder, manifest, "transformer"))
+    )
+    vae = sum(record.size for record in manifest.part_files("vae").values())
+    wide = 4 if manifest.codec.kind == "wan" else 2  # bytes of a stored number: Wan's are float32
+    return manifest, config, compressor_config(manifest, config, folder), vae // wide
+
+
+def _rollout_bytes(recipe: SelfForcing, grid: Grid, manifest: Manifest) -> int:
+    """Bytes of a rollout beside its graph: the cache, what stands still for graded blocks, the decoder at work."""
+    plan = recipe.rollout
+    length = plan.max_prefix + plan.blocks
+    layout = Layout(
+        grid=grid,
+        sink_blocks=max(plan.sink_blocks),
+        recent_blocks=1,
+        top_k=plan.top_k,
+        bank=None,
+        mid_span=Fraction(1),
+    )
+    # Sinks once, a recent block for each graded one, and what was compressed.
+    standing = (max(plan.sink_blocks) + plan.blocks) * grid.block_tokens + length * grid.compressed_tokens
+    width, height = manifest.size
+    decoder = width * height * DECODER_PEAK[manifest.codec.kind] * grid.dtype_bytes
+    return layout.capacity_bytes(length).live + standing * grid.bytes_per_token + decoder
+
+
+def graph_bytes(
+    config: TransformerConfig,
+    grid: Grid,
+    context: Context,
+    *,
+    blocks: int,
+    text_length: int,
+    half: bool,
+    keeps_scores: bool,
+    checkpointing: bool,
+) -> tuple[int, int]:
+    """Bytes that the backward pass of the critic's clip needs, and that of the student's rollout of `blocks` blocks.
+
+    What is inside of a layer is counted in float32, which is more than it takes with narrower products.
+
+    Args:
+        half:          the mids' keys and values are kept in bfloat16.
+        keeps_scores:  attention keeps its scores, as it does on a CPU; a fused kernel does not.
+        checkpointing: layers' inputs are kept and one layer is run again at a time.
+    """
+    heads, head_dim = config.num_attention_heads, config.attention_head_dim
+    sinks, mids = max(context.mids.items(), key=lambda found: (found[1], found[0]))
+    seen = (sinks + 1) * grid.block_tokens
+    # What a number of layers keeps in the backward pass, and what a layer is given.
+    kinds = {
+        "clip": (blocks * grid.block_tokens, 0, 1),
+        "block": (grid.block_tokens, seen + mids * grid.compressed_tokens, 1),
+        "mids": (grid.compressed_tokens, sinks * grid.block_tokens, mids),
+    }
+    found: dict[str, int] = {}
+    layers_alone: list[int] = []
+    for kind, (tokens, past, rows) in kinds.items():
+        if not rows:
+            found[kind] = 0
+            continue
+        sizes = []
+        for count in (2, 3):
+            with torch.device("meta"):
+                model = WanTransformer(dataclasses.replace(config, num_layers=count))
+                text = torch.empty(1, text_length, config.text_dim)
+                # Keys and values of mids have a graph, which their part of what is read leads to.
+                kept = torch.empty(1, past, heads, head_dim, requires_grad=kind == "block")
+                own = torch.empty(tokens, 3, dtype=torch.float64)
+            context_read = _Beside(own, kept)
+            ignored = frozenset[int]() if keeps_scores else frozenset({text_length, tokens + past})
+            with _Saved(ignored - {head_dim, config.dim}) as saved:
+                if kind == "mids":
+                    embedded = model.embed_text(text)
+                    texts = TextKV(
+                        tuple(
+                            (k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1))
+                            for k, v in embedded.layers
+                        )
+                    )
+                    given = torch.empty(rows, tokens, config.dim, device="meta", requires_grad=True)
+                    model.commit_tokens(given, texts, context_read)
+                else:
+                    length = tokens // (grid.rows * grid.cols)
+                    shape = (1, config.in_channels, length, grid.latent_rows, grid.latent_cols)
+                    latents = torch.empty(*shape, device="meta")
+                    timesteps = torch.empty(1, length, dtype=torch.float64, device="meta")
+                    model(latents, timesteps, model.embed_text(text), context_read)
+            sizes.append(saved.size_bytes)
+        layer, rest = sizes[1] - sizes[0], max(0, 3 * sizes[0] - 2 * sizes[1])
+        result = rest + config.num_layers * layer
+        if checkpointing:
+            result = rest + config.num_layers * rows * tokens * config.dim * 4
+            layers_alone.append(layer)
+        if kind == "mids":  # its keys and values, which blocks read
+            result += config.num_layers * 2 * rows * tokens * config.dim * (2 if half else 4)
+        found[kind] = result
+        if not checkpointing:
+            layers_alone.append(layer)
+    widest = max(layers_alone)
+    spare = (1 if checkpointing else 0) * widest + round(TEMPORARY * widest)
+    return found["clip"] + spare, blocks * (found["block"] + found["mids"]) + spare
+
+
+class _Beside:
+    """A context of the right size, for counting. Satisfies `transformer.Context`."""
+
+    def __init__(self, positions: Tensor, past: Tensor) -> None:
+        self.positions, self._past = positions, past
+
+    def layer(self, layer: int, k: Tensor, v: Tensor, q_sum: Tensor) -> tuple[Tensor, Tensor]:
+        past = self._past.expand(k.shape[0], -1, -1, -1)
+        return torch.cat((k, past), 1), torch.cat((v, past), 1)
 
 
 def _of_finetune(
@@ -612,7 +771,7 @@ def preset_of(recipe: Finetune | CompressorDistill, manifest: Manifest) -> Cache
     return manifest.cache.model_copy(update=changes)
 
 
-def precision(recipe: Finetune | CompressorDistill, device: torch.device) -> torch.dtype:
+def precision(recipe: Finetune | CompressorDistill | SelfForcing, device: torch.device) -> torch.dtype:
     """The dtype of products."""
     if recipe.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

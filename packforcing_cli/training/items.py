@@ -22,6 +22,7 @@ from packforcing_cli.training.packed import PackedItem, PackedView
 
 RECENT = 1  # blocks at full resolution before the current one, in training as in every package's defaults
 NEIGHBOURS = (2, 3)
+SHOWN_SPANS = 4
 
 
 @dataclass(frozen=True)
@@ -147,22 +148,26 @@ class Context:
 
     mids:  number of sinks -> most compressed blocks seen beside them.
     spans: slots a compressed block takes, ascending.
+    limit: slots at most, where many mids take fewer slots each; None = each may take the most.
     """
 
     frames_per_block: int
     mids: dict[int, int]
     spans: tuple[Fraction, ...]
+    limit: int | None = None
 
     @property
     def slots(self) -> int:
         """Slots of the widest context: sinks, mids at their full span, recent, current; rounded up."""
         frames = self.frames_per_block
         widest = max((s + RECENT + 1) * frames + mids * max(self.spans) for s, mids in self.mids.items())
-        return -(-widest.numerator // widest.denominator)
+        slots = -(-widest.numerator // widest.denominator)
+        return slots if self.limit is None else min(slots, self.limit)
 
     def __str__(self) -> str:
         each = ", ".join(f"{_count(s, 'sink')} with 0 to {_count(m, 'mid')}" for s, m in self.mids.items())
-        spans = ", ".join(str(span) for span in self.spans)
+        few = len(self.spans) <= SHOWN_SPANS
+        spans = ", ".join(map(str, self.spans)) if few else _range(self.spans[0], self.spans[-1])
         return f"{each}; {RECENT} recent; slots a mid {spans}; {self.slots} slots at most"
 
     def mismatches(
@@ -188,9 +193,22 @@ class Context:
             slots = (sink_blocks + recent_blocks + 1) * frames + top_k * span
             if slots > self.slots:
                 found.append(f"{float(slots):g} slots: training has at most {self.slots}")
-        elif top_k and (sink_blocks + recent_blocks + 1) * frames >= self.slots:
-            found.append(f"no slots for mids: training has {self.slots} in all")
+        elif top_k:
+            room = self.slots - (sink_blocks + recent_blocks + 1) * frames
+            if room <= 0:
+                found.append(f"no slots for mids: training has {self.slots} in all")
+                return tuple(found)
+            fitted = [min(Fraction(frames), Fraction(room, count)) for count in range(1, top_k + 1)]
+            if fitted[-1] < min(self.spans) or fitted[0] > max(self.spans):
+                found.append(
+                    f"mids of {_range(fitted[-1], fitted[0])} slots where 1 to {top_k} share {room}: training has"
+                    f" {_range(min(self.spans), max(self.spans))} a compressed block"
+                )
         return tuple(found)
+
+
+def _range(least: Fraction, most: Fraction) -> str:
+    return str(least) if least == most else f"{least} to {most}"
 
 
 def _view(

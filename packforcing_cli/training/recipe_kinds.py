@@ -312,7 +312,7 @@ class CompressorDistill(Strict):
     model: str = "demo"
     start: Literal["model", "lr"] = "model"
     items: int = Field(default=2, ge=1)
-    pool_weight: float = Field(default=1e-3, ge=0)
+    pool_weight: float = Field(default=0.02, ge=0)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     checkpointing: bool = False
     quantize_frozen: Quantized = "none"

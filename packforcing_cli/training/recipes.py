@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, field_validator, model_validator
 
 from packforcing_cli.errors import UsageError
 from packforcing_cli.training.recipe_kinds import (
@@ -23,6 +23,7 @@ from packforcing_cli.training.recipe_kinds import (
     Quantized,
     Samples,
     Train,
+    span_of,
 )
 from packforcing_cli.training.recipe_kinds import Strict as _Strict
 
@@ -168,8 +169,38 @@ class StudentRollout(_Strict):
     blocks: int = Field(default=5, ge=2)
     max_prefix: int = Field(default=0, ge=0, le=1000)
     sink_blocks: tuple[int, ...] = Field(default=(1, 2), min_length=1)
-    mid_spans: tuple[str, ...] = Field(default=("1",), min_length=1, description="slots a mid takes")
+    mid_spans: tuple[str, ...] = Field(
+        default=("1",),
+        min_length=1,
+        description='slots a mid takes; "fit" shares what is left of the trained range',
+    )
     top_k: int = Field(default=16, ge=1)
+
+    @field_validator("timesteps")
+    @classmethod
+    def _falling(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if (
+            not value
+            or list(value) != sorted({*value}, reverse=True)
+            or not 0 < value[-1] <= value[0] <= 1000
+        ):
+            raise ValueError("timesteps fall from 1000 to above 0, for example [1000, 750, 500, 250]")
+        return value
+
+    @field_validator("sink_blocks")
+    @classmethod
+    def _some_sinks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value, default=1) < 1:
+            raise ValueError("at least 1 block is sink: a compressed block is made beside them")
+        return value
+
+    @field_validator("mid_spans")
+    @classmethod
+    def _spans(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for span in value:
+            if span != "fit":
+                span_of(span)
+        return value
 
 
 class StudentTrain(_Strict):
@@ -185,9 +216,12 @@ class StudentTrain(_Strict):
     )
     weight_decay: float = Field(default=0.01, ge=0)
     clip: float = Field(default=10.0, gt=0)
-    average: float = Field(default=0.99, ge=0, lt=1)
-    average_start: int = Field(default=200, ge=0)
-    checkpointing: bool = False
+    average: float = Field(default=0.99, ge=0, lt=1, description="a student update")
+    average_start: int = Field(default=200, ge=0, description="iterations without averaging")
+    checkpointing: bool = Field(
+        default=False,
+        description="run each layer again in the backward pass instead of keeping what is in it",
+    )
     checkpoint_minutes: float = Field(default=5.0, gt=0)
     threads: int | None = Field(default=None, gt=0)
 
@@ -199,6 +233,11 @@ class SelfForcing(_Strict):
     )
     teacher: str = Field(description="model that judges; must take whole clips at once")
     prompts: str = Field(description="text file with a prompt a line, or 'demo'")
+    negative_prompt: str = Field(default="", description="what the teacher's guidance leads away from")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        default="auto",
+        description="bf16: products, cache and teacher in bfloat16, all that is trained in float32; auto: on a GPU",
+    )
     shift: float = 5.0
     guidance: float = Field(default=3.0, ge=0, description="of the teacher: c + w (c - u)")
     critic_updates: int = Field(default=5, ge=1, description="critic updates for one of the student")
