@@ -465,6 +465,7 @@ def train(
     out: Path,
     *,
     share: bool = False,
+    accept: bool = False,
     on_log: Callable[[dict[str, Any]], None] | None = None,
     should_stop: Callable[[], bool] | None = None,
 ) -> dict[str, Any]:
@@ -472,6 +473,7 @@ def train(
 
     Args:
         share:       share the weights out among the processes (FSDP2) instead of keeping all of them in each.
+        accept:      go on from checkpoints of another recipe, teacher or prompts, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every iteration; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -513,6 +515,7 @@ def train(
     if judge is not None:
         teacher = registry.load_model(_place(recipe.teacher), device=place, dtype="fp32", fuse=False)
     facts = facts_of(recipe, texts, model, teacher or model)
+    loop.check_facts(out / "checkpoints", facts, accept=accept)
     roles = Roles.of(model, teacher, frozen_dtype=products, quantize=recipe.quantize_frozen)
     roles.student.codec.to(workers.device, products)
     if settings.checkpointing:
@@ -539,7 +542,7 @@ def train(
         [trainer.student_optimizer, trainer.critic_optimizer],
     )
     saved = time.monotonic()
-    loop.load_checkpoint(checkpoints, state, facts)
+    loop.load_checkpoint(checkpoints, state, facts, accept=accept)
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
     loop.forget_lost_steps(log_path, state.step)
     maker = _Maker(recipe, source, roles, model, stories, out / "samples")
@@ -556,6 +559,8 @@ def train(
             log.write(event="samples" if not state.step else "evaluate", step=state.step, samples=measured)
 
         parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
+        if state.changed:
+            log.write(event="changed", step=state.step, facts=state.changed)
         log.write(event="start", step=state.step, parameters=parameters, workers=workers.count)
         every = recipe.samples.every
         if every and not state.step:
@@ -585,7 +590,9 @@ def train(
             if workers.rank == 0:
                 if every:
                     figures["pairs"] = [str(path) for path in maker.pairs(state.step)]
-                figures |= write_result(recipe, state.step, values, roles, model, out, metrics=measured)
+                figures |= write_result(
+                    recipe, state.step, values, roles, model, out, metrics=measured, changes=state.changes
+                )
                 draw_curve(log_path, out / "curve.png")
                 log.write(event="done", **figures)
     workers.stop()
@@ -736,17 +743,21 @@ def write_result(
     out: Path,
     *,
     metrics: Mapping[str, float] | None = None,
+    changes: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write `out/package/`: the averaged student with its few-step schedule, all else as in the model it began as.
 
     Args:
-        values: the averaged weights, whole: "transformer/NAME" and "compressor/NAME".
+        values:  the averaged weights, whole: "transformer/NAME" and "compressor/NAME".
+        changes: see `loop.TrainingState.changes`.
     """
     transformer, compressor = networks_of(values, roles, device=torch.device("cpu"), dtype=torch.float32)
     manifest = result_manifest(recipe, model)
     provenance = {**manifest.provenance, "iterations": iterations, "weights": "averaged"}
     if metrics:
         provenance["metrics"] = dict(metrics)
+    if changes:
+        provenance["changed on the way"] = list(changes)
     place = packages.part_folder(model.folder, model.manifest, "transformer")
     _, first = next(weights.each_tensor(place))
     write_package(
