@@ -878,10 +878,10 @@ class Display:
 
     def stopping(self, text: str) -> None:
         """Said from a signal handler."""
-        from packforcing_cli.cli.progress import _write_at_once
+        from packforcing_cli.cli.progress import write_at_once
 
         if not self.quiet:
-            _write_at_once(text)
+            write_at_once(text)
 
     def stop(self) -> None:
         """Show no more progress."""
@@ -988,9 +988,9 @@ class _JsonLines(Display):
                     self._event("job", **_job(self._folder.path, row))
 
     def stopping(self, text: str) -> None:
-        from packforcing_cli.cli.progress import _write_at_once
+        from packforcing_cli.cli.progress import write_at_once
 
-        _write_at_once(json.dumps({"event": "stopping", "text": text}))
+        write_at_once(json.dumps({"event": "stopping", "text": text}))
 
     def end(self, folder: Folder, rows: Sequence[Row], engine: Engine, code: int) -> None:
         self._event("end", counts=_counts(rows), exit_code=code, stopped=engine.why)

@@ -286,6 +286,63 @@ def _of_flow(recipe: DemoFlow, device: torch.device, free: int, name: str) -> Es
     )
 
 
+class _Shapes(TextEncoder):
+    """A text encoder whose embeddings have a shape and no values; what it keeps itself is little, and not counted."""
+
+    def encode_tokens(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.empty(*ids.shape, self.model.config.d_model, device="meta")
+
+
+def flow_bytes(recipe: DemoFlow, models: Models, *, keeps_scores: bool) -> int:
+    """Bytes that the backward pass of a step of every kind of items needs, with what is in hand while it runs.
+
+    Products are counted in float32: in bfloat16 a sixth less is kept, and the weights once more.
+    Args:
+        models:       on the meta device.
+        keeps_scores: see `activation_bytes`.
+    """
+    from packforcing_cli.training import demo_flow
+
+    data = recipe.data.model_copy(
+        update={"long_probability": 1.0, "whole_probability": float(recipe.data.whole_probability > 0)}
+    )
+    rows, cols, frames = models.grid.latent_rows, models.grid.latent_cols, demo_flow.FRAMES_PER_BLOCK
+    channels = models.transformer.config.in_channels
+
+    def pool(blocks: int) -> Pool:
+        return demo_flow.Pool(
+            latents=torch.zeros(1, blocks, channels, frames, rows, cols, dtype=torch.half),
+            lr=torch.zeros(1, blocks, channels, 2, rows // 4, cols // 4, dtype=torch.half),
+            caption=torch.arange(blocks)[None] // demo_flow.WHOLE_BLOCKS,
+            place=torch.zeros(1, rows, cols),
+            here=torch.zeros(1, blocks, dtype=torch.uint8),
+        )
+
+    pools = {"first": pool(1), "short": pool(data.short_blocks), "long": pool(data.long_blocks)}
+
+    def saved_by(layers: int) -> int:
+        config = dataclasses.replace(models.transformer.config, num_layers=layers)
+        with torch.device("meta"):
+            fewer = dataclasses.replace(models, transformer=WanTransformer(config))
+        batch = demo_flow.Batch(torch.Generator().manual_seed(0), torch.device("meta"))
+        total = 0
+        for _, clips, draws in demo_flow.items_of_step(fewer, batch, pools, data, mids=demo_flow.MAX_MIDS):
+            lengths = set[int]()
+            if not keeps_scores:
+                text_length = models.text.max_length
+                lengths = {text_length, clips.x0.shape[3] * models.grid.rows * models.grid.cols}
+                if isinstance(clips, demo_flow.Packed):
+                    lengths |= _key_lengths(models.grid, clips.item, text_length)
+            with _Saved(frozenset(lengths)) as saved:
+                demo_flow.flow_errors(fewer, batch, clips, recipe, draws)
+            total += saved.size_bytes
+        return total
+
+    one, two = saved_by(1), saved_by(2)
+    kept = one + (models.transformer.config.num_layers - 1) * (two - one)
+    return round(kept * (1 + TEMPORARY))  # sizes that change from step to step leave gaps in memory
+
+
 def student_context(recipe: SelfForcing, manifest: Manifest) -> Context:
     """The widest contexts that rollouts of self-forcing meet, of a student with this manifest."""
     frames, trained = Fraction(manifest.cache.frames_per_block), manifest.trained_frames
