@@ -34,7 +34,7 @@ from packforcing_cli.transformer import BlockKV, TransformerConfig, WanTransform
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
 GRID = Grid(frames_per_block=4, rows=4, cols=8, layers=2, kv_dim=24, heads=2, dtype_bytes=8)
-SCENE = Scene("clip", "caption", Path(), 0, 9)
+SCENE = Scene("clip", "content", "caption", Path(), 0, 9)
 
 
 class Blocks:
@@ -442,7 +442,7 @@ def test_videos_that_are_there_are_not_made_again(package: Path, own: EncodedDat
 
 def test_videos_are_those_of_the_rollout(package: Path, own: EncodedData) -> None:
     model = registry.load_model(package, device="cpu", dtype="fp32")
-    scene = own.scenes[1]
+    scene = next(scene for scene in own.scenes if scene.clip == "rollout-00001")
     latents = [b.latents[0] for b in rollout.stream_generate(model, scene.caption, num_blocks=7, seed=1)]
     assert torch.equal(torch.stack(latents).half().float(), own.load(scene, tuple(range(7)))[0])
 
