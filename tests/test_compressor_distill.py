@@ -477,7 +477,7 @@ def test_another_recipe_or_other_videos_do_not_go_on(
     shutil.copytree(whole_run / "checkpoints", tmp_path / "checkpoints")
     for changes, said in (
         ({"train__learning_rate": 2e-3}, r"train.learning_rate: 0.001 then, 0.002 now"),
-        ({"quantize_frozen": "int8"}, r"quantize_frozen: None then, 'int8' now"),
+        ({"quantize_frozen": "int8"}, r"quantize_frozen: not recorded then, 'int8' now"),
         ({"queries__tokens": 8}, r"queries.tokens: 16 then, 8 now"),
     ):
         with pytest.raises(UsageError, match=said):
