@@ -266,6 +266,9 @@ def test_another_recipe_cannot_go_on_with_a_run(tmp_path: Path) -> None:
     prompts.write_text("a blue circle\n", encoding="utf-8")  # as many as before
     with pytest.raises(UsageError, match=r"another recipe \(prompts: "):
         self_forcing.train(load("train.steps=2", same), tmp_path)
+    result = self_forcing.train(load("train.steps=2", same), tmp_path, accept=True)
+    (changed,) = registry.read_manifest(Path(result["result"])).provenance["changed on the way"]
+    assert (changed["step"], [*changed["facts"]]) == (1, ["prompts"])
 
 
 @pytest.mark.parametrize(

@@ -602,7 +602,9 @@ def _train(
     if recipe.kind == "self-forcing":
         from packforcing_cli.training import self_forcing
 
-        return self_forcing.train(recipe, folder, share=fsdp, on_log=told, should_stop=stop.asked)
+        return self_forcing.train(
+            recipe, folder, share=fsdp, accept=force, on_log=told, should_stop=stop.asked
+        )
     if isinstance(recipe, DemoDistill):
         from packforcing_cli.training import demo_distill
 
