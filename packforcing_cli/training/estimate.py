@@ -677,7 +677,11 @@ def _of_distill(
 def would_fit(
     recipe: AnyRecipe, device: torch.device, *, scene_blocks: int | None = None, processes: int = 1
 ) -> list[str]:
-    """Changes of a recipe, as --set options, with which it fits; the mildest first."""
+    """Changes of a recipe, as --set options, with which it fits; the mildest first.
+
+    None of them takes the result's inference out of the trained context where the recipe itself does not.
+    """
+    own = estimate(recipe, device, scene_blocks=scene_blocks, processes=processes)
     changes: list[dict[str, Any]]
     if isinstance(recipe, DemoVae):
         whole, shrunken = recipe.data.clips, recipe.data.shrunken_clips
@@ -694,8 +698,14 @@ def would_fit(
         firsts = {"data.first_clips": recipe.data.first_clips // 4}
         changes = [draws, draws | clips, draws | clips | firsts]
     elif isinstance(recipe, SelfForcing):
-        shorter = {"rollout.max_prefix": 0, "rollout.blocks": min(3, recipe.rollout.blocks)}
-        changes = [{"train.checkpointing": True}, shorter, {"train.checkpointing": True, **shorter}]
+        changes = [{"train.checkpointing": True}]
+        for more in (
+            {"precision": "bf16"},
+            {"quantize_frozen": "int8"},
+            {"rollout.max_prefix": recipe.rollout.max_prefix // 2},
+            {"rollout.max_prefix": 0, "rollout.blocks": min(3, recipe.rollout.blocks)},
+        ):
+            changes.append({**changes[-1], **more})
     elif isinstance(recipe, CompressorDistill):
         small = {"checkpointing": True, "queries.stand_ins": 1, "queries.blocks": 1, "queries.layers": 1}
         changes = [{"checkpointing": True}, small, {"quantize_frozen": "int8"}]
@@ -715,7 +725,7 @@ def would_fit(
         smaller = estimate(
             type(recipe).model_validate(values), device, scene_blocks=scene_blocks, processes=processes
         )
-        if not smaller.is_too_large:
+        if not smaller.is_too_large and len(smaller.mismatches) <= len(own.mismatches):
             found.append(" ".join(f"--set {key}={str(value).lower()}" for key, value in change.items()))
     return found
 

@@ -741,7 +741,8 @@ def write_result(
     """Write `out/package/`: the averaged student with its few-step schedule, all else as in the model it began as.
 
     Args:
-        values: the averaged weights, whole: "transformer/NAME" and "compressor/NAME".
+        values:  the averaged weights, whole: "transformer/NAME" and "compressor/NAME".
+        changes: see `loop.TrainingState.changes`.
     """
     transformer, compressor = networks_of(values, roles, device=torch.device("cpu"), dtype=torch.float32)
     manifest = result_manifest(recipe, model)
@@ -750,6 +751,8 @@ def write_result(
         provenance["changed on the way"] = list(changes)
     if metrics:
         provenance["metrics"] = dict(metrics)
+    if changes:
+        provenance["changed on the way"] = list(changes)
     place = packages.part_folder(model.folder, model.manifest, "transformer")
     _, first = next(weights.each_tensor(place))
     write_package(
