@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from packforcing_cli import registry, resolve
 from packforcing_cli.errors import UsageError, WeightsError
 from packforcing_cli.training import estimate, loop, recipes, self_forcing
+from packforcing_cli.training.items import Context
 
 PROMPT = "a red circle moving right on a blue background"
 
@@ -264,6 +266,9 @@ def test_another_recipe_cannot_go_on_with_a_run(tmp_path: Path) -> None:
     prompts.write_text("a blue circle\n", encoding="utf-8")  # as many as before
     with pytest.raises(UsageError, match=r"another recipe \(prompts: "):
         self_forcing.train(load("train.steps=2", same), tmp_path)
+    result = self_forcing.train(load("train.steps=2", same), tmp_path, accept=True)
+    (changed,) = registry.read_manifest(Path(result["result"])).provenance["changed on the way"]
+    assert (changed["step"], [*changed["facts"]]) == (1, ["prompts"])
 
 
 @pytest.mark.parametrize(
@@ -277,6 +282,19 @@ def test_another_recipe_cannot_go_on_with_a_run(tmp_path: Path) -> None:
 def test_rollouts_that_cannot_be_are_refused(setting: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         load("train.steps=1", setting)
+
+
+def test_spans_that_share_the_trained_range_are_compared_with_those_of_training() -> None:
+    """16 mids beside 2 sinks of 4 frames share 16 of 32 slots, one has 4 of them alone."""
+    memory: dict[str, Any] = {"sink_blocks": 2, "recent_blocks": 1, "mid_span": "fit"}
+    narrow = Context(4, {2: 16}, (Fraction(1),))
+    assert narrow.slots == 32
+    assert narrow.mismatches(**memory, top_k=16) == (
+        "mids of 1 to 4 slots where 1 to 16 share 16: training has 1 a compressed block",
+    )
+    wide = Context(4, {2: 16}, (Fraction(1), Fraction(4)), 32)
+    assert wide.mismatches(**memory, top_k=16) == ()
+    assert wide.mismatches(**memory | {"mid_span": "2"}, top_k=16) == ("48 slots: training has at most 32",)
 
 
 def test_wan_fits_one_gpu_by_the_estimate() -> None:

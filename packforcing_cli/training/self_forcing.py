@@ -56,7 +56,6 @@ BLOCKS_MASKED = 1  # blocks at the start of a clip with a prefix that get no gra
 COMPRESSOR_SEED = 0x5EED
 SAME_PARTS: tuple[Part, ...] = ("text_encoder", "tokenizer", "vae")
 FREE = frozenset({"student", "teacher", "prompts", "samples"})
-FREE_TRAIN = frozenset({"steps", "checkpoint_minutes", "threads", "checkpointing"})
 SHOWN = 80  # characters of a prompt in an error
 
 
@@ -473,7 +472,7 @@ def train(
 
     Args:
         share:       share the weights out among the processes (FSDP2) instead of keeping all of them in each.
-        accept:      go on from checkpoints of another recipe, teacher or prompts, and say so in log and package.
+        accept:      go on from checkpoints of another recipe, and say so in log and package.
         on_log:      told every line of the log.
         should_stop: asked after every iteration; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
@@ -505,6 +504,9 @@ def train(
         )
     if judge is not None:
         require_alike(source.manifest, judge.manifest)
+    facts = facts_of(recipe, texts, source.manifest, (judge or source).manifest)
+    checkpoints = out / "checkpoints"
+    loop.check_facts(checkpoints, facts, accept=accept)
     shown = sample_prompts(recipe, texts)
     # Before the networks: the text encoder may be larger than all of them, and is gone when this returns.
     prompts, negative, stories = encode_prompts(source, texts, recipe.negative_prompt, shown)
@@ -514,15 +516,12 @@ def train(
     teacher = None
     if judge is not None:
         teacher = registry.load_model(_place(recipe.teacher), device=place, dtype="fp32", fuse=False)
-    facts = facts_of(recipe, texts, model, teacher or model)
-    loop.check_facts(out / "checkpoints", facts, accept=accept)
     roles = Roles.of(model, teacher, frozen_dtype=products, quantize=recipe.quantize_frozen)
     roles.student.codec.to(workers.device, products)
     if settings.checkpointing:
         roles.recompute_layers()
     if share:
         roles.share_out(workers)
-    checkpoints = out / "checkpoints"
     trainer = Trainer(
         recipe,
         roles,
@@ -544,7 +543,6 @@ def train(
     saved = time.monotonic()
     loop.load_checkpoint(checkpoints, state, facts, accept=accept)
     log_path = out / f"metrics{workers.rank or ''}.jsonl"
-    loop.forget_lost_steps(log_path, state.step)
     maker = _Maker(recipe, source, roles, model, stories, out / "samples")
     figures: dict[str, Any] = {}
     measured: dict[str, float] = {}
@@ -559,6 +557,7 @@ def train(
             log.write(event="samples" if not state.step else "evaluate", step=state.step, samples=measured)
 
         parameters = sum(p.numel() for module in modules.values() for p in module.parameters())
+        log.go_back(state.step)
         if state.changed:
             log.write(event="changed", step=state.step, facts=state.changed)
         log.write(event="start", step=state.step, parameters=parameters, workers=workers.count)
@@ -600,21 +599,15 @@ def train(
 
 
 def facts_of(
-    recipe: SelfForcing, texts: Sequence[str], student: VideoModel, teacher: VideoModel
+    recipe: SelfForcing, texts: Sequence[str], student: Manifest, teacher: Manifest
 ) -> dict[str, Any]:
     """What a checkpoint can only be continued with: all that the sequence of losses depends on."""
-    flat: dict[str, Any] = {}
-    for name, value in recipe.model_dump(mode="json", exclude=set(FREE)).items():
-        if isinstance(value, dict):
-            free = FREE_TRAIN if name == "train" else frozenset[str]()
-            flat |= {f"{name}.{key}": inner for key, inner in value.items() if key not in free}
-        else:
-            flat[name] = value
-    flat["prompts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
-    flat |= {f"student.{part}": found for part, found in student.hashes.items()}
-    flat["teacher.transformer"] = teacher.hashes["transformer"]
-    result: dict[str, Any] = json.loads(json.dumps(flat))  # as it will be read back
-    return result
+    free: dict[str, Any] = dict.fromkeys(FREE, True)
+    facts = loop.facts_of(recipe.model_dump(mode="json", exclude=free | {"train": {"checkpointing"}}))
+    facts["prompts"] = hashlib.sha256("\n".join(texts).encode()).hexdigest()
+    facts |= {f"student.{part}": student.part_hash(part) for part in (*student.parts, *student.references)}
+    facts["teacher.transformer"] = teacher.part_hash("transformer")
+    return facts
 
 
 def _averaged(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
@@ -754,6 +747,8 @@ def write_result(
     transformer, compressor = networks_of(values, roles, device=torch.device("cpu"), dtype=torch.float32)
     manifest = result_manifest(recipe, model)
     provenance = {**manifest.provenance, "iterations": iterations, "weights": "averaged"}
+    if changes:
+        provenance["changed on the way"] = list(changes)
     if metrics:
         provenance["metrics"] = dict(metrics)
     if changes:
