@@ -217,6 +217,15 @@ def test_data_check_says_how_many_captions_a_clip_has(clips: Path, run_command: 
     assert "day (and 2 more)" in shown and "number 2 (and" not in shown
 
 
+def test_many_blank_lines_are_read_at_once(clips: Path) -> None:
+    """A pattern that could match blank lines in several ways would take longer than the world lasts."""
+    (clips / "0.txt").write_text("\n" * 10_000 + "a square", "utf-8")
+    (clips / "1.txt").write_text(" \n# later\n" * 5_000 + "0:00 day\n0:01.9 night", "utf-8")
+    found = {clip.name: clip for clip in data.find_clips(clips)[0]}
+    assert (found["0.mp4"].caption, found["0.mp4"].scenes) == ("a square", ())
+    assert [scene.prompt for scene in found["1.mp4"].scenes] == ["day", "night"]
+
+
 def test_a_timeline_that_is_no_list_is_named(clips: Path) -> None:
     (clips / "metadata.jsonl").write_text('{"file_name": "0.mp4", "timeline": "0:00 x"}\n', "utf-8")
     with pytest.raises(UsageError, match="line 1: timeline is no list of captions"):

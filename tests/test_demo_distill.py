@@ -70,7 +70,11 @@ def student(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Models:
 def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pool]:
     settings = recipe()
     return demo_flow.build_pools(
-        settings, tmp_path_factory.mktemp("pools"), demo_flow.load_codec(settings), loop.Workers()
+        settings,
+        tmp_path_factory.mktemp("pools"),
+        demo_flow.load_codec(settings),
+        loop.Workers(),
+        lambda: False,
     )
 
 

@@ -198,6 +198,16 @@ def test_a_checkpoint_of_another_recipe_is_refused_by_what_differs(tmp_path: Pat
         loop.load_checkpoint(tmp_path, other, {"kind": "demo-vae", "seed": 1})
 
 
+def test_a_checkpoint_of_other_modules_is_refused_also_by_force(tmp_path: Path) -> None:
+    whole = training_state(0)
+    loop.save_checkpoint(tmp_path, whole, {"kind": "test"})
+    less = {"b": whole.modules["b"]}
+    optimizer = torch.optim.AdamW(less["b"].parameters())
+    alone = loop.TrainingState(less, loop.MovingAverage(less, 0.9), [optimizer])
+    with pytest.raises(WeightsError, match="the checkpoint trains a, b, this recipe b"):
+        loop.load_checkpoint(tmp_path, alone, {"kind": "test"}, accept=True)
+
+
 def test_facts_are_all_of_a_recipe_but_how_long_and_where_it_runs() -> None:
     recipe = recipes.load("demo-flow")
     facts = loop.facts_of(recipe.model_dump(mode="json"))

@@ -71,7 +71,8 @@ LEAST_BLOCKS = 2  # of a scene: with one there is no history to train on
 SHARD_BYTES = 64_000_000
 MAX_BAD = 0.1  # share of bad clips above which training does not start
 
-_BEGINS_WITH_A_TIME = re.compile(r"(?:\s*#[^\n]*\n|\s*\n)*\s*\d+(?::\d\d){1,2}(?:[.,]\d+)?\s")
+_BEGINS_WITH_A_TIME = re.compile(r"(?:[^\S\n]*(?:#[^\n]*)?\n)*[^\S\n]*\d+(?::\d\d){1,2}(?:[.,]\d+)?\s")
+"""Behind blank lines and comments; one way to match each line, or blank ones would take exponential time."""
 BAD = ("unreadable", "no caption", "too short", "too small")
 STATES = ("used", *BAD, "duplicate")
 

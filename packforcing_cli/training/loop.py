@@ -359,6 +359,13 @@ def _set_aside(folder: Path, unreadable: Sequence[str]) -> None:
 
 
 def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
+    """Put a checkpoint's tensors into `state`. Raises: WeightsError if it is of other modules, or of other shapes."""
+    there = {key.split("/", 2)[1] for key in tensors if key.startswith("module/")}
+    if there != {*state.modules}:
+        raise WeightsError(
+            f"the checkpoint trains {', '.join(sorted(there))}, this recipe {', '.join(sorted(state.modules))}",
+            hint="Go on with the recipe of that run, or use another --out.",
+        )
     for name, module in state.modules.items():
         prefix = f"module/{name}/"
         values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -377,7 +384,10 @@ def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
         for key, tensor in tensors.items():
             if key.startswith(prefix):
                 index, name = key.removeprefix(prefix).split("/", 1)
-                weight = state.parameter(i, int(index))
+                try:
+                    weight = state.parameter(i, int(index))
+                except IndexError as error:
+                    raise WeightsError(f"the checkpoint does not fit the model: it has {key}") from error
                 if shards.is_shared(weight) and tensor.shape == weight.shape:
                     tensor = shards.placed_like(tensor, weight)
                 entries.setdefault(int(index), {})[name] = tensor
@@ -470,7 +480,12 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises: LockedError if another process trains into it.
     """
-    fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | durable.BINARY, 0o666)
+    try:
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | durable.BINARY, 0o666)
+    except OSError as error:
+        raise UsageError(
+            f"cannot open {folder / LOCK}: {error.strerror}", hint="Mend its rights, or use another --out."
+        ) from error
     try:
         if fcntl is not None:
             with contextlib.suppress(OSError):  # a file system without locks
