@@ -393,8 +393,9 @@ def get(name: str, *, also: Iterable[str] = ()) -> ModelFacts:
 
 
 def of_random(model: str) -> ModelFacts | None:
-    """Facts of `random:NAME` or `random:NAME?layers=N`, a model of NAME's shape; None if it is no such name.
+    """Facts of `random:NAME`, a model of NAME's shape; None if it is no such name.
 
+    `random:NAME?layers=N&frames-per-block=N` has other sizes; one of the two may be left away.
     Raises: UsageError for an unknown name or option.
     """
     if not model.lower().startswith(RANDOM):
@@ -403,21 +404,25 @@ def of_random(model: str) -> ModelFacts | None:
     facts = get(name)
     if facts.kind == "vae":
         raise UsageError(f"{facts.name} is a VAE, not a model", hint="Use --model random:wan2.1-1.3b.")
-    layers, option, number = facts.layers, *options.partition("=")[::2]
-    if asked:
-        if option != "layers" or not (number.isdecimal() and 1 <= int(number) <= MAX_RANDOM_LAYERS):
+    sizes = {"layers": facts.layers, "frames-per-block": facts.frames_per_block}
+    possible = {"layers": range(1, MAX_RANDOM_LAYERS + 1), "frames-per-block": sorted(facts.trained_by_block)}
+    for option in options.split("&") if asked else ():
+        key, _, number = option.partition("=")
+        if not (number.isdecimal() and int(number) in possible.get(key, ())):
+            frames = " or ".join(map(str, possible["frames-per-block"]))
             raise UsageError(
-                f"{model}: after the ? stands layers=N, N from 1 to {MAX_RANDOM_LAYERS}",
+                f"{model}: after the ? stands layers=N, N from 1 to {MAX_RANDOM_LAYERS}, or frames-per-block={frames}",
                 hint=f"For example --model {RANDOM}{facts.name}?layers=2",
             )
-        layers = int(number)
+        sizes[key] = int(number)
     return replace(
         facts,
-        name=f"{RANDOM}{facts.name}" + (f"?layers={layers}" if asked else ""),
+        name=f"{RANDOM}{facts.name}" + (f"?{options}" if asked else ""),
         kind="package",
         title=f"Random weights in the shape of {facts.name}, for bench and tests",
         license="none",
-        layers=layers,
+        layers=sizes["layers"],
+        frames_per_block=sizes["frames-per-block"],
         text_params=0,
         text_embedding_params=0,
         compressor_params=0,

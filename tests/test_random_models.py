@@ -27,6 +27,8 @@ def test_the_facts_are_those_of_the_model_without_its_weights() -> None:
     assert (random.text_params, random.parts, real.is_random) == (0, {}, False)
     two = packages.facts("random:wan2.1-1.3b?layers=2")
     assert (two.name, two.layers, two.dim) == ("random:wan2.1-1.3b?layers=2", 2, real.dim)
+    four = packages.facts("random:wan2.1-1.3b?layers=2&frames-per-block=4")
+    assert (four.frames_per_block, four.layers, four.span_for(4)) == (4, 2, real.span_for(4))
     for facts in catalog.all_models():
         assert packages.facts(f"random:{facts.name}").layers == facts.layers
 
@@ -37,6 +39,8 @@ def test_the_facts_are_those_of_the_model_without_its_weights() -> None:
         ("random:wan2.1-1.3", "did you mean wan2.1-1.3b"),
         ("random:", "no model is named"),
         ("random:demo?layers=0", "stands layers=N"),
+        ("random:wan2.1-1.3b?frames-per-block=5", "or frames-per-block=3 or 4"),
+        ("random:demo?layers=2&", "stands layers=N"),
         ("random:demo?layers=1000", "stands layers=N"),
         ("random:demo?layers=two", "stands layers=N"),
         ("random:demo?depth=2", "stands layers=N"),
