@@ -407,13 +407,27 @@ def _file_changes(request: ExtendRequest) -> dict[str, Any]:
     return {name: getattr(request, name) for name in continuation.FILE_CHANGES}
 
 
+class _SourceProblem(UsageError):
+    """The problem of a line that goes on with the video of one which has a problem. root: the first line, and why."""
+
+    kind = UsageError.__name__
+    root = ""
+
+
+def _problem_of_source(before: Entry, problem: PackforcingError) -> PackforcingError:
+    """The problem of a line that goes on with the video of `before`; of a chain only the first line is told."""
+    root = getattr(problem, "root", "")
+    said = f", comes after {root}" if root else f": {problem.message}"
+    error = _SourceProblem(f"line {before.line}, whose video it goes on with{said}", hint=problem.hint)
+    error.root = root or f"line {before.line}: {problem.message}"
+    return error
+
+
 def _later_draft(line: Line, request: ExtendRequest, before: Entry, inputs: Inputs) -> Entry:
     """The job of a line that goes on with the video of an earlier one; the rest is decided when that is made."""
     error = before.problem
     if error is not None:
-        error = UsageError(
-            f"line {before.line}, whose video it goes on with: {error.message}", hint=error.hint
-        )
+        error = _problem_of_source(before, error)
     elif not before.spec["request"].get("keep_run", True):
         error = UsageError(
             f"line {before.line}, whose video it goes on with, keeps no run folder",

@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -389,8 +390,8 @@ class Ledger:
                 self._event(base, entry.id, "queued", 0, "", "")
                 if entry.problem is not None:
                     self._fail(base, entry.id, 0, "", entry.problem)
-                elif entry.after:
-                    self._fail_with_source(base, entry.id)
+            if not only_look:
+                self._fail_with_sources(base)
         return added
 
     # -- a worker's side
@@ -500,6 +501,7 @@ class Ledger:
                 (time.time() + retry_in, _error_text(error), json.dumps(fit or json.loads(row["fit"])), job),
             )
             self._event(base, job, "retry", row["attempt"], holder, str(error))
+            self._fail_with_sources(base, job)
         return True
 
     def release(self, job: str, holder: str, *, cancelled: bool = False, why: str = "") -> bool:
@@ -546,7 +548,7 @@ class Ledger:
             lost: also jobs that processes of other machines hold: a person knows that those are gone.
         Returns: how many.
         """
-        count = 0
+        queued = set[str]()
         with self._write() as base:
             self._take_over(base)
             chosen = None if jobs is None else self._with_their_own(base, jobs)
@@ -564,10 +566,9 @@ class Ledger:
                         (row["id"],),
                     )
                     self._event(base, row["id"], "requeued", row["attempt"], "", "by a person")
-                    count += 1
-            for row in base.execute("SELECT id FROM jobs WHERE status = 'queued' AND after != ''").fetchall():
-                count -= self._fail_with_source(base, row["id"])
-        return count
+                    queued.add(row["id"])
+            queued -= self._fail_with_sources(base)
+        return len(queued)
 
     def again(self, job: str, why: str) -> None:
         """Queue a job that is done once more: what it made is gone. One that is not done any more stays as it is."""
@@ -578,6 +579,7 @@ class Ledger:
             )
             if changed.rowcount:
                 self._event(base, job, "requeued", 0, "", why)
+                self._fail_with_sources(base, job)
 
     def spoiled(self, job: str, error: PackforcingError) -> None:
         """Note that what a done job made is not what it was. One that is not done any more stays as it is."""
@@ -721,6 +723,7 @@ class Ledger:
                 "UPDATE jobs SET status = 'queued', holder = '', deaths = deaths + 1 WHERE id = ?",
                 (row["id"],),
             )
+            self._fail_with_sources(base, row["id"])
 
     def _held(self, base: sqlite3.Connection, job: str, holder: str) -> sqlite3.Row | None:
         found: sqlite3.Row | None = base.execute(
@@ -734,6 +737,8 @@ class Ledger:
         self._event(base, row["id"], event, row["attempt"], row["holder"], why)
         if status == "cancelled":
             self._fail_those_after(base, row["id"])
+        else:
+            self._fail_with_sources(base, row["id"])
 
     def _orphan(self, base: sqlite3.Connection, job: str, holder: str | None) -> None:
         """Remember that the holder of a job is known to be gone, or with None that it does not matter any more."""
@@ -748,49 +753,81 @@ class Ledger:
     def _fail(
         self, base: sqlite3.Connection, job: str, attempt: int, holder: str, error: BaseException
     ) -> None:
+        self._note_failure(base, job, attempt, holder, error)
+        self._fail_those_after(base, job)
+
+    def _note_failure(
+        self, base: sqlite3.Connection, job: str, attempt: int, holder: str, error: BaseException
+    ) -> None:
         base.execute(
             "UPDATE jobs SET status = 'failed', holder = '', error = ?, ended = ? WHERE id = ?",
             (_error_text(error), time.time(), job),
         )
         self._event(base, job, "failed", attempt, holder, str(error))
-        self._fail_those_after(base, job)
 
-    def _fail_those_after(self, base: sqlite3.Connection, job: str) -> None:
-        """Fail the queued jobs that go on with one which failed or was cancelled, and those after them."""
-        for row in base.execute(
-            "SELECT id FROM jobs WHERE after = ? AND status = 'queued'", (job,)
+    def _fail_those_after(self, base: sqlite3.Connection, job: str) -> set[str]:
+        """Fail the queued jobs that go on with one which failed or was cancelled, and those after them.
+
+        Returns: their ids.
+        """
+        found = set[str]()
+        first = _row(base.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone())
+        root = self._root(base, first)
+        sources = deque([first])
+        while sources:
+            source = sources.popleft()
+            for row in base.execute(
+                "SELECT * FROM jobs WHERE after = ? AND status = 'queued'", (source.id,)
+            ).fetchall():
+                self._note_failure(base, row["id"], 0, "", _source_failed(source, root))
+                found.add(row["id"])
+                sources.append(_row(row))
+        return found
+
+    def _fail_with_sources(self, base: sqlite3.Connection, job: str | None = None) -> set[str]:
+        """Fail a queued job if the one it comes after failed or was cancelled; None = all such jobs. Returns: which.
+
+        A job may come to be queued after its source failed: its source is looked at whenever it is queued.
+        """
+        only, values = ("", ()) if job is None else (" AND jobs.id = ?", (job,))
+        found = set[str]()
+        for (source,) in base.execute(
+            "SELECT DISTINCT first.id FROM jobs JOIN jobs AS first ON first.id = jobs.after"
+            f" WHERE jobs.status = 'queued' AND first.status IN ('failed', 'cancelled'){only}",
+            values,
         ).fetchall():
-            self._fail_with_source(base, row["id"])
+            found |= self._fail_those_after(base, source)
+        return found
 
-    def _fail_with_source(self, base: sqlite3.Connection, job: str) -> bool:
-        """Fail a job if the one it comes after failed or was cancelled. Returns: whether it did."""
-        first = base.execute(
-            "SELECT first.* FROM jobs JOIN jobs AS first ON first.id = jobs.after"
-            " WHERE jobs.id = ? AND first.status IN ('failed', 'cancelled')",
-            (job,),
-        ).fetchone()
-        if first is not None:
-            self._fail(base, job, 0, "", _source_failed(_row(first)))
-        return first is not None
+    def _root(self, base: sqlite3.Connection, job: Row) -> Row:
+        """The job that is to blame for the end of one: itself, or the source that it failed with."""
+        while job.status == "failed" and job.error.get("kind") == SOURCE_FAILED:
+            row = base.execute(
+                "SELECT * FROM jobs WHERE id = ? AND status IN ('failed', 'cancelled')", (job.after,)
+            ).fetchone()
+            if row is None:
+                break
+            job = _row(row)
+        return job
 
     def _with_their_own(self, base: sqlite3.Connection, jobs: Iterable[str]) -> list[str]:
         """Jobs, all that they come after, and all that failed because one of these did."""
         rows = {row["id"]: row for row in base.execute("SELECT id, after, status, error FROM jobs")}
+        failed_with: dict[str, list[str]] = {}
+        for name, row in rows.items():
+            if row["status"] == "failed" and json.loads(row["error"]).get("kind") == SOURCE_FAILED:
+                failed_with.setdefault(row["after"], []).append(name)
         found: dict[str, None] = {}
         for job in jobs:
             while job in rows and job not in found:
                 found[job] = None
                 job = rows[job]["after"]
-        size = -1
-        while size != len(found):
-            size = len(found)
-            found |= {
-                name: None
-                for name, row in rows.items()
-                if row["after"] in found
-                and row["status"] == "failed"
-                and json.loads(row["error"]).get("kind") == SOURCE_FAILED
-            }
+        waiting = deque(found)
+        while waiting:
+            for name in failed_with.get(waiting.popleft(), ()):
+                if name not in found:
+                    found[name] = None
+                    waiting.append(name)
         return list(found)
 
     def _event(
@@ -835,14 +872,17 @@ class _SourceFailedError(PackforcingError):
     kind = SOURCE_FAILED
 
 
-def _source_failed(first: Row) -> PackforcingError:
-    """The error of a job whose source failed or was cancelled."""
-    how = f"failed: {first.error.get('message', '')}" if first.status == "failed" else "was cancelled"
+def _source_failed(source: Row, root: Row) -> PackforcingError:
+    """The error of a job whose source failed or was cancelled. root: the job that is to blame, perhaps another one."""
+    how = "was cancelled" if root.status == "cancelled" else f"failed: {root.error.get('message', '')}"
+    said = f"job {source.position} ({source.output}), whose video it goes on with, "
+    if root.id != source.id:
+        said += f"comes after job {root.position} ({root.output}), which "
     error = _SourceFailedError(
-        f"job {first.position} ({first.output}), whose video it goes on with, {how}",
-        hint=f"packforcing batch retry DIR --job {first.position} queues both again.",
+        f"{said}{how}",
+        hint=f"packforcing batch retry DIR --job {root.position} queues both again.",
     )
-    error.exit_code = int(first.error.get("exit_code", 1)) if first.status == "failed" else 1
+    error.exit_code = 1 if root.status == "cancelled" else int(root.error.get("exit_code", 1))
     return error
 
 

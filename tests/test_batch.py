@@ -363,6 +363,15 @@ def test_a_job_fails_with_the_reason_of_the_one_it_goes_on_with(
     assert third.problem is not None and third.problem.message.startswith("line 2, whose video it goes on")
 
 
+def test_of_a_chain_only_the_line_that_is_to_blame_is_told(tmp_path: Path) -> None:
+    jobs: list[dict[str, Any]] = [{"prompt": "a", "seed": 1, "output": "1.mp4", "image": "none.png"}]
+    jobs += [{"source": f"{n}.mp4", "seconds": 2, "output": f"{n + 1}.mp4"} for n in range(1, 6)]
+    problems = [entry.problem for entry in planned(jobs, root=tmp_path)]
+    assert problems[0] is not None and problems[-1] is not None
+    said = f"line 5, whose video it goes on with, comes after line 1: {problems[0].message}"
+    assert problems[-1].message == said
+
+
 def test_jobs_that_follow_each_other_are_in_one_shard(tmp_path: Path) -> None:
     entries = planned([{"prompt": "z", "seed": 0}, *chain(), {"prompt": "y", "seed": 0}], root=tmp_path)
     assert [[entry.line for entry in batch.of_shard(entries, (n, 2))] for n in (1, 2)] == [[1, 5], [2, 3, 4]]
