@@ -808,7 +808,10 @@ class LedgerBoard:
         return [self._folder.task(row) for row in rows]
 
     def idle(self) -> float | None:
-        """Waits for jobs that may be tried again, and for those of other processes of this machine."""
+        """Waits for jobs that may be tried again, and for those of other processes of this machine.
+
+        Not for jobs of other machines, nor for what comes after them: `batch retry --lost` is for those.
+        """
         base = self._folder.ledger
         if base.meta("paused") is not None:
             return None
@@ -924,10 +927,9 @@ class Engine(abc.ABC):
         if self.why:
             return False
         base = self.folder.ledger
-        counts = base.counts()
         host = ledger.host_of(ledger.this_process())
         held_here = any(ledger.host_of(holder) == host for holder in base.holders())
-        return held_here or (counts["queued"] > 0 and base.meta("paused") is None)
+        return held_here or (base.next_start() is not None and base.meta("paused") is None)
 
     def too_many(self, state: State) -> bool:
         """Whether --max-failures is reached."""

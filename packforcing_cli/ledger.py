@@ -91,6 +91,12 @@ _FROM_1 = (
     "CREATE INDEX jobs_by_after ON jobs (after)",
     "UPDATE meta SET value = '2' WHERE name = 'schema'",
 )
+_ELSEWHERE = (
+    "WITH RECURSIVE elsewhere(id) AS (SELECT id FROM jobs WHERE status = 'started'"
+    " AND substr(holder, 1, length(?)) != ?"
+    " UNION SELECT jobs.id FROM jobs JOIN elsewhere ON jobs.after = elsewhere.id WHERE jobs.status = 'queued')"
+)
+"""Jobs that processes of other machines hold, and queued ones that come after them. Values: `_this_host` twice."""
 _IS_READY = "NOT EXISTS (SELECT 1 FROM jobs AS first WHERE first.id = jobs.after AND first.status != 'done')"
 
 
@@ -633,10 +639,27 @@ class Ledger:
         return int(found[0])
 
     def next_start(self, ids: Iterable[str] = ()) -> float | None:
-        """When the next queued job, or the next of `ids`, may begin, in seconds since 1970; None if none is queued."""
+        """When the next queued job, or the next of `ids`, may begin, in seconds since 1970; None if there is none.
+
+        Jobs that come after one which another machine holds are left out: nobody here knows when that ends.
+        """
         only, values = _only(ids)
-        found = self._one(f"SELECT MIN(not_before) FROM jobs WHERE status = 'queued'{only}", *values)
+        found = self._one(
+            f"{_ELSEWHERE} SELECT MIN(not_before) FROM jobs WHERE status = 'queued'"
+            f" AND id NOT IN (SELECT id FROM elsewhere){only}",
+            *_this_host(),
+            *values,
+        )
         return None if found is None or found[0] is None else float(found[0])
+
+    def waiting_elsewhere(self) -> list[Row]:
+        """Queued jobs that come after one which a process of another machine holds."""
+        found = self._all(
+            f"{_ELSEWHERE} SELECT * FROM jobs WHERE status = 'queued' AND id IN (SELECT id FROM elsewhere)"
+            " ORDER BY position, rowid",
+            *_this_host(),
+        )
+        return [_row(row) for row in found]
 
     def work(self) -> tuple[float, float]:
         """Weight of what is done, parts of started jobs included, and of all that is to be done."""
@@ -884,6 +907,11 @@ def _source_failed(source: Row, root: Row) -> PackforcingError:
     )
     error.exit_code = 1 if root.status == "cancelled" else int(root.error.get("exit_code", 1))
     return error
+
+
+def _this_host() -> tuple[str, str]:
+    """How holders of this machine begin, twice."""
+    return f"{socket.gethostname()} ", f"{socket.gethostname()} "
 
 
 def _only(ids: Iterable[str]) -> tuple[str, tuple[str, ...]]:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from packforcing_cli import batch, ledger, manifest
 from packforcing_cli.batch import Folder, Template
+from packforcing_cli.cli import batch as display
 from packforcing_cli.errors import UsageError
 from packforcing_cli.ledger import Entry
 from packforcing_cli.tasks import Options
@@ -181,6 +182,27 @@ def test_an_engine_that_begins_no_more_does_not_wait_for_another_batch(tmp_path:
         assert engine.has_work()
         engine.stop("interrupted")
         assert [state.workers for state in engine.run()] == [0]
+
+
+def test_nothing_here_waits_for_a_source_that_another_machine_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(chain(), root=tmp_path / "v"), source="x")
+        engine, board = batch.Local(folder, Options()), batch.LedgerBoard(folder)
+        assert engine.has_work() and board.idle() is not None
+        host, *rest = ledger.this_process().split()
+        assert base.claim(" ".join([f"{host}-2", *rest])) is not None
+        assert board.claim("", "") is None
+        assert (engine.has_work(), board.idle()) == (False, None)
+        assert [state.workers for state in engine.run()] == [0]
+        display.Display(quiet=False).end(folder, base.rows(), engine, 3)
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"held by processes on {host}-2, and 2 jobs that wait for them; if those are gone:" in said
+        assert said.endswith("--lost")
+        assert base.retry(lost=True) == 1
+        assert engine.has_work() and board.idle() is not None
 
 
 def test_what_a_worker_held_that_was_ended_at_once_is_queued(tmp_path: Path) -> None:

@@ -484,6 +484,19 @@ def test_a_ledger_with_a_job_behind_one_that_failed_is_mended(base: Ledger) -> N
     assert [row.status for row in base.rows()] == ["failed", "failed", "failed", "queued"]
 
 
+def test_what_waits_for_another_machine_is_no_work_of_this_one(base: Ledger) -> None:
+    chain(base)
+    assert base.claim("elsewhere 1 2 3") is not None
+    assert [row.position for row in base.waiting_elsewhere()] == [2, 3]
+    assert base.next_start(["id-2", "id-3"]) is None and base.next_start() is not None
+    assert base.claim(ME) is not None and base.done("id-4", ME, RESULT)
+    assert (base.counts()["queued"], base.next_start()) == (2, None)
+    assert base.retry(lost=True) == 1
+    assert base.waiting_elsewhere() == [] and base.next_start(["id-3"]) is not None
+    assert base.claim(ME) is not None
+    assert base.waiting_elsewhere() == [] and base.next_start() is not None
+
+
 def test_a_long_chain_fails_and_is_queued_again_as_a_whole(base: Ledger) -> None:
     count = 1200
     base.add([entry(n, after=f"id-{n - 1}" if n > 1 else "") for n in range(1, count + 1)])
