@@ -46,6 +46,7 @@ MAX_DEATHS = 5
 SOURCE_FAILED = "SourceFailed"
 """Kind of the error of a job that comes after one which failed or was cancelled."""
 _ORPHAN = "orphan "  # and a job's id: a note in meta
+_SENDER = "sender "  # and a holder
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "ceph", "lustre", "gpfs", "glusterfs", "beegfs")
 
 _TABLES = """
@@ -519,6 +520,19 @@ class Ledger:
             self._give_back(base, row, "cancelled" if cancelled or row["wants_cancel"] else "queued", why)
         return True
 
+    def set_sender(self, holder: str, *, is_one: bool) -> None:
+        """Note that a holder has its jobs done by processes of other machines, or that it has ended.
+
+        When it dies, so do those; they leave locks on run folders, and its jobs are orphans then.
+        """
+        self.set_meta(_SENDER + holder, "1" if is_one else None)
+
+    def orphan(self, job: str, holder: str) -> None:
+        """Note that the process, perhaps of another machine, that was at work on a held job is known to be gone."""
+        with self._write() as base:
+            if self._held(base, job, holder) is not None:
+                self._orphan(base, job, holder)
+
     def lost(self, job: str, holder: str, *, said: str = "") -> bool:
         """Give a job back whose worker died. said: which one. Returns: False if the holder had lost it."""
         with self._write() as base:
@@ -594,7 +608,9 @@ class Ledger:
                 self._fail(base, job, 0, "", error)
 
     def is_orphan(self, job: str) -> bool:
-        """Whether a person said that the other machine which held a job is gone, and nothing was made of it since."""
+        """Whether the process of another machine that was at work on a job is known to be gone, and nothing was made
+        of it since: a person said so, or who had sent the job there.
+        """
         return self.meta(f"{_ORPHAN}{job}") is not None
 
     def take_over(self) -> int:
@@ -727,7 +743,10 @@ class Ledger:
             if row["holder"] not in dead:
                 continue
             count += 1
+            if base.execute("SELECT 1 FROM meta WHERE name = ?", (_SENDER + row["holder"],)).fetchone():
+                self._orphan(base, row["id"], row["holder"])
             self._queue_after_death(base, row)
+        base.executemany("DELETE FROM meta WHERE name = ?", [(_SENDER + holder,) for holder in dead])
         return count
 
     def _queue_after_death(self, base: sqlite3.Connection, row: sqlite3.Row, said: str = "") -> None:

@@ -330,7 +330,6 @@ class Ray(Engine):
         self._wanted, self._threads, self._ship = workers, threads, dict(ship or {})
         self._members: list[_Member] = []
         self._holder = ledger.this_process()
-        self._orphans: set[str] = set()
         self._ordered: dict[str, str] = {}
         self._retired: dict[int, PackforcingError] = {}
         self._refusals: dict[str, PackforcingError] = {}
@@ -349,6 +348,7 @@ class Ray(Engine):
         count = self._connect(ray)
         began = time.monotonic()
         try:
+            self.folder.ledger.set_sender(self._holder, is_one=True)
             self._token.write_text("seen\n", encoding="ascii")
             setup = {
                 "options": asdict(replace(self._options, slot=0, may_exit=False)),
@@ -386,6 +386,8 @@ class Ray(Engine):
             self.kill()
             self._token.unlink(missing_ok=True)
             ray.shutdown()
+            with contextlib.suppress(PackforcingError):  # a note that harms nobody
+                self.folder.ledger.set_sender(self._holder, is_one=False)
 
     def drain(self, why: str) -> None:
         """Let actors finish the jobs they were given, and give them no more."""
@@ -407,6 +409,7 @@ class Ray(Engine):
             with contextlib.suppress(Exception):
                 ray.kill(member.actor)
             for job in member.jobs:
+                self.folder.ledger.orphan(job, self._holder)
                 self.folder.ledger.release(job, self._holder)
         self._members.clear()
 
@@ -490,7 +493,7 @@ class Ray(Engine):
                 )
                 if row is None:
                     continue
-                task = self.folder.task(row, is_orphan=row.id in self._orphans or base.is_orphan(row.id))
+                task = self.folder.task(row, is_orphan=base.is_orphan(row.id))
                 member.jobs[row.id], member.tasks[row.id] = None, task
                 member.load_key, member.layout_key = row.load_key, row.layout_key
                 member.actor.give.remote(asdict(task))
@@ -577,7 +580,6 @@ class Ray(Engine):
         task = member.tasks.pop(job)
         self._ordered.pop(job, None)
         if kind == "done":
-            self._orphans.discard(job)
             base.done(job, self._holder, event["result"])
         elif kind == "failed":
             error = RemoteError(**event["error"])
@@ -633,7 +635,7 @@ class Ray(Engine):
         self._drop(member)
         where = member.where or "an actor that did not begin"
         for job, began in member.jobs.items():
-            self._orphans.add(job)
+            self.folder.ledger.orphan(job, self._holder)
             if began is None:
                 self.folder.ledger.release(job, self._holder, why=f"{where} is gone")
             else:
@@ -677,6 +679,7 @@ class Ray(Engine):
             for job, began in list(member.jobs.items()):
                 if began is not None and time.monotonic() - began > _HUNG_FACTOR * limit + _HUNG_MORE:
                     error = TimeoutError(f"took longer than {limit:g} s and did not end")
+                    self.folder.ledger.orphan(job, self._holder)
                     self.folder.ledger.fail(job, self._holder, error)
                     del member.jobs[job]
                     self._gone(member, error)

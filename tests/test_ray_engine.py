@@ -22,8 +22,19 @@ from typing import Any
 import pytest
 from batch_chaos import workers_of
 
-from packforcing_cli import batch, bundle, catalog, generate_many, ledger, manifest, packages, ray_engine
-from packforcing_cli.errors import EnvironmentProblem, GenerationError, UsageError
+from packforcing_cli import (
+    batch,
+    bundle,
+    catalog,
+    generate_many,
+    ledger,
+    manifest,
+    packages,
+    ray_engine,
+    runfolder,
+    worker,
+)
+from packforcing_cli.errors import EnvironmentProblem, GenerationError, LockedError, UsageError
 from packforcing_cli.ledger import Ledger, Row
 from packforcing_cli.tasks import Options, Task, model_hash, run_folder
 
@@ -199,7 +210,7 @@ class Unavailable(Exception):
 @dataclass
 class Part:
     """What an actor does. no_model: load keys it refuses. lost: so many answers that do not arrive, and till then no
-    message. lacks: a model that has to be sent."""
+    message. lacks: a model that has to be sent. fails: "dies", "import" as it begins; "at work", "hangs" over a job."""
 
     fails: str = ""
     refuses: str = ""
@@ -211,6 +222,7 @@ class Part:
 class PlayedActor:
     def __init__(self, part: Part, number: int) -> None:
         self.part, self.given, self.dead = part, list[str](), part.fails == "dies"
+        self.orphans = set[str]()
         self.log: list[dict[str, Any]] = [{"event": "ready", "where": f"host{number} {number}"}]
         if part.lacks:
             self.log, self.held = [{"event": "lacks", "models": [part.lacks]}], self.log
@@ -223,7 +235,12 @@ class PlayedActor:
         if self.part.lost or job in self.given:  # lost, or told again
             return
         self.given.append(job)
+        if values["is_orphan"]:
+            self.orphans.add(job)
         self.log.append({"event": "begun", "job": job})
+        if self.part.fails in ("at work", "hangs"):
+            self.dead = self.part.fails == "at work"
+            return
         if values["load_key"] in self.part.no_model:
             error = {"kind": "WeightsError", "message": "no weights", "hint": "", "exit_code": 7}
             self.log.append({"event": "refused", "job": job, "error": error})
@@ -383,6 +400,56 @@ def test_the_last_job_of_a_driver_that_was_killed_is_gone_on_with(drive: Any) ->
             pass
     assert first.base.ready() == 0
     assert {row.status for row in drive(Part()).rows} == {"done"}
+
+
+@pytest.mark.parametrize("how", ["its driver is killed", "its driver ends it", "it dies", "it hangs"])
+def test_of_the_job_of_an_actor_that_is_gone_the_lock_is_known_to_be_nobodys(
+    how: str, drive: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = batch.Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        job, dead = base.rows()[0].id, ""
+        if how == "its driver is killed":
+            with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+                dead = ledger.this_process(other.pid)
+                base.set_sender(dead, is_one=True)
+                assert base.claim(dead, ids=[job]) is not None
+        elif how == "its driver ends it":
+            played = PlayedRay(Part(fails="hangs"))
+            monkeypatch.setattr(ray_engine, "_ray", lambda: played)
+            engine = ray_engine.Ray(folder, Options(), workers=1)
+            running = engine.run()
+            while base.row(job).status != "started":
+                next(running)
+            assert not base.is_orphan(job)
+            running.close()
+            assert base.row(job).status == "queued" and base.is_orphan(job)
+        elif how == "it hangs":
+            monkeypatch.setattr(ray_engine, "_HUNG_MORE", 0.0)
+            monkeypatch.setattr(ray_engine, "POLL_SECONDS", 0.01)
+            played = PlayedRay(Part(fails="hangs"), Part())
+            monkeypatch.setattr(ray_engine, "_ray", lambda: played)
+            list(ray_engine.Ray(folder, Options(timeout=0.001), workers=1).run())
+            assert base.row(job).status == "failed" and base.is_orphan(job)
+            assert base.retry([job]) == 1
+        found = drive(*[Part(fails="at work")] * (how == "it dies"), Part())
+        assert {row.status for row in found.rows} == {"done"}
+        assert job in set.union(*(actor.orphans for actor in found.played.made))
+        assert not base.is_orphan(job)
+        assert {base.meta(f"{ledger._SENDER}{one}") for one in (ledger.this_process(), dead)} == {None}
+
+
+def test_a_job_sent_to_an_actor_whose_driver_died_takes_away_its_lock(tmp_path: Path) -> None:
+    place = run_folder(tmp_path, "one")
+    place.mkdir(parents=True)
+    (place / "lock").write_text(json.dumps({"pid": 77, "host": "node-b"}), encoding="utf-8")
+    values = {**vars(task("one")), "run": str(place)}
+    worker._let_go(Task(**values))
+    with pytest.raises(LockedError, match="process 77 on node-b"), runfolder.hold(place):
+        pass
+    worker._let_go(Task(**{**values, "is_orphan": True}))
+    with runfolder.hold(place):
+        pass
 
 
 def test_what_a_signal_does_is_not_left_to_ray(drive: Any) -> None:
