@@ -869,7 +869,7 @@ class State:
     """How a batch stands.
 
     counts: of jobs by status.  work: done and whole, in the ledger's units.  started: jobs that are being made.
-    new_failures: since this process began.
+    new_failures: since this process began, but for jobs that failed only with their source.
     notes: what a person should be told now.
     """
 
@@ -894,7 +894,7 @@ class Engine(abc.ABC):
         self.why = ""
         self.problem: PackforcingError | None = None
         self._notes = list[str]()
-        self._failed_before = folder.ledger.counts()["failed"]
+        self._failed_before = folder.ledger.failures()
 
     @abc.abstractmethod
     def run(self) -> Iterator[State]:
@@ -918,7 +918,7 @@ class Engine(abc.ABC):
             work=base.work(),
             started=base.rows("started"),
             workers=workers,
-            new_failures=max(0, counts["failed"] - self._failed_before),
+            new_failures=max(0, base.failures() - self._failed_before),
             notes=notes,
         )
 

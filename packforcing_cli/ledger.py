@@ -640,6 +640,14 @@ class Ledger:
         found = {row[0]: row[1] for row in self._all("SELECT status, COUNT(*) FROM jobs GROUP BY status")}
         return {status: found.get(status, 0) for status in STATUSES}
 
+    def failures(self) -> int:
+        """How many jobs failed by themselves, and not only with the one whose video they go on with."""
+        found = self._one(
+            "SELECT COUNT(*) FROM jobs WHERE status = 'failed' AND json_extract(error, '$.kind') IS NOT ?",
+            SOURCE_FAILED,
+        )
+        return int(found[0])
+
     def holders(self, ids: Iterable[str] = ()) -> set[str]:
         """Who holds jobs; if `ids` are given, one of these."""
         only, values = _only(ids)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from packforcing_cli import batch, ledger, manifest
 from packforcing_cli.batch import Folder, Template
 from packforcing_cli.cli import batch as display
-from packforcing_cli.errors import UsageError
+from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.ledger import Entry
 from packforcing_cli.tasks import Options
 
@@ -203,6 +203,21 @@ def test_nothing_here_waits_for_a_source_that_another_machine_holds(
         assert said.endswith("--lost")
         assert base.retry(lost=True) == 1
         assert engine.has_work() and board.idle() is not None
+
+
+def test_jobs_that_fail_with_their_source_are_one_failure(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(["z", *chain()], root=tmp_path / "v"), source="x")
+        engine = batch.Local(folder, Options(), max_failures=2)
+        for failed in (1, 2):
+            row = base.claim(ledger.this_process(), ids=[base.rows()[2 - failed].id])
+            assert row is not None
+            base.fail(row.id, ledger.this_process(), GenerationError("NaN"))
+            state = engine.state(0)
+            assert (state.new_failures, engine.too_many(state)) == (failed, failed == 2)
+        assert state.counts["failed"] == 4
+        assert batch.Local(folder, Options()).state(0).new_failures == 0
 
 
 def test_what_a_worker_held_that_was_ended_at_once_is_queued(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -34,7 +35,7 @@ from packforcing_cli import (
     runfolder,
     worker,
 )
-from packforcing_cli.errors import EnvironmentProblem, GenerationError, LockedError, UsageError
+from packforcing_cli.errors import EnvironmentProblem, GenerationError, LockedError, UsageError, WeightsError
 from packforcing_cli.ledger import Ledger, Row
 from packforcing_cli.tasks import Options, Task, model_hash, run_folder
 
@@ -176,7 +177,8 @@ def test_a_model_that_is_sent_is_checked_and_kept(
             models={"elsewhere": "0" * 64 if how == "another one" else wanted, "demo": model_hash("demo")},
         )
     )
-    assert told(actor, "lacks") == [{"event": "lacks", "models": ["elsewhere"]}]
+    (event,) = told(actor, "lacks")
+    assert (event["models"], event["where"]) == (["elsewhere"], f"{socket.gethostname()} {os.getpid()}")
     actor.bring({"elsewhere": chunks})
     if how != "whole":
         error = told(actor, "refused", 1)[-1]["error"]
@@ -190,6 +192,37 @@ def test_a_model_that_is_sent_is_checked_and_kept(
     another = ray_engine.BatchActor(setup_of(tmp_path, models={"elsewhere": wanted}))
     assert told(another, "ready")[0]["event"] == "ready"  # it is here now: nothing is sent
     another.end("stop")
+    weights = next(place.rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    third = ray_engine.BatchActor(setup_of(tmp_path, models={"elsewhere": wanted}))
+    told(third, "lacks")
+    third.bring({"elsewhere": chunks})
+    told(third, "ready", 1)
+    assert ray_engine._has(str(place), wanted)
+    third.end("stop")
+
+
+@pytest.mark.parametrize("how", ["whole", "gone", "cut off", "reference"])
+def test_a_model_is_here_if_all_its_files_are(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    package = copy_of_the_demo(tmp_path / "copy")
+    weights = next(package.glob("transformer/*.safetensors"))
+    if how == "gone":
+        weights.unlink()
+    elif how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "reference":
+        values = json.loads((package / packages.MANIFEST).read_text("utf-8"))
+        files = {name: one for name, one in values["files"].items() if name.startswith("transformer/")}
+        values["files"] = {name: one for name, one in values["files"].items() if name not in files}
+        files = {name.removeprefix("transformer/"): one for name, one in files.items()}
+        values["references"] = {"transformer": {"repo": "a/b", "revision": "0" * 40, "files": files}}
+        del values["parts"]["transformer"]
+        (package / packages.MANIFEST).write_text(json.dumps(values), encoding="utf-8")
+    assert ray_engine._has(str(package), model_hash(str(package))) == (how == "whole")
+    assert not ray_engine._has(str(package), "0" * 64)
 
 
 # -- the driver, with actors that play a part --------------------------------------------------------------------------
@@ -225,7 +258,8 @@ class PlayedActor:
         self.orphans = set[str]()
         self.log: list[dict[str, Any]] = [{"event": "ready", "where": f"host{number} {number}"}]
         if part.lacks:
-            self.log, self.held = [{"event": "lacks", "models": [part.lacks]}], self.log
+            lacks = {"event": "lacks", "models": [part.lacks], "where": f"host{number} {number}"}
+            self.log, self.held = [lacks], self.log
         if part.refuses:
             error = {"kind": "X", "message": part.refuses, "hint": "Mend it.", "exit_code": 7}
             self.log = [{"event": "refused", "error": error, "where": f"host{number} {number}"}]
@@ -468,6 +502,27 @@ def test_a_model_that_got_lost_on_the_way_is_sent_again(drive: Any, monkeypatch:
     monkeypatch.setattr(ray_engine.Ray, "_parcel", lambda *_: ["a piece"])
     found = drive(Part(lacks="copy", lost=2))
     assert {row.status for row in found.rows} == {"done"}
+
+
+@pytest.mark.parametrize("error", [WeightsError("it is damaged"), OSError(errno.ENOSPC, "full")])
+def test_a_model_that_cannot_be_sent_ends_the_actors_that_lack_it_and_not_the_batch(
+    error: Exception, drive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fails(*_: Any, **__: Any) -> None:
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(bundle, "pack", fails)
+    said = "it is damaged" if isinstance(error, WeightsError) else "the disk is full"
+    found = drive(Part(lacks="demo"), Part(lacks="demo"))
+    assert found.problem.exit_code == (7 if isinstance(error, WeightsError) else 6)
+    assert said in found.problem.message and "the same command goes on" in found.problem.hint
+    assert {row.status for row in found.rows} == {"queued"} and len(asked) == 1
+    found = drive(Part(lacks="demo"), Part())
+    assert found.problem is None and {row.status for row in found.rows} == {"done"}
+    assert len(found.notes) == 1 and found.notes[0].startswith("a worker on host0 cannot begin: ")
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:
