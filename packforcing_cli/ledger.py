@@ -263,6 +263,8 @@ def name_for(shard: tuple[int, int] | None) -> str:
 class Ledger:
     """One ledger file, open. Methods may be called from any thread.
 
+    A file of schema 1, in which no job comes after another, is read as it is; the first write changes it to schema 2.
+
     Raises, from every method: DiskFullError; LockedError if another process wrote for a minute; RunFolderError if the
         file is damaged.
     """
@@ -270,6 +272,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._is_old = False
         with self._errors():
             # Python's own transactions are off: _write begins them.
             self._base = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -709,15 +712,22 @@ class Ledger:
                 raise UsageError(f"{self.path} is no ledger of a batch") from error
             raise
         if found == "1":
-            with self._write() as base:
-                if base.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()[0] == "1":
-                    for statement in _FROM_1:
-                        base.execute(statement)
+            names = ", ".join(row["name"] for row in self._all("PRAGMA main.table_info(jobs)"))
+            # A temporary view of this connection alone: the file stays as it is.
+            self._all(f"CREATE TEMP VIEW jobs AS SELECT {names}, '' AS after FROM main.jobs")
+            self._is_old = True
         elif found != str(SCHEMA):
             raise UsageError(
                 f"{self.path} has schema {found}; this version of packforcing reads {SCHEMA}",
                 hint="Use the version that made it.",
             )
+
+    def _migrate(self, base: sqlite3.Connection) -> None:
+        """Change a file of schema 1 to this version's, unless another process did meanwhile."""
+        base.execute("DROP VIEW temp.jobs")
+        if base.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()[0] == "1":
+            for statement in _FROM_1:
+                base.execute(statement)
 
     def _next(
         self,
@@ -901,8 +911,11 @@ class Ledger:
         with self._errors(), self._lock:
             self._base.execute("BEGIN IMMEDIATE")
             try:
+                if self._is_old:
+                    self._migrate(self._base)
                 yield self._base
                 self._base.execute("COMMIT")
+                self._is_old = False
             except BaseException:
                 if self._base.in_transaction:
                     self._base.execute("ROLLBACK")

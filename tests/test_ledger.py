@@ -378,16 +378,49 @@ def test_a_ledger_from_before_jobs_could_follow_each_other_is_gone_on_with(tmp_p
     path = tmp_path / ledger.NAME
     with Ledger.create(path, meta={}) as base:
         base.add([entry(1)])
-    with sqlite3.connect(path) as old:
-        old.execute("DROP INDEX jobs_by_after")
-        old.execute("ALTER TABLE jobs DROP COLUMN after")
-        old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
-    old.close()
+    make_old(path)
     for _ in range(2):
         with Ledger.open(path) as base:
             base.add([entry(1), entry(2, after="id-1")])
             assert [row.after for row in base.rows()] == ["", "id-1"]
             assert base.meta("schema") == "2"
+
+
+def make_old(path: Path) -> None:
+    """Change a ledger to schema 1."""
+    with sqlite3.connect(path) as old:
+        old.execute("DROP INDEX jobs_by_after")
+        old.execute("ALTER TABLE jobs DROP COLUMN after")
+        old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
+    old.close()
+
+
+def test_looking_at_a_ledger_from_before_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / ledger.NAME
+    with Ledger.create(path, meta={}) as base:
+        base.add([entry(1), entry(2)])
+        assert base.claim(ME) is not None
+    make_old(path)
+    before = path.read_bytes()
+    with Ledger.open(path) as one, Ledger.open(path) as other:
+        for base in (one, other):
+            assert [row.after for row in base.rows()] == ["", ""] and base.row("id-1").after == ""
+            assert (base.ready(), base.counts()["queued"], base.holders()) == (1, 1, {ME})
+            assert base.next_start() is not None and base.waiting_elsewhere() == []
+            assert [row.id for row in base.upcoming(limit=5)] == ["id-2"]
+            assert (base.take_over(), base.meta("schema")) == (0, "1")
+        assert path.read_bytes() == before
+        with pytest.raises(RuntimeError), one._write():
+            raise RuntimeError
+        assert one.meta("schema") == "1" and [row.after for row in one.rows()] == ["", ""]
+        for base, number in ((one, 3), (other, 4)):  # the second one finds it changed
+            base.add([entry(number, after="id-2")])
+            assert base.meta("schema") == "2"
+        assert (
+            [row.after for row in other.rows()]
+            == [row.after for row in one.rows()]
+            == ["", "", "id-2", "id-2"]
+        )
 
 
 def chain(base: Ledger) -> None:
