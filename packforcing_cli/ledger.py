@@ -943,7 +943,7 @@ def _source_failed(source: Row, root: Row) -> PackforcingError:
         said += f"comes after job {root.position} ({root.output}), which "
     error = _SourceFailedError(
         f"{said}{how}",
-        hint=f"packforcing batch retry DIR --job {root.position} queues both again.",
+        hint=f"packforcing batch retry DIR --job {root.position} queues all of them again.",
     )
     error.exit_code = 1 if root.status == "cancelled" else int(root.error.get("exit_code", 1))
     return error
