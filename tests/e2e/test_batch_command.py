@@ -621,7 +621,9 @@ def test_a_chain_is_cut_off_where_it_breaks(package: Path, tmp_path: Path) -> No
     made = {one.number: one for one in generate_many(wanted, tmp_path / "v")}
     assert "does not fit" in made[0].error and made[3].error == ""
     assert made[1].error.startswith("job 1 (one.mp4), whose video it goes on with, failed: ")
-    assert made[2].error.startswith("job 2 (two.mp4), whose video it goes on with, failed: ")
+    why = made[1].error.removeprefix("job 1 (one.mp4), whose video it goes on with, ")
+    after = "job 2 (two.mp4), whose video it goes on with, comes after job 1 (one.mp4), which"
+    assert made[2].error == f"{after} {why}"
 
 
 def test_a_video_whose_run_folder_is_gone_is_not_gone_on_with(package: Path, tmp_path: Path) -> None:
