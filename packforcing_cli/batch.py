@@ -407,13 +407,27 @@ def _file_changes(request: ExtendRequest) -> dict[str, Any]:
     return {name: getattr(request, name) for name in continuation.FILE_CHANGES}
 
 
+class _SourceProblem(UsageError):
+    """The problem of a line that goes on with the video of one which has a problem. root: the first line, and why."""
+
+    kind = UsageError.__name__
+    root = ""
+
+
+def _problem_of_source(before: Entry, problem: PackforcingError) -> PackforcingError:
+    """The problem of a line that goes on with the video of `before`; of a chain only the first line is told."""
+    root = getattr(problem, "root", "")
+    said = f", comes after {root}" if root else f": {problem.message}"
+    error = _SourceProblem(f"line {before.line}, whose video it goes on with{said}", hint=problem.hint)
+    error.root = root or f"line {before.line}: {problem.message}"
+    return error
+
+
 def _later_draft(line: Line, request: ExtendRequest, before: Entry, inputs: Inputs) -> Entry:
     """The job of a line that goes on with the video of an earlier one; the rest is decided when that is made."""
     error = before.problem
     if error is not None:
-        error = UsageError(
-            f"line {before.line}, whose video it goes on with: {error.message}", hint=error.hint
-        )
+        error = _problem_of_source(before, error)
     elif not before.spec["request"].get("keep_run", True):
         error = UsageError(
             f"line {before.line}, whose video it goes on with, keeps no run folder",
@@ -794,7 +808,10 @@ class LedgerBoard:
         return [self._folder.task(row) for row in rows]
 
     def idle(self) -> float | None:
-        """Waits for jobs that may be tried again, and for those of other processes of this machine."""
+        """Waits for jobs that may be tried again, and for those of other processes of this machine.
+
+        Not for jobs of other machines, nor for what comes after them: `batch retry --lost` is for those.
+        """
         base = self._folder.ledger
         if base.meta("paused") is not None:
             return None
@@ -852,7 +869,7 @@ class State:
     """How a batch stands.
 
     counts: of jobs by status.  work: done and whole, in the ledger's units.  started: jobs that are being made.
-    new_failures: since this process began.
+    new_failures: since this process began, but for jobs that failed only with their source.
     notes: what a person should be told now.
     """
 
@@ -877,7 +894,7 @@ class Engine(abc.ABC):
         self.why = ""
         self.problem: PackforcingError | None = None
         self._notes = list[str]()
-        self._failed_before = folder.ledger.counts()["failed"]
+        self._failed_before = folder.ledger.failures()
 
     @abc.abstractmethod
     def run(self) -> Iterator[State]:
@@ -901,7 +918,7 @@ class Engine(abc.ABC):
             work=base.work(),
             started=base.rows("started"),
             workers=workers,
-            new_failures=max(0, counts["failed"] - self._failed_before),
+            new_failures=max(0, base.failures() - self._failed_before),
             notes=notes,
         )
 
@@ -910,10 +927,9 @@ class Engine(abc.ABC):
         if self.why:
             return False
         base = self.folder.ledger
-        counts = base.counts()
         host = ledger.host_of(ledger.this_process())
         held_here = any(ledger.host_of(holder) == host for holder in base.holders())
-        return held_here or (counts["queued"] > 0 and base.meta("paused") is None)
+        return held_here or (base.next_start() is not None and base.meta("paused") is None)
 
     def too_many(self, state: State) -> bool:
         """Whether --max-failures is reached."""

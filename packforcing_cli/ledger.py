@@ -26,6 +26,7 @@ import sys
 import threading
 import time
 import unicodedata
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ MAX_DEATHS = 5
 SOURCE_FAILED = "SourceFailed"
 """Kind of the error of a job that comes after one which failed or was cancelled."""
 _ORPHAN = "orphan "  # and a job's id: a note in meta
+_SENDER = "sender "  # and a holder
 _NETWORK = ("nfs", "cifs", "smb", "fuse", "9p", "afs", "ceph", "lustre", "gpfs", "glusterfs", "beegfs")
 
 _TABLES = """
@@ -90,6 +92,12 @@ _FROM_1 = (
     "CREATE INDEX jobs_by_after ON jobs (after)",
     "UPDATE meta SET value = '2' WHERE name = 'schema'",
 )
+_ELSEWHERE = (
+    "WITH RECURSIVE elsewhere(id) AS (SELECT id FROM jobs WHERE status = 'started'"
+    " AND substr(holder, 1, length(?)) != ?"
+    " UNION SELECT jobs.id FROM jobs JOIN elsewhere ON jobs.after = elsewhere.id WHERE jobs.status = 'queued')"
+)
+"""Jobs that processes of other machines hold, and queued ones that come after them. Values: `_this_host` twice."""
 _IS_READY = "NOT EXISTS (SELECT 1 FROM jobs AS first WHERE first.id = jobs.after AND first.status != 'done')"
 
 
@@ -255,6 +263,8 @@ def name_for(shard: tuple[int, int] | None) -> str:
 class Ledger:
     """One ledger file, open. Methods may be called from any thread.
 
+    A file of schema 1, in which no job comes after another, is read as it is; the first write changes it to schema 2.
+
     Raises, from every method: DiskFullError; LockedError if another process wrote for a minute; RunFolderError if the
         file is damaged.
     """
@@ -262,6 +272,7 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.RLock()
+        self._is_old = False
         with self._errors():
             # Python's own transactions are off: _write begins them.
             self._base = sqlite3.connect(path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
@@ -389,8 +400,8 @@ class Ledger:
                 self._event(base, entry.id, "queued", 0, "", "")
                 if entry.problem is not None:
                     self._fail(base, entry.id, 0, "", entry.problem)
-                elif entry.after:
-                    self._fail_with_source(base, entry.id)
+            if not only_look:
+                self._fail_with_sources(base)
         return added
 
     # -- a worker's side
@@ -500,6 +511,7 @@ class Ledger:
                 (time.time() + retry_in, _error_text(error), json.dumps(fit or json.loads(row["fit"])), job),
             )
             self._event(base, job, "retry", row["attempt"], holder, str(error))
+            self._fail_with_sources(base, job)
         return True
 
     def release(self, job: str, holder: str, *, cancelled: bool = False, why: str = "") -> bool:
@@ -510,6 +522,19 @@ class Ledger:
                 return False
             self._give_back(base, row, "cancelled" if cancelled or row["wants_cancel"] else "queued", why)
         return True
+
+    def set_sender(self, holder: str, *, is_one: bool) -> None:
+        """Note that a holder has its jobs done by processes of other machines, or that it has ended.
+
+        When it dies, so do those; they leave locks on run folders, and its jobs are orphans then.
+        """
+        self.set_meta(_SENDER + holder, "1" if is_one else None)
+
+    def orphan(self, job: str, holder: str) -> None:
+        """Note that the process, perhaps of another machine, that was at work on a held job is known to be gone."""
+        with self._write() as base:
+            if self._held(base, job, holder) is not None:
+                self._orphan(base, job, holder)
 
     def lost(self, job: str, holder: str, *, said: str = "") -> bool:
         """Give a job back whose worker died. said: which one. Returns: False if the holder had lost it."""
@@ -546,7 +571,7 @@ class Ledger:
             lost: also jobs that processes of other machines hold: a person knows that those are gone.
         Returns: how many.
         """
-        count = 0
+        queued = set[str]()
         with self._write() as base:
             self._take_over(base)
             chosen = None if jobs is None else self._with_their_own(base, jobs)
@@ -564,10 +589,9 @@ class Ledger:
                         (row["id"],),
                     )
                     self._event(base, row["id"], "requeued", row["attempt"], "", "by a person")
-                    count += 1
-            for row in base.execute("SELECT id FROM jobs WHERE status = 'queued' AND after != ''").fetchall():
-                count -= self._fail_with_source(base, row["id"])
-        return count
+                    queued.add(row["id"])
+            queued -= self._fail_with_sources(base)
+        return len(queued)
 
     def again(self, job: str, why: str) -> None:
         """Queue a job that is done once more: what it made is gone. One that is not done any more stays as it is."""
@@ -578,6 +602,7 @@ class Ledger:
             )
             if changed.rowcount:
                 self._event(base, job, "requeued", 0, "", why)
+                self._fail_with_sources(base, job)
 
     def spoiled(self, job: str, error: PackforcingError) -> None:
         """Note that what a done job made is not what it was. One that is not done any more stays as it is."""
@@ -586,7 +611,9 @@ class Ledger:
                 self._fail(base, job, 0, "", error)
 
     def is_orphan(self, job: str) -> bool:
-        """Whether a person said that the other machine which held a job is gone, and nothing was made of it since."""
+        """Whether the process of another machine that was at work on a job is known to be gone, and nothing was made
+        of it since: a person said so, or who had sent the job there.
+        """
         return self.meta(f"{_ORPHAN}{job}") is not None
 
     def take_over(self) -> int:
@@ -616,6 +643,14 @@ class Ledger:
         found = {row[0]: row[1] for row in self._all("SELECT status, COUNT(*) FROM jobs GROUP BY status")}
         return {status: found.get(status, 0) for status in STATUSES}
 
+    def failures(self) -> int:
+        """How many jobs failed by themselves, and not only with the one whose video they go on with."""
+        found = self._one(
+            "SELECT COUNT(*) FROM jobs WHERE status = 'failed' AND json_extract(error, '$.kind') IS NOT ?",
+            SOURCE_FAILED,
+        )
+        return int(found[0])
+
     def holders(self, ids: Iterable[str] = ()) -> set[str]:
         """Who holds jobs; if `ids` are given, one of these."""
         only, values = _only(ids)
@@ -631,10 +666,27 @@ class Ledger:
         return int(found[0])
 
     def next_start(self, ids: Iterable[str] = ()) -> float | None:
-        """When the next queued job, or the next of `ids`, may begin, in seconds since 1970; None if none is queued."""
+        """When the next queued job, or the next of `ids`, may begin, in seconds since 1970; None if there is none.
+
+        Jobs that come after one which another machine holds are left out: nobody here knows when that ends.
+        """
         only, values = _only(ids)
-        found = self._one(f"SELECT MIN(not_before) FROM jobs WHERE status = 'queued'{only}", *values)
+        found = self._one(
+            f"{_ELSEWHERE} SELECT MIN(not_before) FROM jobs WHERE status = 'queued'"
+            f" AND id NOT IN (SELECT id FROM elsewhere){only}",
+            *_this_host(),
+            *values,
+        )
         return None if found is None or found[0] is None else float(found[0])
+
+    def waiting_elsewhere(self) -> list[Row]:
+        """Queued jobs that come after one which a process of another machine holds."""
+        found = self._all(
+            f"{_ELSEWHERE} SELECT * FROM jobs WHERE status = 'queued' AND id IN (SELECT id FROM elsewhere)"
+            " ORDER BY position, rowid",
+            *_this_host(),
+        )
+        return [_row(row) for row in found]
 
     def work(self) -> tuple[float, float]:
         """Weight of what is done, parts of started jobs included, and of all that is to be done."""
@@ -660,15 +712,22 @@ class Ledger:
                 raise UsageError(f"{self.path} is no ledger of a batch") from error
             raise
         if found == "1":
-            with self._write() as base:
-                if base.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()[0] == "1":
-                    for statement in _FROM_1:
-                        base.execute(statement)
+            names = ", ".join(row["name"] for row in self._all("PRAGMA main.table_info(jobs)"))
+            # A temporary view of this connection alone: the file stays as it is.
+            self._all(f"CREATE TEMP VIEW jobs AS SELECT {names}, '' AS after FROM main.jobs")
+            self._is_old = True
         elif found != str(SCHEMA):
             raise UsageError(
                 f"{self.path} has schema {found}; this version of packforcing reads {SCHEMA}",
                 hint="Use the version that made it.",
             )
+
+    def _migrate(self, base: sqlite3.Connection) -> None:
+        """Change a file of schema 1 to this version's, unless another process did meanwhile."""
+        base.execute("DROP VIEW temp.jobs")
+        if base.execute("SELECT value FROM meta WHERE name = 'schema'").fetchone()[0] == "1":
+            for statement in _FROM_1:
+                base.execute(statement)
 
     def _next(
         self,
@@ -702,7 +761,10 @@ class Ledger:
             if row["holder"] not in dead:
                 continue
             count += 1
+            if base.execute("SELECT 1 FROM meta WHERE name = ?", (_SENDER + row["holder"],)).fetchone():
+                self._orphan(base, row["id"], row["holder"])
             self._queue_after_death(base, row)
+        base.executemany("DELETE FROM meta WHERE name = ?", [(_SENDER + holder,) for holder in dead])
         return count
 
     def _queue_after_death(self, base: sqlite3.Connection, row: sqlite3.Row, said: str = "") -> None:
@@ -721,6 +783,7 @@ class Ledger:
                 "UPDATE jobs SET status = 'queued', holder = '', deaths = deaths + 1 WHERE id = ?",
                 (row["id"],),
             )
+            self._fail_with_sources(base, row["id"])
 
     def _held(self, base: sqlite3.Connection, job: str, holder: str) -> sqlite3.Row | None:
         found: sqlite3.Row | None = base.execute(
@@ -734,6 +797,8 @@ class Ledger:
         self._event(base, row["id"], event, row["attempt"], row["holder"], why)
         if status == "cancelled":
             self._fail_those_after(base, row["id"])
+        else:
+            self._fail_with_sources(base, row["id"])
 
     def _orphan(self, base: sqlite3.Connection, job: str, holder: str | None) -> None:
         """Remember that the holder of a job is known to be gone, or with None that it does not matter any more."""
@@ -748,49 +813,81 @@ class Ledger:
     def _fail(
         self, base: sqlite3.Connection, job: str, attempt: int, holder: str, error: BaseException
     ) -> None:
+        self._note_failure(base, job, attempt, holder, error)
+        self._fail_those_after(base, job)
+
+    def _note_failure(
+        self, base: sqlite3.Connection, job: str, attempt: int, holder: str, error: BaseException
+    ) -> None:
         base.execute(
             "UPDATE jobs SET status = 'failed', holder = '', error = ?, ended = ? WHERE id = ?",
             (_error_text(error), time.time(), job),
         )
         self._event(base, job, "failed", attempt, holder, str(error))
-        self._fail_those_after(base, job)
 
-    def _fail_those_after(self, base: sqlite3.Connection, job: str) -> None:
-        """Fail the queued jobs that go on with one which failed or was cancelled, and those after them."""
-        for row in base.execute(
-            "SELECT id FROM jobs WHERE after = ? AND status = 'queued'", (job,)
+    def _fail_those_after(self, base: sqlite3.Connection, job: str) -> set[str]:
+        """Fail the queued jobs that go on with one which failed or was cancelled, and those after them.
+
+        Returns: their ids.
+        """
+        found = set[str]()
+        first = _row(base.execute("SELECT * FROM jobs WHERE id = ?", (job,)).fetchone())
+        root = self._root(base, first)
+        sources = deque([first])
+        while sources:
+            source = sources.popleft()
+            for row in base.execute(
+                "SELECT * FROM jobs WHERE after = ? AND status = 'queued'", (source.id,)
+            ).fetchall():
+                self._note_failure(base, row["id"], 0, "", _source_failed(source, root))
+                found.add(row["id"])
+                sources.append(_row(row))
+        return found
+
+    def _fail_with_sources(self, base: sqlite3.Connection, job: str | None = None) -> set[str]:
+        """Fail a queued job if the one it comes after failed or was cancelled; None = all such jobs. Returns: which.
+
+        A job may come to be queued after its source failed: its source is looked at whenever it is queued.
+        """
+        only, values = ("", ()) if job is None else (" AND jobs.id = ?", (job,))
+        found = set[str]()
+        for (source,) in base.execute(
+            "SELECT DISTINCT first.id FROM jobs JOIN jobs AS first ON first.id = jobs.after"
+            f" WHERE jobs.status = 'queued' AND first.status IN ('failed', 'cancelled'){only}",
+            values,
         ).fetchall():
-            self._fail_with_source(base, row["id"])
+            found |= self._fail_those_after(base, source)
+        return found
 
-    def _fail_with_source(self, base: sqlite3.Connection, job: str) -> bool:
-        """Fail a job if the one it comes after failed or was cancelled. Returns: whether it did."""
-        first = base.execute(
-            "SELECT first.* FROM jobs JOIN jobs AS first ON first.id = jobs.after"
-            " WHERE jobs.id = ? AND first.status IN ('failed', 'cancelled')",
-            (job,),
-        ).fetchone()
-        if first is not None:
-            self._fail(base, job, 0, "", _source_failed(_row(first)))
-        return first is not None
+    def _root(self, base: sqlite3.Connection, job: Row) -> Row:
+        """The job that is to blame for the end of one: itself, or the source that it failed with."""
+        while job.status == "failed" and job.error.get("kind") == SOURCE_FAILED:
+            row = base.execute(
+                "SELECT * FROM jobs WHERE id = ? AND status IN ('failed', 'cancelled')", (job.after,)
+            ).fetchone()
+            if row is None:
+                break
+            job = _row(row)
+        return job
 
     def _with_their_own(self, base: sqlite3.Connection, jobs: Iterable[str]) -> list[str]:
         """Jobs, all that they come after, and all that failed because one of these did."""
         rows = {row["id"]: row for row in base.execute("SELECT id, after, status, error FROM jobs")}
+        failed_with: dict[str, list[str]] = {}
+        for name, row in rows.items():
+            if row["status"] == "failed" and json.loads(row["error"]).get("kind") == SOURCE_FAILED:
+                failed_with.setdefault(row["after"], []).append(name)
         found: dict[str, None] = {}
         for job in jobs:
             while job in rows and job not in found:
                 found[job] = None
                 job = rows[job]["after"]
-        size = -1
-        while size != len(found):
-            size = len(found)
-            found |= {
-                name: None
-                for name, row in rows.items()
-                if row["after"] in found
-                and row["status"] == "failed"
-                and json.loads(row["error"]).get("kind") == SOURCE_FAILED
-            }
+        waiting = deque(found)
+        while waiting:
+            for name in failed_with.get(waiting.popleft(), ()):
+                if name not in found:
+                    found[name] = None
+                    waiting.append(name)
         return list(found)
 
     def _event(
@@ -814,8 +911,11 @@ class Ledger:
         with self._errors(), self._lock:
             self._base.execute("BEGIN IMMEDIATE")
             try:
+                if self._is_old:
+                    self._migrate(self._base)
                 yield self._base
                 self._base.execute("COMMIT")
+                self._is_old = False
             except BaseException:
                 if self._base.in_transaction:
                     self._base.execute("ROLLBACK")
@@ -835,15 +935,23 @@ class _SourceFailedError(PackforcingError):
     kind = SOURCE_FAILED
 
 
-def _source_failed(first: Row) -> PackforcingError:
-    """The error of a job whose source failed or was cancelled."""
-    how = f"failed: {first.error.get('message', '')}" if first.status == "failed" else "was cancelled"
+def _source_failed(source: Row, root: Row) -> PackforcingError:
+    """The error of a job whose source failed or was cancelled. root: the job that is to blame, perhaps another one."""
+    how = "was cancelled" if root.status == "cancelled" else f"failed: {root.error.get('message', '')}"
+    said = f"job {source.position} ({source.output}), whose video it goes on with, "
+    if root.id != source.id:
+        said += f"comes after job {root.position} ({root.output}), which "
     error = _SourceFailedError(
-        f"job {first.position} ({first.output}), whose video it goes on with, {how}",
-        hint=f"packforcing batch retry DIR --job {first.position} queues both again.",
+        f"{said}{how}",
+        hint=f"packforcing batch retry DIR --job {root.position} queues all of them again.",
     )
-    error.exit_code = int(first.error.get("exit_code", 1)) if first.status == "failed" else 1
+    error.exit_code = 1 if root.status == "cancelled" else int(root.error.get("exit_code", 1))
     return error
+
+
+def _this_host() -> tuple[str, str]:
+    """How holders of this machine begin, twice."""
+    return f"{socket.gethostname()} ", f"{socket.gethostname()} "
 
 
 def _only(ids: Iterable[str]) -> tuple[str, tuple[str, ...]]:

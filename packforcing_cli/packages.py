@@ -136,6 +136,8 @@ class FileRecord(_Frozen):
 
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
+    if not path.isprintable():
+        raise ValueError(f"{path!r} has a character that cannot be printed")
     if pure.is_absolute() or ".." in pure.parts or "\\" in path or ":" in path or str(pure) in ("", "."):
         raise ValueError(f"{path!r} is not a path inside the package")
     return path
@@ -214,7 +216,8 @@ class Manifest(_Frozen):
     @classmethod
     def _inside_the_package(cls, value: dict[str, Any]) -> dict[str, Any]:
         for path in [*value, *(v for v in value.values() if isinstance(v, str))]:
-            _inside(path)
+            if PurePosixPath(_inside(path)).parts[0].casefold() == MANIFEST:
+                raise ValueError(f"{path!r} is the manifest itself")
         return value
 
     @model_validator(mode="after")

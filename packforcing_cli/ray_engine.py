@@ -32,7 +32,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from packforcing_cli import __version__, ledger, packages
+from packforcing_cli import __version__, catalog, durable, ledger, packages
 from packforcing_cli.batch import HIDDEN, POLL_SECONDS, Engine, Folder, State
 from packforcing_cli.errors import EnvironmentProblem, PackforcingError, UsageError, WeightsError
 from packforcing_cli.tasks import Options, Task, failure_of, model_hash
@@ -181,7 +181,8 @@ class BatchActor:
         places = {name: shipped_folder(wanted) for name, wanted in lacking.items()}
         absent = [name for name, place in places.items() if not _has(str(place), lacking[name])]
         if absent:
-            self._board.events.put({"event": "lacks", "models": absent})
+            where = f"{socket.gethostname()} {os.getpid()}"
+            self._board.events.put({"event": "lacks", "models": absent, "where": where})
             for name, chunks in self._parcels.get().items():
                 _install(places[name], lacking[name], chunks)
         return replace(options, places={name: str(place) for name, place in places.items()})
@@ -228,17 +229,25 @@ def shipped_folder(wanted: str) -> Path:
 
 
 def _has(name: str, wanted: str) -> bool:
-    """Whether a model is here with just these files."""
+    """Whether a model is here with just these files, each as long as its manifest says; loading it hashes them."""
     try:
-        return model_hash(name) == wanted
-    except PackforcingError:
+        return model_hash(name) == wanted and (catalog.of_random(name) is not None or _is_whole(name))
+    except (PackforcingError, OSError):
         return False
+
+
+def _is_whole(name: str) -> bool:
+    folder = packages.find_package(name)
+    known = packages.read_manifest(folder)
+    sizes = ((folder / file).stat().st_size == record.size for file, record in known.files.items())
+    return all(sizes) and not packages.absent_files(known)
 
 
 def _install(place: Path, wanted: str, chunks: Sequence[Any]) -> None:
     """Install a model that was sent, unless another actor of this machine did meanwhile.
 
-    Raises: WeightsError if it is not the wanted one; DiskFullError.
+    One that is there and is not whole is replaced.
+    Raises: WeightsError if it is not the wanted one; DiskFullError; OSError if what is there cannot be removed.
     """
     from huggingface_hub import utils as hub_utils
 
@@ -249,6 +258,8 @@ def _install(place: Path, wanted: str, chunks: Sequence[Any]) -> None:
     with hub_utils.WeakFileLock(lock):  # type: ignore[attr-defined]
         if _has(str(place), wanted):
             return
+        if place.exists():  # damaged
+            shutil.rmtree(place)
         with io.BufferedReader(_Chunks(chunks)) as stream:
             bundle.unpack_stream(stream, place)
         if not _has(str(place), wanted):
@@ -284,7 +295,7 @@ class _Member:
     poll:  its next events; None until `poll_at`, after it could not be reached.
     seen:  number of its last event.  where: machine and process, "" until it is ready.
     jobs:  given and not ended, with the moment each began.  tasks: what it was given for them.
-    refused: load keys of jobs that it cannot do.  lacks: models it asked for and is waiting for.
+    refused: load keys of jobs that it cannot do.  lacks: models it asked for and is waiting for.  asked: from where.
     """
 
     actor: Any
@@ -299,6 +310,7 @@ class _Member:
     tasks: dict[str, Task] = field(default_factory=dict)
     refused: set[str] = field(default_factory=set)
     lacks: list[str] = field(default_factory=list)
+    asked: str = ""
 
 
 class Ray(Engine):
@@ -330,12 +342,12 @@ class Ray(Engine):
         self._wanted, self._threads, self._ship = workers, threads, dict(ship or {})
         self._members: list[_Member] = []
         self._holder = ledger.this_process()
-        self._orphans: set[str] = set()
         self._ordered: dict[str, str] = {}
         self._retired: dict[int, PackforcingError] = {}
         self._refusals: dict[str, PackforcingError] = {}
         self._deaths: dict[int, int] = {}
         self._parcels: dict[str, list[Any]] = {}
+        self._not_sent: dict[str, PackforcingError] = {}
         self._token = self.folder.path / HIDDEN / f"seen-{uuid.uuid4().hex[:12]}"
         self._gpus = 0.0
         self._said: set[str] = set()
@@ -349,6 +361,7 @@ class Ray(Engine):
         count = self._connect(ray)
         began = time.monotonic()
         try:
+            self.folder.ledger.set_sender(self._holder, is_one=True)
             self._token.write_text("seen\n", encoding="ascii")
             setup = {
                 "options": asdict(replace(self._options, slot=0, may_exit=False)),
@@ -386,6 +399,8 @@ class Ray(Engine):
             self.kill()
             self._token.unlink(missing_ok=True)
             ray.shutdown()
+            with contextlib.suppress(PackforcingError):  # a note that harms nobody
+                self.folder.ledger.set_sender(self._holder, is_one=False)
 
     def drain(self, why: str) -> None:
         """Let actors finish the jobs they were given, and give them no more."""
@@ -407,6 +422,7 @@ class Ray(Engine):
             with contextlib.suppress(Exception):
                 ray.kill(member.actor)
             for job in member.jobs:
+                self.folder.ledger.orphan(job, self._holder)
                 self.folder.ledger.release(job, self._holder)
         self._members.clear()
 
@@ -490,7 +506,7 @@ class Ray(Engine):
                 )
                 if row is None:
                     continue
-                task = self.folder.task(row, is_orphan=row.id in self._orphans or base.is_orphan(row.id))
+                task = self.folder.task(row, is_orphan=base.is_orphan(row.id))
                 member.jobs[row.id], member.tasks[row.id] = None, task
                 member.load_key, member.layout_key = row.load_key, row.layout_key
                 member.actor.give.remote(asdict(task))
@@ -532,7 +548,17 @@ class Ray(Engine):
                     ray.kill(member.actor)
 
     def _bring(self, ray: Any, member: _Member) -> None:
-        member.actor.bring.remote({name: self._parcel(ray, name) for name in member.lacks})
+        """Send an actor the models that it lacks; it is done without if one of them cannot be sent."""
+        for name in member.lacks:
+            if name not in self._parcels and name not in self._not_sent:
+                try:
+                    self._parcels[name] = self._parcel(ray, name)
+                except PackforcingError as error:
+                    self._not_sent[name] = error
+            if name in self._not_sent:
+                self._retire(member, self._not_sent[name], member.asked)
+                return
+        member.actor.bring.remote({name: self._parcels[name] for name in member.lacks})
 
     def _tell_again(self, ray: Any, member: _Member) -> None:
         """Repeat what an actor was told that could not be reached: it may have got lost."""
@@ -551,7 +577,7 @@ class Ray(Engine):
         if kind == "ready":
             member.where, member.lacks = event["where"], []
         elif kind == "lacks":
-            member.lacks = event["models"]
+            member.lacks, member.asked = event["models"], event["where"]
             self._bring(ray, member)
         elif kind == "paused":
             base.set_meta("paused", event["why"])
@@ -577,7 +603,6 @@ class Ray(Engine):
         task = member.tasks.pop(job)
         self._ordered.pop(job, None)
         if kind == "done":
-            self._orphans.discard(job)
             base.done(job, self._holder, event["result"])
         elif kind == "failed":
             error = RemoteError(**event["error"])
@@ -601,20 +626,27 @@ class Ray(Engine):
             self._notes.append(text)
 
     def _parcel(self, ray: Any, name: str) -> list[Any]:
-        """A model as a bundle with all its parts, in pieces in Ray's object store; made once."""
-        if name not in self._parcels:
-            from packforcing_cli import bundle
+        """A model as a bundle with all its parts, in pieces in Ray's object store.
 
-            beside = packages.models_folder().parent
+        Raises: WeightsError, OfflineError if it is not whole here; DiskFullError; EnvironmentProblem.
+        """
+        from packforcing_cli import bundle
+
+        beside = packages.models_folder().parent
+        try:
             beside.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(prefix=".shipping-", dir=beside) as place:
                 tar = Path(place) / "model.tar"
                 bundle.pack(packages.find_package(name), tar, with_parts=True)
                 with tar.open("rb") as content:
-                    self._parcels[name] = [
-                        ray.put(chunk) for chunk in iter(lambda: content.read(CHUNK_BYTES), b"")
-                    ]
-        return self._parcels[name]
+                    return [ray.put(chunk) for chunk in iter(lambda: content.read(CHUNK_BYTES), b"")]
+        except OSError as error:
+            raise durable.failure(error, beside, kind=EnvironmentProblem) from error
+        except ray.exceptions.RayError as error:
+            raise EnvironmentProblem(
+                f"{name} cannot be sent: {_first_line(error)}",
+                hint=f"Install it on every machine: packforcing models pull {name}",
+            ) from error
 
     def _retire(self, member: _Member, error: PackforcingError, where: str) -> None:
         """Do without an actor that cannot begin, and another in its place."""
@@ -633,7 +665,7 @@ class Ray(Engine):
         self._drop(member)
         where = member.where or "an actor that did not begin"
         for job, began in member.jobs.items():
-            self._orphans.add(job)
+            self.folder.ledger.orphan(job, self._holder)
             if began is None:
                 self.folder.ledger.release(job, self._holder, why=f"{where} is gone")
             else:
@@ -677,6 +709,7 @@ class Ray(Engine):
             for job, began in list(member.jobs.items()):
                 if began is not None and time.monotonic() - began > _HUNG_FACTOR * limit + _HUNG_MORE:
                     error = TimeoutError(f"took longer than {limit:g} s and did not end")
+                    self.folder.ledger.orphan(job, self._holder)
                     self.folder.ledger.fail(job, self._holder, error)
                     del member.jobs[job]
                     self._gone(member, error)

@@ -938,6 +938,25 @@ def _holder(text: bytes) -> str:
         return _UNKNOWN
 
 
+def remove_lock_of_elsewhere(folder: Path) -> None:
+    """Remove the lock that a process of another machine left; only for who knows that it is gone.
+
+    One of this machine stays if the system can say whether its process lives.
+    Raises: RunFolderError if that is not possible.
+    """
+    path = folder / LOCK
+    try:
+        with path.open("rb+") as file:
+            holder = _holder(file.read(4096))
+            if not holder or (_is_here(holder) and _flock(file.fileno()) is not None):
+                return
+        path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise durable.failure(error, path, kind=RunFolderError) from error
+
+
 def _is_locked(folder: Path) -> bool:
     """Whether a process is at work on a folder, as far as can be told; changes nothing."""
     try:

@@ -442,9 +442,9 @@ class Worker:
             aside = _free_name(output)
             output.rename(aside)
             _log.warning("%s is not what was made; it is %s now", output, aside)
+        _let_go(task)
         if not (Path(task.run) / runfolder.HEADER).is_file():
             return False
-        _let_go(task)
         try:
             run = RunFolder.open(Path(task.run))
         except RunFolderError:
@@ -620,9 +620,9 @@ def _check_model(task: Task, options: Options) -> None:
 
 
 def _let_go(task: Task) -> None:
-    """Take away the lock of a worker on another machine that is known to be gone."""
+    """Take away the lock of a worker on another machine that is known to be gone; one of this machine can be judged."""
     if task.is_orphan:
-        (Path(task.run) / runfolder.LOCK).unlink(missing_ok=True)
+        runfolder.remove_lock_of_elsewhere(Path(task.run))
 
 
 def _drop_run(task: Task) -> None:

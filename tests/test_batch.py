@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from packforcing_cli import batch, ledger, manifest
 from packforcing_cli.batch import Folder, Template
-from packforcing_cli.errors import UsageError
+from packforcing_cli.cli import batch as display
+from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.ledger import Entry
 from packforcing_cli.tasks import Options
 
@@ -181,6 +182,42 @@ def test_an_engine_that_begins_no_more_does_not_wait_for_another_batch(tmp_path:
         assert engine.has_work()
         engine.stop("interrupted")
         assert [state.workers for state in engine.run()] == [0]
+
+
+def test_nothing_here_waits_for_a_source_that_another_machine_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(chain(), root=tmp_path / "v"), source="x")
+        engine, board = batch.Local(folder, Options()), batch.LedgerBoard(folder)
+        assert engine.has_work() and board.idle() is not None
+        host, *rest = ledger.this_process().split()
+        assert base.claim(" ".join([f"{host}-2", *rest])) is not None
+        assert board.claim("", "") is None
+        assert (engine.has_work(), board.idle()) == (False, None)
+        assert [state.workers for state in engine.run()] == [0]
+        display.Display(quiet=False).end(folder, base.rows(), engine, 3)
+        said = " ".join(capsys.readouterr().err.split())
+        assert f"held by processes on {host}-2, and 2 jobs that wait for them; if those are gone:" in said
+        assert said.endswith("--lost")
+        assert base.retry(lost=True) == 1
+        assert engine.has_work() and board.idle() is not None
+
+
+def test_jobs_that_fail_with_their_source_are_one_failure(tmp_path: Path) -> None:
+    folder = Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        folder.add(planned(["z", *chain()], root=tmp_path / "v"), source="x")
+        engine = batch.Local(folder, Options(), max_failures=2)
+        for failed in (1, 2):
+            row = base.claim(ledger.this_process(), ids=[base.rows()[2 - failed].id])
+            assert row is not None
+            base.fail(row.id, ledger.this_process(), GenerationError("NaN"))
+            state = engine.state(0)
+            assert (state.new_failures, engine.too_many(state)) == (failed, failed == 2)
+        assert state.counts["failed"] == 4
+        assert batch.Local(folder, Options()).state(0).new_failures == 0
 
 
 def test_what_a_worker_held_that_was_ended_at_once_is_queued(tmp_path: Path) -> None:
@@ -361,6 +398,15 @@ def test_a_job_fails_with_the_reason_of_the_one_it_goes_on_with(
     _, second, third = planned([job | change.get(n, {}) for n, job in enumerate(chain())], root=tmp_path)
     assert second.problem is not None and said in second.problem.message
     assert third.problem is not None and third.problem.message.startswith("line 2, whose video it goes on")
+
+
+def test_of_a_chain_only_the_line_that_is_to_blame_is_told(tmp_path: Path) -> None:
+    jobs: list[dict[str, Any]] = [{"prompt": "a", "seed": 1, "output": "1.mp4", "image": "none.png"}]
+    jobs += [{"source": f"{n}.mp4", "seconds": 2, "output": f"{n + 1}.mp4"} for n in range(1, 6)]
+    problems = [entry.problem for entry in planned(jobs, root=tmp_path)]
+    assert problems[0] is not None and problems[-1] is not None
+    said = f"line 5, whose video it goes on with, comes after line 1: {problems[0].message}"
+    assert problems[-1].message == said
 
 
 def test_jobs_that_follow_each_other_are_in_one_shard(tmp_path: Path) -> None:

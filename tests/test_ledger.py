@@ -378,16 +378,49 @@ def test_a_ledger_from_before_jobs_could_follow_each_other_is_gone_on_with(tmp_p
     path = tmp_path / ledger.NAME
     with Ledger.create(path, meta={}) as base:
         base.add([entry(1)])
-    with sqlite3.connect(path) as old:
-        old.execute("DROP INDEX jobs_by_after")
-        old.execute("ALTER TABLE jobs DROP COLUMN after")
-        old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
-    old.close()
+    make_old(path)
     for _ in range(2):
         with Ledger.open(path) as base:
             base.add([entry(1), entry(2, after="id-1")])
             assert [row.after for row in base.rows()] == ["", "id-1"]
             assert base.meta("schema") == "2"
+
+
+def make_old(path: Path) -> None:
+    """Change a ledger to schema 1."""
+    with sqlite3.connect(path) as old:
+        old.execute("DROP INDEX jobs_by_after")
+        old.execute("ALTER TABLE jobs DROP COLUMN after")
+        old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
+    old.close()
+
+
+def test_looking_at_a_ledger_from_before_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / ledger.NAME
+    with Ledger.create(path, meta={}) as base:
+        base.add([entry(1), entry(2)])
+        assert base.claim(ME) is not None
+    make_old(path)
+    before = path.read_bytes()
+    with Ledger.open(path) as one, Ledger.open(path) as other:
+        for base in (one, other):
+            assert [row.after for row in base.rows()] == ["", ""] and base.row("id-1").after == ""
+            assert (base.ready(), base.counts()["queued"], base.holders()) == (1, 1, {ME})
+            assert base.next_start() is not None and base.waiting_elsewhere() == []
+            assert [row.id for row in base.upcoming(limit=5)] == ["id-2"]
+            assert (base.take_over(), base.meta("schema")) == (0, "1")
+        assert path.read_bytes() == before
+        with pytest.raises(RuntimeError), one._write():
+            raise RuntimeError
+        assert one.meta("schema") == "1" and [row.after for row in one.rows()] == ["", ""]
+        for base, number in ((one, 3), (other, 4)):  # the second one finds it changed
+            base.add([entry(number, after="id-2")])
+            assert base.meta("schema") == "2"
+        assert (
+            [row.after for row in other.rows()]
+            == [row.after for row in one.rows()]
+            == ["", "", "id-2", "id-2"]
+        )
 
 
 def chain(base: Ledger) -> None:
@@ -431,7 +464,8 @@ def test_with_a_job_those_fail_that_go_on_with_its_video(how: str, base: Ledger)
     assert [row.status for row in rows] == [first, "failed", "failed", "queued"]
     why = {"fails": "failed: NaN", "was there": "failed: no image"}.get(how, "was cancelled")
     assert rows[1].error["message"] == f"job 1 (1.mp4), whose video it goes on with, {why}"
-    assert rows[2].error["message"].startswith("job 2 (2.mp4), whose video it goes on with, failed: job 1")
+    after = "job 2 (2.mp4), whose video it goes on with, comes after job 1 (1.mp4), which"
+    assert rows[2].error["message"] == f"{after} {why}"
     assert base.retry(["id-1"]) == 3
     assert base.counts()["queued"] == 4
 
@@ -445,6 +479,68 @@ def test_a_job_is_not_tried_again_without_what_it_goes_on_with(base: Ledger) -> 
     assert base.counts()["cancelled"] == 1
     assert base.retry() == 0  # what was cancelled waits for its name
     assert [row.status for row in base.rows()] == ["cancelled", "failed", "failed", "queued"]
+
+
+@pytest.mark.parametrize("how", ["dies", "is given back", "is tried again", "is gone"])
+@pytest.mark.parametrize("first", ["spoiled", "cancelled"])
+def test_a_job_is_not_queued_behind_one_that_failed_meanwhile(first: str, how: str, base: Ledger) -> None:
+    chain(base)
+    assert base.claim(ME) is not None and base.done("id-1", ME, RESULT)
+    holder = dead_process() if how == "dies" else ME
+    assert base.claim(holder, ids=["id-2"]) is not None
+    if how == "is gone":
+        assert base.done("id-2", ME, RESULT)
+    if first == "spoiled":
+        base.spoiled("id-1", UsageError("another file"))
+    else:
+        base.again("id-1", "its file is gone")
+        assert base.cancel(["id-1"]) == (1, 0)
+    if how == "dies":
+        base.take_over()
+        assert [event["event"] for event in base.events("id-2")][-2:] == ["died", "failed"]
+    elif how == "is given back":
+        base.release("id-2", ME)
+    elif how == "is tried again":
+        base.fail("id-2", ME, OSError("busy"), retry_in=0.0)
+    else:
+        base.again("id-2", "its file is gone")
+    status = "failed" if first == "spoiled" else "cancelled"
+    assert [row.status for row in base.rows()] == [status, "failed", "failed", "queued"]
+    assert base.row("id-2").error["kind"] == ledger.SOURCE_FAILED
+    assert base.retry(["id-1"]) == 3
+
+
+def test_a_ledger_with_a_job_behind_one_that_failed_is_mended(base: Ledger) -> None:
+    chain(base)
+    base._base.execute("UPDATE jobs SET status = 'failed' WHERE id = 'id-1'")
+    base.add([entry(1)])
+    assert [row.status for row in base.rows()] == ["failed", "failed", "failed", "queued"]
+
+
+def test_what_waits_for_another_machine_is_no_work_of_this_one(base: Ledger) -> None:
+    chain(base)
+    assert base.claim("elsewhere 1 2 3") is not None
+    assert [row.position for row in base.waiting_elsewhere()] == [2, 3]
+    assert base.next_start(["id-2", "id-3"]) is None and base.next_start() is not None
+    assert base.claim(ME) is not None and base.done("id-4", ME, RESULT)
+    assert (base.counts()["queued"], base.next_start()) == (2, None)
+    assert base.retry(lost=True) == 1
+    assert base.waiting_elsewhere() == [] and base.next_start(["id-3"]) is not None
+    assert base.claim(ME) is not None
+    assert base.waiting_elsewhere() == [] and base.next_start() is not None
+
+
+def test_a_long_chain_fails_and_is_queued_again_as_a_whole(base: Ledger) -> None:
+    count = 1200
+    base.add([entry(n, after=f"id-{n - 1}" if n > 1 else "") for n in range(1, count + 1)])
+    assert base.claim(ME) is not None
+    assert base.fail("id-1", ME, GenerationError("NaN"))
+    last = base.rows()[-1]
+    said = f"job {count - 1} ({count - 1}.mp4), whose video it goes on with, comes after job 1 (1.mp4), which"
+    assert (base.counts()["failed"], last.error["message"]) == (count, f"{said} failed: NaN")
+    assert "--job 1 " in last.error["hint"]
+    assert [event["event"] for event in base.events(last.id)] == ["queued", "failed"]
+    assert base.retry([last.id]) == base.counts()["queued"] == count
 
 
 def test_jobs_of_some_models_can_be_left_to_others(base: Ledger) -> None:

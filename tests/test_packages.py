@@ -106,6 +106,7 @@ def test_a_manifest_with_references_round_trips() -> None:
             {"files": {"../../etc/passwd": {"sha256": "0" * 64, "size": 1}}},
             "is not a path inside the package",
         ),
+        ({"files": {"x\n": {"sha256": "0" * 64, "size": 1}}}, "a character that cannot be printed"),
         ({"files": {}}, "references.vae.files"),
         ({"subfoldr": "vae"}, "unknown key references.vae.subfoldr; did you mean subfolder"),
     ],
@@ -114,6 +115,24 @@ def test_a_wrong_reference_is_refused(change: dict[str, Any], message: str) -> N
     text = json.dumps(values(references={"vae": reference(**change)}))
     with pytest.raises(WeightsError, match=message):
         packages.parse_manifest(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("vae/x\n", "a character that cannot be printed"),
+        ("vae/\x1b[2Jx", "a character that cannot be printed"),
+        ("packforcing.json", "is the manifest itself"),
+        ("./PackForcing.json", "is the manifest itself"),
+        ("packforcing.json/x", "is the manifest itself"),
+    ],
+)
+def test_a_file_that_no_package_can_have_is_refused(name: str, message: str) -> None:
+    record = {"sha256": "0" * 64, "size": 1}
+    for change in ({"files": {name: record}}, {"parts": {"vae": name}}):
+        with pytest.raises(WeightsError, match=message):
+            packages.parse_manifest(json.dumps(values(**change)), "here")
+    packages.parse_manifest(json.dumps(values(files={"vae/packforcing.json": record})), "here")
 
 
 def test_a_part_is_in_the_package_or_on_the_hub(tmp_path: Path) -> None:

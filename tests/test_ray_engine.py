@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import json
 import os
@@ -22,8 +23,19 @@ from typing import Any
 import pytest
 from batch_chaos import workers_of
 
-from packforcing_cli import batch, bundle, catalog, generate_many, ledger, manifest, packages, ray_engine
-from packforcing_cli.errors import EnvironmentProblem, GenerationError, UsageError
+from packforcing_cli import (
+    batch,
+    bundle,
+    catalog,
+    generate_many,
+    ledger,
+    manifest,
+    packages,
+    ray_engine,
+    runfolder,
+    worker,
+)
+from packforcing_cli.errors import EnvironmentProblem, GenerationError, LockedError, UsageError, WeightsError
 from packforcing_cli.ledger import Ledger, Row
 from packforcing_cli.tasks import Options, Task, model_hash, run_folder
 
@@ -165,7 +177,8 @@ def test_a_model_that_is_sent_is_checked_and_kept(
             models={"elsewhere": "0" * 64 if how == "another one" else wanted, "demo": model_hash("demo")},
         )
     )
-    assert told(actor, "lacks") == [{"event": "lacks", "models": ["elsewhere"]}]
+    (event,) = told(actor, "lacks")
+    assert (event["models"], event["where"]) == (["elsewhere"], f"{socket.gethostname()} {os.getpid()}")
     actor.bring({"elsewhere": chunks})
     if how != "whole":
         error = told(actor, "refused", 1)[-1]["error"]
@@ -179,6 +192,37 @@ def test_a_model_that_is_sent_is_checked_and_kept(
     another = ray_engine.BatchActor(setup_of(tmp_path, models={"elsewhere": wanted}))
     assert told(another, "ready")[0]["event"] == "ready"  # it is here now: nothing is sent
     another.end("stop")
+    weights = next(place.rglob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    third = ray_engine.BatchActor(setup_of(tmp_path, models={"elsewhere": wanted}))
+    told(third, "lacks")
+    third.bring({"elsewhere": chunks})
+    told(third, "ready", 1)
+    assert ray_engine._has(str(place), wanted)
+    third.end("stop")
+
+
+@pytest.mark.parametrize("how", ["whole", "gone", "cut off", "reference"])
+def test_a_model_is_here_if_all_its_files_are(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    package = copy_of_the_demo(tmp_path / "copy")
+    weights = next(package.glob("transformer/*.safetensors"))
+    if how == "gone":
+        weights.unlink()
+    elif how == "cut off":
+        weights.write_bytes(weights.read_bytes()[:-1])
+    elif how == "reference":
+        values = json.loads((package / packages.MANIFEST).read_text("utf-8"))
+        files = {name: one for name, one in values["files"].items() if name.startswith("transformer/")}
+        values["files"] = {name: one for name, one in values["files"].items() if name not in files}
+        files = {name.removeprefix("transformer/"): one for name, one in files.items()}
+        values["references"] = {"transformer": {"repo": "a/b", "revision": "0" * 40, "files": files}}
+        del values["parts"]["transformer"]
+        (package / packages.MANIFEST).write_text(json.dumps(values), encoding="utf-8")
+    assert ray_engine._has(str(package), model_hash(str(package))) == (how == "whole")
+    assert not ray_engine._has(str(package), "0" * 64)
 
 
 # -- the driver, with actors that play a part --------------------------------------------------------------------------
@@ -199,7 +243,7 @@ class Unavailable(Exception):
 @dataclass
 class Part:
     """What an actor does. no_model: load keys it refuses. lost: so many answers that do not arrive, and till then no
-    message. lacks: a model that has to be sent."""
+    message. lacks: a model that has to be sent. fails: "dies", "import" as it begins; "at work", "hangs" over a job."""
 
     fails: str = ""
     refuses: str = ""
@@ -211,9 +255,11 @@ class Part:
 class PlayedActor:
     def __init__(self, part: Part, number: int) -> None:
         self.part, self.given, self.dead = part, list[str](), part.fails == "dies"
+        self.orphans = set[str]()
         self.log: list[dict[str, Any]] = [{"event": "ready", "where": f"host{number} {number}"}]
         if part.lacks:
-            self.log, self.held = [{"event": "lacks", "models": [part.lacks]}], self.log
+            lacks = {"event": "lacks", "models": [part.lacks], "where": f"host{number} {number}"}
+            self.log, self.held = [lacks], self.log
         if part.refuses:
             error = {"kind": "X", "message": part.refuses, "hint": "Mend it.", "exit_code": 7}
             self.log = [{"event": "refused", "error": error, "where": f"host{number} {number}"}]
@@ -223,7 +269,12 @@ class PlayedActor:
         if self.part.lost or job in self.given:  # lost, or told again
             return
         self.given.append(job)
+        if values["is_orphan"]:
+            self.orphans.add(job)
         self.log.append({"event": "begun", "job": job})
+        if self.part.fails in ("at work", "hangs"):
+            self.dead = self.part.fails == "at work"
+            return
         if values["load_key"] in self.part.no_model:
             error = {"kind": "WeightsError", "message": "no weights", "hint": "", "exit_code": 7}
             self.log.append({"event": "refused", "job": job, "error": error})
@@ -385,6 +436,56 @@ def test_the_last_job_of_a_driver_that_was_killed_is_gone_on_with(drive: Any) ->
     assert {row.status for row in drive(Part()).rows} == {"done"}
 
 
+@pytest.mark.parametrize("how", ["its driver is killed", "its driver ends it", "it dies", "it hangs"])
+def test_of_the_job_of_an_actor_that_is_gone_the_lock_is_known_to_be_nobodys(
+    how: str, drive: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = batch.Folder.open(tmp_path / "v")
+    with folder.ledger as base:
+        job, dead = base.rows()[0].id, ""
+        if how == "its driver is killed":
+            with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+                dead = ledger.this_process(other.pid)
+                base.set_sender(dead, is_one=True)
+                assert base.claim(dead, ids=[job]) is not None
+        elif how == "its driver ends it":
+            played = PlayedRay(Part(fails="hangs"))
+            monkeypatch.setattr(ray_engine, "_ray", lambda: played)
+            engine = ray_engine.Ray(folder, Options(), workers=1)
+            running = engine.run()
+            while base.row(job).status != "started":
+                next(running)
+            assert not base.is_orphan(job)
+            running.close()
+            assert base.row(job).status == "queued" and base.is_orphan(job)
+        elif how == "it hangs":
+            monkeypatch.setattr(ray_engine, "_HUNG_MORE", 0.0)
+            monkeypatch.setattr(ray_engine, "POLL_SECONDS", 0.01)
+            played = PlayedRay(Part(fails="hangs"), Part())
+            monkeypatch.setattr(ray_engine, "_ray", lambda: played)
+            list(ray_engine.Ray(folder, Options(timeout=0.001), workers=1).run())
+            assert base.row(job).status == "failed" and base.is_orphan(job)
+            assert base.retry([job]) == 1
+        found = drive(*[Part(fails="at work")] * (how == "it dies"), Part())
+        assert {row.status for row in found.rows} == {"done"}
+        assert job in set.union(*(actor.orphans for actor in found.played.made))
+        assert not base.is_orphan(job)
+        assert {base.meta(f"{ledger._SENDER}{one}") for one in (ledger.this_process(), dead)} == {None}
+
+
+def test_a_job_sent_to_an_actor_whose_driver_died_takes_away_its_lock(tmp_path: Path) -> None:
+    place = run_folder(tmp_path, "one")
+    place.mkdir(parents=True)
+    (place / "lock").write_text(json.dumps({"pid": 77, "host": "node-b"}), encoding="utf-8")
+    values = {**vars(task("one")), "run": str(place)}
+    worker._let_go(Task(**values))
+    with pytest.raises(LockedError, match="process 77 on node-b"), runfolder.hold(place):
+        pass
+    worker._let_go(Task(**{**values, "is_orphan": True}))
+    with runfolder.hold(place):
+        pass
+
+
 def test_what_a_signal_does_is_not_left_to_ray(drive: Any) -> None:
     before = signal.getsignal(signal.SIGTERM)
     drive(Part())
@@ -401,6 +502,27 @@ def test_a_model_that_got_lost_on_the_way_is_sent_again(drive: Any, monkeypatch:
     monkeypatch.setattr(ray_engine.Ray, "_parcel", lambda *_: ["a piece"])
     found = drive(Part(lacks="copy", lost=2))
     assert {row.status for row in found.rows} == {"done"}
+
+
+@pytest.mark.parametrize("error", [WeightsError("it is damaged"), OSError(errno.ENOSPC, "full")])
+def test_a_model_that_cannot_be_sent_ends_the_actors_that_lack_it_and_not_the_batch(
+    error: Exception, drive: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def fails(*_: Any, **__: Any) -> None:
+        asked.append(1)
+        raise error
+
+    monkeypatch.setattr(bundle, "pack", fails)
+    said = "it is damaged" if isinstance(error, WeightsError) else "the disk is full"
+    found = drive(Part(lacks="demo"), Part(lacks="demo"))
+    assert found.problem.exit_code == (7 if isinstance(error, WeightsError) else 6)
+    assert said in found.problem.message and "the same command goes on" in found.problem.hint
+    assert {row.status for row in found.rows} == {"queued"} and len(asked) == 1
+    found = drive(Part(lacks="demo"), Part())
+    assert found.problem is None and {row.status for row in found.rows} == {"done"}
+    assert len(found.notes) == 1 and found.notes[0].startswith("a worker on host0 cannot begin: ")
 
 
 def test_an_address_where_nobody_listens_is_told_at_once(tmp_path: Path) -> None:

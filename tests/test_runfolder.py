@@ -747,6 +747,19 @@ def test_a_stale_lock_is_taken_over_here_and_named_when_it_is_of_another_machine
 # -- where they are ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("host", ["elsewhere", socket.gethostname()])
+def test_of_a_process_that_is_known_to_be_gone_the_lock_of_elsewhere_goes(host: str, tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    runfolder.remove_lock_of_elsewhere(tmp_path)  # there is none
+    lock.write_text(json.dumps({"pid": 7, "host": host}), encoding="utf-8")
+    runfolder.remove_lock_of_elsewhere(tmp_path)
+    assert lock.exists() == (host != "elsewhere")
+    with runfolder.hold(tmp_path):  # a process that lives keeps it
+        runfolder.remove_lock_of_elsewhere(tmp_path)
+        with pytest.raises(LockedError), runfolder.hold(tmp_path):
+            pass
+
+
 def test_runs_are_found_by_id_beginning_and_folder_also_elsewhere(tmp_path: Path) -> None:
     root = runfolder.default_root()
     assert runfolder.all_runs() == []

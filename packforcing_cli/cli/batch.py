@@ -905,8 +905,11 @@ class Display:
         elif engine.why:
             self.warn(f"ended early: {engine.why}. The same command goes on.")
         if others:
+            waiting = len(folder.ledger.waiting_elsewhere())
+            verb = "waits" if waiting == 1 else "wait"
+            wait = f", and {_count(waiting, 'job')} that {verb} for them" if waiting else ""
             self.warn(
-                f"jobs are held by processes on {', '.join(sorted(others))}; if those are gone:"
+                f"jobs are held by processes on {', '.join(sorted(others))}{wait}; if those are gone:"
                 f" packforcing batch retry {folder.path} --lost"
             )
         if counts["failed"]:

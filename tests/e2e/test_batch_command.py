@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -327,6 +328,28 @@ def test_a_job_of_a_machine_that_is_gone_is_gone_on_with(package: Path, tmp_path
         assert row.result["figures"]["replayed"] >= 1
 
 
+def test_status_and_dry_run_leave_a_ledger_of_an_earlier_version_as_it_is(
+    package: Path, run_command: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "j.jsonl").write_text(json.dumps(some_jobs(package, 1)[0]), encoding="utf-8")
+    folder = open_folder(tmp_path / "v", some_jobs(package, 1))
+    folder.ledger.close()
+    path = tmp_path / "v" / ledger.NAME
+    with sqlite3.connect(path) as old:
+        old.execute("DROP INDEX jobs_by_after")
+        old.execute("ALTER TABLE jobs DROP COLUMN after")
+        old.execute("UPDATE meta SET value = '1' WHERE name = 'schema'")
+    old.close()
+    before = path.read_bytes()
+    done = run_command("batch", "status", "v")
+    assert (done.code, done.out.strip()) == (0, "1 job: 0 done, 1 queued"), done.err
+    done = run_command("batch", "j.jsonl", "--out", "v", "--dry-run")
+    assert done.code == 0 and done.out.strip().endswith(".mp4"), done.err
+    assert path.read_bytes() == before
+    with Ledger.open(path) as base:
+        assert base.cancel() == (1, 0) and base.meta("schema") == "2"
+
+
 def test_a_bundle_that_is_damaged_is_the_problem_of_its_line(
     package: Path, run_command: Any, tmp_path: Path
 ) -> None:
@@ -598,7 +621,9 @@ def test_a_chain_is_cut_off_where_it_breaks(package: Path, tmp_path: Path) -> No
     made = {one.number: one for one in generate_many(wanted, tmp_path / "v")}
     assert "does not fit" in made[0].error and made[3].error == ""
     assert made[1].error.startswith("job 1 (one.mp4), whose video it goes on with, failed: ")
-    assert made[2].error.startswith("job 2 (two.mp4), whose video it goes on with, failed: ")
+    why = made[1].error.removeprefix("job 1 (one.mp4), whose video it goes on with, ")
+    after = "job 2 (two.mp4), whose video it goes on with, comes after job 1 (one.mp4), which"
+    assert made[2].error == f"{after} {why}"
 
 
 def test_a_video_whose_run_folder_is_gone_is_not_gone_on_with(package: Path, tmp_path: Path) -> None:
