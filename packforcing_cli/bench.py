@@ -635,6 +635,8 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """One denoising pass and the memory's work for it, early and late in a video, for each policy.
 
+    Passes are launched, also of a model that records them: a recording is of one memory, and here several take turns.
+
     Args:
         memory_bytes: what the memory of a policy may take; where it would take more, its size is said and nothing is
             measured. None = no limit.
@@ -643,8 +645,11 @@ def scaling(
         time as `again`: the spread of the same against itself.
     """
     rows: list[dict[str, Any]] = []
+    timed = replace(model, transformer=model.transformer.launched())
+    counted = replace(model, transformer=model.transformer.launched(compiled=False))
     for policy in policies:
         stages: dict[str, Stage] = {}
+        noisy: dict[str, Tensor] = {}
         for block in blocks:
             options = MemoryOptions(policy=policy)
             known = options.with_defaults(model.manifest.cache.model_dump())
@@ -663,26 +668,26 @@ def scaling(
             stages[str(block)] = stage
             with counting.moved_bytes() as moved:
                 context = stage.cache.context(block)
-            noisy = stage.noisy()
+            noisy[str(block)] = stage.noisy()
             row |= {
                 "memory_bytes_moved": moved.bytes,
                 "memory_operators": moved.operators,
                 "attended_tokens": stage.layout.tokens(block).active,
                 "pass_flops": counting.flops_of(
-                    lambda stage=stage, context=context, noisy=noisy: rollout.velocity(  # type: ignore[misc]
-                        model, stage.text, context, noisy, 0.9
-                    )
+                    partial(rollout.velocity, counted, stage.text, context, noisy[str(block)], 0.9)
                 ),
             }
         if not stages:
             continue
         first = next(iter(stages))
 
-        def one(stage: Stage) -> None:
+        def one(stage: Stage, noise: Tensor) -> None:
             context = stage.cache.context(stage.block)
-            rollout.velocity(model, stage.text, context, stage.noisy(), 0.9)
+            rollout.velocity(timed, stage.text, context, noise, 0.9)
 
-        calls = {name: (lambda stage=stage: one(stage)) for name, stage in stages.items()}
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(one, stage, noisy[name]) for name, stage in stages.items()
+        }
         calls["again"] = calls[first]
         took = measure(calls, model.device, repeats=repeats)
         for row in rows:

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 
 from packforcing_cli import bench, bench_stream, counting, prompts, registry, rollout
 from packforcing_cli.cache import KVCache
+from packforcing_cli.cli import bench as bench_command
 from packforcing_cli.cli import build_app
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.embeddings import EmbeddingCache
@@ -259,6 +261,50 @@ def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.M
         < 0.1
     )
     assert kinds["int8"]["block_bytes"] == kinds["fp8"]["block_bytes"] < kinds["auto"]["block_bytes"] / 3
+
+
+def test_a_part_that_fails_is_named_and_the_figures_of_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Any
+) -> None:
+    file, kept = tmp_path / "all.json", list[set[str]]()
+    row = {"min": 1.0, "median": 1.0}
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiled frames")
+
+    def startup(**_: object) -> dict[str, Any]:
+        kept.append(set(json.loads(file.read_text())))  # there before the next part begins
+        return {"commands": {"python": row}, "not measured": []}
+
+    monkeypatch.setattr(bench, "load_average", lambda: 0.0)
+    monkeypatch.setattr(bench, "load", fails)
+    monkeypatch.setattr(bench, "startup", startup)
+    monkeypatch.setattr(
+        "packforcing_cli.cli.bench._TABLES",
+        {name: bench_command._TABLES[name] for name in ("load", "startup")},
+    )
+    done = run_command("bench", "all", "--json", str(file))
+    assert done.code == 1
+    assert "not measured: load" in done.err
+    assert "packforcing bench load" in done.err
+    assert "from a fresh process" in done.out
+    assert kept == [{"schema", "conditions", "warning", "load"}]
+    found = json.loads(file.read_text())
+    assert found["load"] == {"not measured": "RuntimeError: no compiled frames"}
+    assert found["startup"]["commands"] == {"python": row}
+    alone = run_command("bench", "load")
+    assert (alone.code, alone.out) == (1, "")
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    file.unlink()
+    monkeypatch.setattr(bench, "load", lambda *_, **__: {"model": "m", "weight_bytes": 0})
+    monkeypatch.setattr(bench, "startup", interrupted)
+    monkeypatch.setitem(bench_command._TABLES, "load", lambda _: [])
+    stopped = run_command("bench", "all", "--json", str(file))
+    assert stopped.code == 130
+    assert "load" in json.loads(file.read_text())
 
 
 def test_decoding_and_whole_videos_are_measured_both_ways() -> None:

@@ -462,6 +462,31 @@ def test_compiled_layers_give_the_eager_numbers_without_breaks_or_recompiles(com
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scaling_counts_and_times_a_model_that_is_compiled_and_recorded(
+    compiler_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts are those of the plain model; timed are compiled passes that are all launched, none replayed."""
+    plain, model = tiny.video_model(torch.float32), tiny.video_model(torch.float32)
+    model.transformer.compile_layers()
+    model.transformer.record_passes(recorded.record)
+    recordings = model.transformer._recordings
+    assert recordings is not None
+    same: dict[str, Any] = {"blocks": (STEADY, STEADY + 2), "policies": ("packforcing",), "repeats": 3}
+    drawn: list[int] = []
+    noise = bench.block_noise
+    monkeypatch.setattr(bench, "block_noise", lambda *values: drawn.append(1) or noise(*values))
+    rows = bench.scaling(model, prompt(model), **same)
+    assert len(drawn) == 2  # once a block, and not while a pass is timed
+    assert compiling.compilations().graphs == 2
+    assert recordings.replays == 0
+    for row, expected in zip(rows, bench.scaling(plain, prompt(plain), **same), strict=True):
+        assert row["pass_flops"] == expected["pass_flops"] > 0
+        assert row["seconds"]["n"] == 3
+    passes(model, stage_of(model))
+    assert model.transformer._recordings is recordings  # the model is as it was
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiler_that_fails_is_one_error_with_the_next_step(
     compiler_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
