@@ -46,7 +46,6 @@ from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule, block_noise, denoise_block
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV
-from packforcing_cli.transformer import attention as attend_to
 
 QUIET_LOAD = 1.0  # load average a core above which nothing is recorded
 REPEATS = 7
@@ -510,8 +509,9 @@ def cache(
     past = keys[:, : attended - grid.block_tokens]
 
     def attend() -> None:
-        for _ in range(grid.layers):
-            attend_to(query, keys, values)
+        with model.attention.active():
+            for _ in range(grid.layers):
+                model.attention(query, keys, values)
 
     def join() -> None:
         for _ in range(grid.layers):
@@ -533,6 +533,7 @@ def cache(
     attend_seconds = took["attend"].median * passes
     return {
         "model": model.name,
+        "attention": model.attention.taken,
         "attended_tokens": attended,
         "passes": passes,
         "bytes_per_block": bytes_per_block,

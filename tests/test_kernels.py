@@ -353,6 +353,31 @@ def test_passes_take_the_chosen_kernel_for_self_and_cross_attention() -> None:
     assert "_scaled_dot_product_flash_attention_for_cpu" in moved.by_operator
 
 
+def test_bench_measures_attention_with_the_models_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the memory's shares, and of a layer's cross-attention."""
+    model = fresh()
+    kernel = attention.choose("math", device=CPU, dtype=torch.float32)
+    model.transformer.use_attention(kernel)
+    ran: dict[str, set[str]] = {}
+
+    def counted(calls: dict[str, Any], *_: Any, **__: Any) -> dict[str, bench.Times]:
+        for name, call in calls.items():
+            with counting.moved_bytes() as moved:
+                call()
+            ran[name] = set(moved.by_operator)
+        return {name: bench.Times((1.0,)) for name in calls}
+
+    monkeypatch.setattr(bench, "measure", counted)
+    monkeypatch.setattr(bench, "kv_dtype_errors", lambda *_, **__: {})
+    model = replace(model, attention=kernel)
+    found = bench.cache(model, prompt(model), memory=MEMORY)
+    bench_kernels._layer(model, 8, repeats=1, compiled=False)
+    assert found["attention"] == "math"
+    for name in ("attend", "eager"):
+        assert "bmm" in ran[name]
+        assert "_scaled_dot_product_flash_attention_for_cpu" not in ran[name]
+
+
 # -- recorded passes ----------------------------------------------------------------------------------------------
 
 
