@@ -165,9 +165,9 @@ def load(
 
 
 @app.command("startup")
-def startup(force: Force = False, json_file: JsonFile = None) -> None:
-    """Commands from a fresh process: time, and which heavy libraries they import."""
-    _bench(["startup"], "demo", None, "auto", None, "cpu", 3, force, json_file)
+def startup(device: Device = "auto", force: Force = False, json_file: JsonFile = None) -> None:
+    """Commands from a fresh process: time, and which heavy libraries they import; the first frames of a video."""
+    _bench(["startup"], "demo", None, "auto", None, device, 3, force, json_file)
 
 
 @app.command("peer")
@@ -329,7 +329,7 @@ def _bench(
         "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
         "stream": lambda: bench_stream.stream(*ready(), size=pixels, repeats=repeats),
         "load": lambda: bench.load(model, device=str(where), dtype=dtype, vae=vae),
-        "startup": bench.startup,
+        "startup": lambda: bench.startup(device=str(where)),
         "kernels": lambda: bench_kernels.kernels(
             ready()[0], size=pixels, repeats=repeats, compiled=bool(how.compile_layers)
         ),
