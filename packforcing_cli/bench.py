@@ -22,6 +22,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,11 +47,13 @@ from packforcing_cli.registry import VideoModel
 from packforcing_cli.sampler import Schedule, block_noise, denoise_block
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV
-from packforcing_cli.transformer import attention as attend_to
 
 QUIET_LOAD = 1.0  # load average a core above which nothing is recorded
 REPEATS = 7
 ENOUGH_SECONDS = 10.0  # that one call is measured for
+WARM_SIDE = 8192  # of the matrices a GPU is kept busy with
+WARM_SECONDS = 1.0  # of work before clocks and power are read; power is an average of about so long
+LIMITS = ("clocks_event_reasons.active", "clocks_throttle_reasons.active")  # older drivers know the latter
 EARLY, MIDDLE, LATE = 30, 300, 3600  # blocks that `scaling` compares
 
 
@@ -135,19 +138,64 @@ def _cpu_name() -> str:
 
 
 def _nvidia_smi(device: torch.device) -> dict[str, Any]:
-    """Driver and clocks, where nvidia-smi answers."""
-    query = "driver_version,clocks.sm,clocks.mem,clocks_event_reasons.active,power.draw"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", "-i", str(device.index or 0)]
+    """Driver, and clocks and power while matrix products run, where nvidia-smi answers; {} where it does not."""
+    found = _asked_of_nvidia_smi({"driver": "driver_version"}, ())
+    # CUDA_VISIBLE_DEVICES renumbers what PyTorch sees and nvidia-smi does not: the GPU goes by its own name.
+    name = getattr(torch.cuda.get_device_properties(device), "uuid", None)
+    if not found or name is None:
+        return found
+    own = ("-i", f"GPU-{name}")
+    with _kept_busy(device):
+        clocks = {"sm clock": "clocks.sm", "memory clock": "clocks.mem", "power": "power.draw"}
+        found |= _asked_of_nvidia_smi(clocks, own)
+        for query in LIMITS:
+            limits = _asked_of_nvidia_smi({"clock limits": query}, own)
+            if limits:
+                return found | limits
+    return found
+
+
+def _asked_of_nvidia_smi(queries: Mapping[str, str], which: Sequence[str]) -> dict[str, str]:
+    """Answers of the first GPU that is meant, by name; {} where one of the queries is not known."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(queries.values())}", "--format=csv,noheader", *which]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return {}
-    parts = [part.strip() for part in told.stdout.strip().split(",")]
-    names = ("driver", "sm clock", "memory clock", "clock limits", "power")
-    return dict(zip(names, parts, strict=False))
+    first = (told.stdout.strip().splitlines() or [""])[0]
+    parts = [part.strip() for part in first.split(",")]
+    return dict(zip(queries, parts, strict=True)) if len(parts) == len(queries) else {}
+
+
+@contextmanager
+def _kept_busy(device: torch.device) -> Iterator[None]:
+    """Matrix products on a thread of their own, begun WARM_SECONDS before: an idle GPU's clocks say nothing."""
+    a = torch.randn(WARM_SIDE, WARM_SIDE, device=device).to(torch.bfloat16)
+    out, enough = torch.empty_like(a), threading.Event()
+
+    def work() -> None:
+        while not enough.is_set():
+            for _ in range(16):
+                torch.mm(a, a, out=out)
+            wait_for(device)
+
+    worker = threading.Thread(target=work, daemon=True)
+    worker.start()
+    try:
+        time.sleep(WARM_SECONDS)
+        yield
+    finally:
+        enough.set()
+        worker.join()
 
 
 # -- measuring ----------------------------------------------------------------------------------------------------
+
+
+def forget_peak(device: torch.device) -> None:
+    """Take the most memory of a GPU afresh from here on; that of a process, on a CPU, is since it began."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def wait_for(device: torch.device) -> None:
@@ -333,8 +381,7 @@ def engine(
     if layout.top_k:
         kind = resolve.compressor_kind(model, stage.memory.compressor)
         compress = rollout.BlockCompressor(model, kind)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    forget_peak(device)
     seconds: dict[str, list[float]] = {}
 
     @contextmanager
@@ -510,8 +557,9 @@ def cache(
     past = keys[:, : attended - grid.block_tokens]
 
     def attend() -> None:
-        for _ in range(grid.layers):
-            attend_to(query, keys, values)
+        with model.attention.active():
+            for _ in range(grid.layers):
+                model.attention(query, keys, values)
 
     def join() -> None:
         for _ in range(grid.layers):
@@ -533,6 +581,7 @@ def cache(
     attend_seconds = took["attend"].median * passes
     return {
         "model": model.name,
+        "attention": model.attention.taken,
         "attended_tokens": attended,
         "passes": passes,
         "bytes_per_block": bytes_per_block,
@@ -635,6 +684,8 @@ def scaling(
 ) -> list[dict[str, Any]]:
     """One denoising pass and the memory's work for it, early and late in a video, for each policy.
 
+    Passes are launched, also of a model that records them: a recording is of one memory, and here several take turns.
+
     Args:
         memory_bytes: what the memory of a policy may take; where it would take more, its size is said and nothing is
             measured. None = no limit.
@@ -643,8 +694,11 @@ def scaling(
         time as `again`: the spread of the same against itself.
     """
     rows: list[dict[str, Any]] = []
+    timed = replace(model, transformer=model.transformer.launched())
+    counted = replace(model, transformer=model.transformer.launched(compiled=False))
     for policy in policies:
         stages: dict[str, Stage] = {}
+        noisy: dict[str, Tensor] = {}
         for block in blocks:
             options = MemoryOptions(policy=policy)
             known = options.with_defaults(model.manifest.cache.model_dump())
@@ -663,26 +717,26 @@ def scaling(
             stages[str(block)] = stage
             with counting.moved_bytes() as moved:
                 context = stage.cache.context(block)
-            noisy = stage.noisy()
+            noisy[str(block)] = stage.noisy()
             row |= {
                 "memory_bytes_moved": moved.bytes,
                 "memory_operators": moved.operators,
                 "attended_tokens": stage.layout.tokens(block).active,
                 "pass_flops": counting.flops_of(
-                    lambda stage=stage, context=context, noisy=noisy: rollout.velocity(  # type: ignore[misc]
-                        model, stage.text, context, noisy, 0.9
-                    )
+                    partial(rollout.velocity, counted, stage.text, context, noisy[str(block)], 0.9)
                 ),
             }
         if not stages:
             continue
         first = next(iter(stages))
 
-        def one(stage: Stage) -> None:
+        def one(stage: Stage, noise: Tensor) -> None:
             context = stage.cache.context(stage.block)
-            rollout.velocity(model, stage.text, context, stage.noisy(), 0.9)
+            rollout.velocity(timed, stage.text, context, noise, 0.9)
 
-        calls = {name: (lambda stage=stage: one(stage)) for name, stage in stages.items()}
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(one, stage, noisy[name]) for name, stage in stages.items()
+        }
         calls["again"] = calls[first]
         took = measure(calls, model.device, repeats=repeats)
         for row in rows:
@@ -740,11 +794,14 @@ def load(place: str, *, device: str, dtype: str, vae: str | None = None, repeats
     }
 
 
-def startup(*, repeats: int = 3) -> dict[str, Any]:
+def startup(*, device: str = "auto", repeats: int = 3) -> dict[str, Any]:
     """Commands from fresh processes: seconds, and the heavy libraries each imports; then the first frames.
 
     `first frames` is a one-second video of the demo: from the start of the process until they are in the file, with the
     prompt's embeddings in no cache (cold) and in the cache (known prompt); and from the loaded model on.
+
+    Args:
+        device: that the videos are made on.
     """
     commands = {
         "python": ["-c", "pass"],
@@ -766,7 +823,7 @@ def startup(*, repeats: int = 3) -> dict[str, Any]:
         if words[0] == "-m":
             rows[name]["imports"] = _heavy_imports(words[2:])
     has_av = importlib.util.find_spec("av") is not None
-    for name, times in (_first_frames(repeats) if has_av else {}).items():
+    for name, times in (_first_frames(device, repeats) if has_av else {}).items():
         rows[f"first frames, {name}"] = times.to_json()
     return {
         "commands": rows,
@@ -785,7 +842,7 @@ def _heavy_imports(words: Sequence[str]) -> list[str]:
     return _run([sys.executable, "-c", code, *words]).splitlines()[-1].split()
 
 
-def _first_frames(repeats: int) -> dict[str, Times]:
+def _first_frames(device: str, repeats: int) -> dict[str, Times]:
     """Seconds until a video of the demo has frames that play, from fresh processes."""
     import tempfile
 
@@ -795,14 +852,8 @@ def _first_frames(repeats: int) -> dict[str, Times]:
             environment = {**os.environ, "XDG_CACHE_HOME": folder}  # where embeddings are kept
             for seconds in (cold, known):
                 words = ["generate", "a red circle moving right on a blue background", "--model", "demo"]
-                words += [
-                    "--seconds",
-                    "1",
-                    "--no-run",
-                    "--json",
-                    "-o",
-                    f"{folder}/{len(cold)}{len(known)}.mp4",
-                ]
+                words += ["--device", device, "--seconds", "1", "--no-run", "--json"]
+                words += ["-o", f"{folder}/{len(cold)}{len(known)}.mp4"]
                 start = time.perf_counter()
                 said = _run([sys.executable, "-m", "packforcing_cli", *words], environment)
                 took = time.perf_counter() - start

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from packforcing_cli import resolve, rollout
+from packforcing_cli import bench, resolve, rollout
 from packforcing_cli.bench import REPEATS, measure
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.prompts import Prompt
@@ -50,15 +50,15 @@ def decoding(
     expected: Tensor | None = None
     rows: dict[str, dict[str, Any]] = {}
     for name, stream in streams.items():
-        on_gpu = model.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.reset_peak_memory_stats(model.device)
+        bench.forget_peak(model.device)
         pixels = stream.decode(second)
         expected = pixels if expected is None else expected
         rows[name] = {
             "way": name,
             "largest_difference": float((pixels - expected).abs().max()),
-            "peak_memory_bytes": int(torch.cuda.max_memory_allocated(model.device)) if on_gpu else 0,
+            "peak_memory_bytes": int(torch.cuda.max_memory_allocated(model.device))
+            if model.device.type == "cuda"
+            else 0,
         }
         stream.load_state_dict(states[name])
     took = measure(
@@ -107,7 +107,8 @@ def videos(
     """Whole videos, encoded into files, with and without `overlap`; blocks count once the memory is full.
 
     Returns: for each way the median and the 95th percentile of a block's seconds, frames a second, seconds to the first
-        frames in the file and of waiting for the encoder; the ratio of the two ways, and of one to itself.
+        frames in the file and of waiting for the encoder; the ratio of the two ways, and of one to itself; the most
+        memory of a GPU over all of them (on a CPU, of the process so far).
     """
     known = (memory or MemoryOptions()).with_defaults(model.manifest.cache.model_dump())
     grid = resolve.grid_for(model, size or model.manifest.size)
@@ -116,6 +117,7 @@ def videos(
     blocks = steady + max(2, repeats)
     found: dict[bool, list[rollout.Result]] = {False: [], True: []}
     files: set[bytes] = set()
+    bench.forget_peak(model.device)
     with tempfile.TemporaryDirectory() as folder:
         for turn, overlap in enumerate(ORDER):
             path = Path(folder) / f"{turn}.mp4"

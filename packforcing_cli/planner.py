@@ -9,6 +9,8 @@ Memory is predicted by stage; what each one holds where the model runs:
     text      text encoder                                        freed before the next stage
     denoise   transformer, VAE and its streams, cache, text K/V   + activations of one layer, K/V of the clean block
     decode    the same                                            + the decoder's feature maps
+
+Recorded passes (--cuda-graphs) hold their memory in the last two: what they return, what they work in, their own text.
 """
 
 from __future__ import annotations
@@ -178,7 +180,7 @@ class Plan:
 
     @property
     def suggestion(self) -> str:
-        return " ".join(f"--{name.replace('_', '-')} {_option(value)}" for name, value in self.change.items())
+        return " ".join(_option(name.replace("_", "-"), value) for name, value in self.change.items())
 
     def require_fit(self) -> None:
         """Raises: MemoryFitError or DiskFullError, naming the option that would fit, if the plan does not fit."""
@@ -461,6 +463,22 @@ class _Parts:
         return (live - far + near, far) if self.on_gpu else (live + near, 0)
 
     @property
+    def records(self) -> bool:
+        """Whether passes are recorded: asked for, and the video is long enough to fill its memory."""
+        layout = self.layout
+        mids = layout.top_k if layout.bank is None else min(layout.top_k, layout.bank)
+        return self.asks_to_record and self.blocks > layout.sink_blocks + layout.recent_blocks + mids
+
+    @property
+    def asks_to_record(self) -> bool:
+        return bool(getattr(self.request, "cuda_graphs", False))
+
+    @property
+    def is_possible(self) -> bool:
+        """Whether its options go together: layers that come and go cannot be recorded."""
+        return not (self.asks_to_record and self.request.offload == "all")
+
+    @property
     def stages(self) -> tuple[StageMemory, ...]:
         """Estimates of text, denoise and decode."""
         return self._stages_with(self.bank_device)
@@ -477,11 +495,17 @@ class _Parts:
         state = width * height * DECODER_STATE[self.vae] * per
         text_kv = facts.layers * 2 * facts.text_length * facts.dim * per
         cache, bank = self.cache_bytes(bank_device)
-        held = self.resident_bytes + cache + state + text_kv
         layer = grid.block_tokens * (LAYER_WIDTHS * facts.dim + facts.ffn_dim) * per
         clean_kv = grid.block_tokens * grid.bytes_per_token
         guidance = getattr(request, "guidance", None)
         passes = 1 if (facts.schedule.guidance if guidance is None else guidance) == 1.0 else 2
+        held = self.resident_bytes + cache + state + text_kv
+        if self.records:
+            # One denoising, one clean and one compressed pass: copies of the text's keys and values for each, what the
+            # latter two return, and the work of the largest, since they share a pool.
+            compressed_kv = grid.compressed_tokens * grid.bytes_per_token if self.layout.top_k else 0
+            kinds = passes + (2 if compressed_kv else 1)
+            held += kinds * text_kv + clean_kv + compressed_kv + passes * layer
         decoder = width * height * DECODER_PEAK[self.vae] * per - state
         streamed = facts.layers * self.layer_bytes if request.offload == "all" else 0
         text_on_host = request.offload != "none"
@@ -552,7 +576,8 @@ def _smallest_change(parts: _Parts, machine: Machine) -> dict[str, Any]:
         return {}
 
     def fits(change: Mapping[str, Any]) -> bool:
-        return parts.changed(**change).fits_memory()
+        changed = parts.changed(**change)
+        return changed.is_possible and changed.fits_memory()
 
     levers = _levers(parts, machine)
     for lever in levers:
@@ -582,6 +607,9 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
         levers.append([{"offload": "text" if request.offload == "none" else "none"}])
     if on_gpu and request.memory.bank_device == "device" and parts.layout.top_k:
         levers.append([{"bank_device": "host"}])
+    without = {"cuda_graphs": False} if parts.asks_to_record else {}
+    if without:
+        levers.append([without])
     if request.memory.policy == "packforcing":
         kept = len(parts.layout.view(parts.blocks).mid)
         sizes = [n for n in _smaller_powers_of_two(kept) if n >= max(1, parts.layout.top_k)]
@@ -593,7 +621,7 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
     if request.quantize == "none":
         levers.append([{"quantize": "int8"}])
     if on_gpu and request.offload != "all":
-        levers.append([{"offload": "all"}])
+        levers.append([{"offload": "all", **without}])
     width, height = parts.size
     multiple = parts.facts.pixel_multiple
     smaller = [
@@ -681,8 +709,10 @@ def gb(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _option(value: object) -> str:
-    return f"{value[0]}x{value[1]}" if isinstance(value, tuple) else str(value)
+def _option(name: str, value: object) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} " + (f"{value[0]}x{value[1]}" if isinstance(value, tuple) else str(value))
 
 
 def _number(value: Fraction) -> str:

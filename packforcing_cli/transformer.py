@@ -16,6 +16,7 @@ h w latent height and width, T text tokens, G groups of tokens that share a time
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -589,6 +590,16 @@ class WanTransformer(nn.Module):
     def record_passes(self, record: Recorder) -> None:
         """Record passes once a context's length stays, and replay them; results are the same."""
         self._recordings = Recordings(record)
+
+    def launched(self, *, compiled: bool = True) -> WanTransformer:
+        """The same weights, with every pass launched and none recorded; compiled where this is, unless told not to.
+
+        What is counted below Python (operations, bytes) shows in passes that are neither recorded nor compiled.
+        """
+        other = copy.copy(self)
+        other._recordings = None
+        other._regions = self._regions if compiled else None
+        return other
 
     # -- pieces, shared by inference and training ---------------------------------------------------------------
 

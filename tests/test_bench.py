@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +22,7 @@ from typer.testing import CliRunner
 
 from packforcing_cli import bench, bench_stream, counting, prompts, registry, rollout
 from packforcing_cli.cache import KVCache
+from packforcing_cli.cli import bench as bench_command
 from packforcing_cli.cli import build_app
 from packforcing_cli.config import MemoryOptions
 from packforcing_cli.embeddings import EmbeddingCache
@@ -259,6 +265,145 @@ def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.M
         < 0.1
     )
     assert kinds["int8"]["block_bytes"] == kinds["fp8"]["block_bytes"] < kinds["auto"]["block_bytes"] / 3
+
+
+def test_a_part_that_fails_is_named_and_the_figures_of_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Any
+) -> None:
+    file, kept = tmp_path / "all.json", list[set[str]]()
+    row = {"min": 1.0, "median": 1.0}
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiled frames")
+
+    def startup(**_: object) -> dict[str, Any]:
+        kept.append(set(json.loads(file.read_text())))  # there before the next part begins
+        return {"commands": {"python": row}, "not measured": []}
+
+    monkeypatch.setattr(bench, "load_average", lambda: 0.0)
+    monkeypatch.setattr(bench, "load", fails)
+    monkeypatch.setattr(bench, "startup", startup)
+    monkeypatch.setattr(
+        "packforcing_cli.cli.bench._TABLES",
+        {name: bench_command._TABLES[name] for name in ("load", "startup")},
+    )
+    done = run_command("bench", "all", "--json", str(file))
+    assert done.code == 1
+    assert "not measured: load" in done.err
+    assert "packforcing bench load" in done.err
+    assert "from a fresh process" in done.out
+    assert kept == [{"schema", "conditions", "warning", "load"}]
+    found = json.loads(file.read_text())
+    assert found["load"] == {"not measured": "RuntimeError: no compiled frames"}
+    assert found["startup"]["commands"] == {"python": row}
+    alone = run_command("bench", "load")
+    assert (alone.code, alone.out) == (1, "")
+
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    file.unlink()
+    monkeypatch.setattr(bench, "load", lambda *_, **__: {"model": "m", "weight_bytes": 0})
+    monkeypatch.setattr(bench, "startup", interrupted)
+    monkeypatch.setitem(bench_command._TABLES, "load", lambda _: [])
+    stopped = run_command("bench", "all", "--json", str(file))
+    assert stopped.code == 130
+    assert "load" in json.loads(file.read_text())
+
+
+def test_clocks_are_those_of_the_right_gpu_at_work_and_an_older_driver_loses_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A driver that does not know one query answers none of that call."""
+    known = {
+        "driver_version": "525.60",
+        "clocks.sm": "1980 MHz",
+        "clocks.mem": "2619 MHz",
+        "power.draw": "650 W",
+        "clocks_throttle_reasons.active": "0x0",
+    }
+    asked: list[tuple[str, bool]] = []
+    busy: list[int] = []
+
+    def nvidia_smi(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        fields = command[1].partition("=")[2].split(",")
+        asked.append((command[-1] if "-i" in command else "", bool(busy)))
+        if not set(fields) <= set(known):
+            raise subprocess.CalledProcessError(2, command)
+        return subprocess.CompletedProcess(command, 0, ", ".join(known[name] for name in fields) + "\n", "")
+
+    @contextmanager
+    def at_work(_: torch.device) -> Iterator[None]:
+        busy.append(1)
+        yield
+        busy.clear()
+
+    facts = SimpleNamespace(uuid="8932f937-d72c")
+    monkeypatch.setattr(bench.subprocess, "run", nvidia_smi)
+    monkeypatch.setattr(bench, "_kept_busy", at_work)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: facts)
+    assert bench._nvidia_smi(torch.device("cuda:0")) == {
+        "driver": "525.60",
+        "sm clock": "1980 MHz",
+        "memory clock": "2619 MHz",
+        "power": "650 W",
+        "clock limits": "0x0",
+    }
+    assert asked[0] == ("", False)  # one driver for all
+    assert set(asked[1:]) == {("GPU-8932f937-d72c", True)}
+    known.clear()
+    assert bench._nvidia_smi(torch.device("cuda:0")) == {}
+
+
+def test_the_machine_is_at_work_while_clocks_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = threading.Event()
+    monkeypatch.setattr(bench, "WARM_SECONDS", 0.0)
+    monkeypatch.setattr(bench, "WARM_SIDE", 8)
+    monkeypatch.setattr(bench, "wait_for", lambda _: waits.set())
+    before = threading.active_count()
+    with bench._kept_busy(torch.device("cpu")):
+        assert waits.wait(60)
+        waits.clear()
+        assert waits.wait(60)  # still
+    assert threading.active_count() == before
+
+
+def test_first_frames_are_measured_on_the_device_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, run_command: Any
+) -> None:
+    ran: list[list[str]] = []
+
+    def run(command: list[str], *_: object) -> str:
+        ran.append(command)
+        return json.dumps({"figures": {"process_first_frame_seconds": 1.0, "first_frame_seconds": 0.5}})
+
+    monkeypatch.setattr(bench, "load_average", lambda: 0.0)
+    monkeypatch.setattr(bench, "_run", run)
+    monkeypatch.setattr(bench, "_heavy_imports", lambda _: [])
+    done = run_command("bench", "startup", "--device", "cpu", "--json", "-")
+    assert json.loads(done.out)["conditions"]["device"] == "cpu"
+    videos = [command for command in ran if "generate" in command]
+    assert len(videos) == 6
+    assert all(command[command.index("--device") + 1] == "cpu" for command in videos)
+
+
+def test_memory_of_whole_videos_is_taken_from_their_own_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not of what was measured before them."""
+    model, said = video_model(torch.float32), list[str]()
+    generate = rollout.generate
+
+    def made(*values: Any, **options: Any) -> Any:
+        said.append("video")
+        return generate(*values, **options)
+
+    monkeypatch.setattr(bench, "forget_peak", lambda _: said.append("forget"))
+    monkeypatch.setattr(rollout, "generate", made)
+    memory = MemoryOptions(policy="sink", sink_blocks=1, recent_blocks=0)
+    quick = Schedule.build("euler", steps=1, shift=5.0, guidance=1.0)
+    bench_stream.videos(
+        model, Prompt("made up", embeds(0, model.dtype)), memory=memory, schedule=quick, repeats=1
+    )
+    assert said == ["forget", *["video"] * 4]
 
 
 def test_decoding_and_whole_videos_are_measured_both_ways() -> None:

@@ -353,6 +353,31 @@ def test_passes_take_the_chosen_kernel_for_self_and_cross_attention() -> None:
     assert "_scaled_dot_product_flash_attention_for_cpu" in moved.by_operator
 
 
+def test_bench_measures_attention_with_the_models_own_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the memory's shares, and of a layer's cross-attention."""
+    model = fresh()
+    kernel = attention.choose("math", device=CPU, dtype=torch.float32)
+    model.transformer.use_attention(kernel)
+    ran: dict[str, set[str]] = {}
+
+    def counted(calls: dict[str, Any], *_: Any, **__: Any) -> dict[str, bench.Times]:
+        for name, call in calls.items():
+            with counting.moved_bytes() as moved:
+                call()
+            ran[name] = set(moved.by_operator)
+        return {name: bench.Times((1.0,)) for name in calls}
+
+    monkeypatch.setattr(bench, "measure", counted)
+    monkeypatch.setattr(bench, "kv_dtype_errors", lambda *_, **__: {})
+    model = replace(model, attention=kernel)
+    found = bench.cache(model, prompt(model), memory=MEMORY)
+    bench_kernels._layer(model, 8, repeats=1, compiled=False)
+    assert found["attention"] == "math"
+    for name in ("attend", "eager"):
+        assert "bmm" in ran[name]
+        assert "_scaled_dot_product_flash_attention_for_cpu" not in ran[name]
+
+
 # -- recorded passes ----------------------------------------------------------------------------------------------
 
 
@@ -459,6 +484,31 @@ def test_compiled_layers_give_the_eager_numbers_without_breaks_or_recompiles(com
     velocities()
     assert compiling.compilations() == once
     assert any(compiler_cache.rglob("*.so"))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scaling_counts_and_times_a_model_that_is_compiled_and_recorded(
+    compiler_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts are those of the plain model; timed are compiled passes that are all launched, none replayed."""
+    plain, model = tiny.video_model(torch.float32), tiny.video_model(torch.float32)
+    model.transformer.compile_layers()
+    model.transformer.record_passes(recorded.record)
+    recordings = model.transformer._recordings
+    assert recordings is not None
+    same: dict[str, Any] = {"blocks": (STEADY, STEADY + 2), "policies": ("packforcing",), "repeats": 3}
+    drawn: list[int] = []
+    noise = bench.block_noise
+    monkeypatch.setattr(bench, "block_noise", lambda *values: drawn.append(1) or noise(*values))
+    rows = bench.scaling(model, prompt(model), **same)
+    assert len(drawn) == 2  # once a block, and not while a pass is timed
+    assert compiling.compilations().graphs == 2
+    assert recordings.replays == 0
+    for row, expected in zip(rows, bench.scaling(plain, prompt(plain), **same), strict=True):
+        assert row["pass_flops"] == expected["pass_flops"] > 0
+        assert row["seconds"]["n"] == 3
+    passes(model, stage_of(model))
+    assert model.transformer._recordings is recordings  # the model is as it was
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

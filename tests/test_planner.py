@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import recorded
 import torch
 from live_memory import LiveBytes, on_meta
 
-from packforcing_cli import catalog, planner, registry, transformer
+from packforcing_cli import bench, catalog, planner, registry, rollout, transformer
 from packforcing_cli.config import GenerateRequest, MemoryOptions, PlanRequest
 from packforcing_cli.errors import DiskFullError, LayoutError, MemoryFitError, UsageError
 from packforcing_cli.planner import Machine, Plan, host_machine, plan
+from packforcing_cli.prompts import Prompt
 from packforcing_cli.quiet import known_import_noise_dropped
 from packforcing_cli.transformer import AloneContext, TransformerConfig, WanTransformer
 from packforcing_cli.vae import Codec, TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, WanCodec
@@ -147,6 +150,73 @@ def test_beside_a_gpu_the_host_takes_weights_first(
     made = plan(request_, machine)
     assert (made.fits, made.change) == (False, change)
     assert followed(made, request_, machine).fits
+
+
+def test_recorded_passes_are_planned_with_the_memory_they_hold() -> None:
+    """The recordings of a guided video of the demo, taken by a stand-in for the graph that keeps the same tensors."""
+    request = GenerateRequest(prompt="a", model="demo", dtype="fp32", seconds=20)
+    facts, made = catalog.of("demo"), plan(request)
+    more = {
+        name: stage.device_bytes - before.device_bytes
+        for name, stage, before in zip(
+            ("text", "denoise", "decode"),
+            plan(request.changed(cuda_graphs=True)).stages,
+            made.stages,
+            strict=True,
+        )
+    }
+    assert more["text"] == 0
+    assert more["denoise"] == more["decode"]  # it stays theirs while a block is decoded
+    model = registry.load_model("demo", dtype="fp32")
+    model.transformer.record_passes(recorded.record)
+    recordings = model.transformer._recordings
+    assert recordings is not None
+    text = torch.zeros(1, facts.text_length, facts.text_dim)
+    stage = bench.prepare(model, Prompt("a", text, text), block=20, extra_blocks=2)
+    for block in (20, 21):  # of a full memory: the second one is recorded
+        context = stage.cache.context(block)
+        with torch.no_grad():
+            rollout.velocity(model, stage.guided, context, stage.noisy(), 0.5)
+            kv = model.transformer.commit(stage.noisy(), stage.text, context)
+            tokens = model.transformer.patch(stage.noisy())[:, : stage.grid.compressed_tokens]
+            small = model.transformer.commit_tokens(tokens, stage.text, stage.cache.compressed_context(block))
+        stage.cache.commit(block, kv)
+        stage.cache.add_backup(block, small)
+    kept = recordings._kept
+    assert set(kept) == {"denoise", "clean", "compressed"}
+    held = sum(
+        tensor.nbytes for one in kept.values() for tensor in (*one.inputs, *one.constants, *one.outputs)
+    )
+    grid = made.layout.grid
+    layer = grid.block_tokens * (planner.LAYER_WIDTHS * facts.dim + facts.ffn_dim) * 4
+    assert 0 <= more["denoise"] - held <= 2 * layer  # what passes work in is not kept by the stand-in
+    short = plan(request.changed(cuda_graphs=True, seconds=2))
+    assert short.stages == plan(request.changed(seconds=2)).stages  # it ends before anything is recorded
+
+
+def test_a_plan_that_does_not_fit_goes_without_recording_first() -> None:
+    request = GenerateRequest(
+        prompt="a",
+        model="wan2.1-1.3b",
+        seconds=20,
+        offload="text",
+        cuda_graphs=True,
+        memory=MemoryOptions(policy="window"),
+    )
+    plain = plan(request.changed(cuda_graphs=False))
+    clean_kv = plain.layout.grid.block_tokens * plain.layout.grid.bytes_per_token
+    assert plan(request).peak_bytes > plain.peak_bytes + clean_kv
+    machine = Machine(int(plain.peak_bytes / 0.94), device="cuda:0", host_bytes=64 * GB)
+    made = plan(request, machine)
+    assert (made.fits, made.suggestion) == (False, "--no-cuda-graphs")
+    assert plan(request.changed(**made.change), machine).fits
+    # Layers that come and go cannot be recorded: both at once are never asked for, and never proposed.
+    small = replace(machine, memory_bytes=4 * GB)
+    made = plan(request, small)
+    assert made.change["offload"] == "all"
+    assert made.change["cuda_graphs"] is False
+    assert "--no-cuda-graphs" in made.suggestion
+    assert plan(request.changed(**made.change), small).fits
 
 
 def test_a_host_that_is_too_small_is_refused() -> None:

@@ -165,9 +165,9 @@ def load(
 
 
 @app.command("startup")
-def startup(force: Force = False, json_file: JsonFile = None) -> None:
-    """Commands from a fresh process: time, and which heavy libraries they import."""
-    _bench(["startup"], "demo", None, "auto", None, "cpu", 3, force, json_file)
+def startup(device: Device = "auto", force: Force = False, json_file: JsonFile = None) -> None:
+    """Commands from a fresh process: time, and which heavy libraries they import; the first frames of a video."""
+    _bench(["startup"], "demo", None, "auto", None, device, 3, force, json_file)
 
 
 @app.command("peer")
@@ -219,6 +219,7 @@ def peer(
             self_forcing, device=where, kernel=kernel, compiled=bool(compile_layers), repeats=repeats
         ),
     }
+    _write(found, json_file)
     _give(found, {"peer": _peer_tables}, json_file)
 
 
@@ -264,7 +265,10 @@ def _bench(
     json_file: Path | None,
     how: How = How(),
 ) -> None:
-    """Measure, then show the tables, then write the JSON. Raises: PackforcingError."""
+    """Measure, write the JSON after each part, then show the tables.
+
+    Raises: PackforcingError; of several parts, after all of them, one that names those that failed.
+    """
     from packforcing_cli import (
         attention,
         bench,
@@ -279,6 +283,7 @@ def _bench(
     )
     from packforcing_cli.cli import console
     from packforcing_cli.config import PlanRequest
+    from packforcing_cli.errors import PackforcingError
 
     pixels = PlanRequest(size=size).size if size else None
     _check_json(json_file)
@@ -324,7 +329,7 @@ def _bench(
         "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
         "stream": lambda: bench_stream.stream(*ready(), size=pixels, repeats=repeats),
         "load": lambda: bench.load(model, device=str(where), dtype=dtype, vae=vae),
-        "startup": bench.startup,
+        "startup": lambda: bench.startup(device=str(where)),
         "kernels": lambda: bench_kernels.kernels(
             ready()[0], size=pixels, repeats=repeats, compiled=bool(how.compile_layers)
         ),
@@ -332,10 +337,30 @@ def _bench(
             model, ready()[1], device=where, dtype=dtype, size=pixels
         ),
     }
-    for part in parts:
-        console.say(f"measuring {part} …")
-        found[part] = run[part]()
-    _give(found, {part: _TABLES[part] for part in parts}, json_file)
+    if set(parts) - {"load", "startup"}:
+        ready()  # a model that cannot be loaded ends it all, with its own error
+    failed = []
+    try:
+        for part in parts:
+            console.say(f"measuring {part} …")
+            try:
+                found[part] = run[part]()
+            except Exception as error:  # whatever happened to one part, the figures of the others stand
+                if len(parts) == 1:
+                    raise
+                found[part] = {"not measured": _said(error)}
+                failed.append(part)
+                console.warn(f"{part} was not measured: {_said(error)}")
+            _write(found, json_file)
+    finally:  # also when a person has seen enough
+        tables = {part: _TABLES[part] for part in parts if part in found and part not in failed}
+        if tables:
+            _give(found, tables, json_file)
+    if failed:
+        raise PackforcingError(
+            f"not measured: {', '.join(failed)}; the other figures are there",
+            hint=f"packforcing bench {failed[0]}, with the same options, measures it alone.",
+        )
 
 
 def _check_json(json_file: Path | None) -> None:
@@ -348,13 +373,31 @@ def _check_json(json_file: Path | None) -> None:
         )
 
 
+def _said(error: Exception) -> str:
+    """A failure in one line."""
+    message = " ".join(str(getattr(error, "message", error)).split())[:300]
+    known = hasattr(error, "message")
+    return message if known else f"{type(error).__name__}: {message or 'no message'}"
+
+
+def _write(found: dict[str, Any], json_file: Path | None) -> None:
+    """The figures so far into the file, if there is one. Raises: PackforcingError if it cannot be written."""
+    from packforcing_cli import durable
+    from packforcing_cli.errors import PackforcingError
+
+    if json_file is None or str(json_file) == "-":
+        return
+    try:
+        durable.write(json_file, json.dumps(found, indent=2).encode())
+    except OSError as error:
+        raise durable.failure(error, json_file, kind=PackforcingError) from error
+
+
 def _give(
     found: dict[str, Any], tables: Mapping[str, Callable[[Any], list[Table]]], json_file: Path | None
 ) -> None:
     """The figures as tables, and as JSON where it is wanted."""
-    from packforcing_cli import durable
     from packforcing_cli.cli import console
-    from packforcing_cli.errors import PackforcingError
 
     if json_file is not None and str(json_file) == "-":
         console.result_json(found)
@@ -363,11 +406,6 @@ def _give(
     for part, render in tables.items():
         for table in render(found[part]):
             console.result_table(table)
-    if json_file is not None:
-        try:
-            durable.write(json_file, json.dumps(found, indent=2).encode())
-        except OSError as error:
-            raise durable.failure(error, json_file, kind=PackforcingError) from error
 
 
 def _show_conditions(values: dict[str, Any]) -> None:
@@ -482,6 +520,7 @@ def _scaling_tables(found: list[dict[str, Any]]) -> list[Table]:
             console.gb(row["memory_bytes_moved"]),
             str(row["memory_operators"]),
         )
+    table.caption = "passes are launched, not replayed"
     return [table]
 
 
