@@ -227,6 +227,9 @@ def stream_generate(
                 waiting = None
             with watch.stage("clean"):
                 kv = model.transformer.commit(x0, text, context)
+            if old is not None and old.selected is None:
+                context.settle(kv.q_sum)
+                clean = video.beside.mark()  # `affinity` chose in this pass, and its choice is shown, too
             made = video.show(i, x0, context, old, watch, since=clean, retry=retry)
             late = video.may_wait(i, replayed=old is not None)
             if late or not video.health_of(made).flags or retry + 1 == attempts:

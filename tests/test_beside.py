@@ -144,6 +144,43 @@ def test_blocks_that_are_there_already_are_the_same(model: VideoModel) -> None:
         assert torch.equal(one.latents, other.latents)
 
 
+@pytest.mark.parametrize("select", ["affinity", "affinity-recent"])
+def test_what_a_block_recalls_is_shown_after_the_pass_that_chose_it(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    """Of a block that was not denoised here and has no recorded ids that is the clean pass."""
+    said: list[str] = []
+    commit = model.transformer.commit
+
+    class Marking(Beside):
+        def mark(self) -> Any:
+            made = super().mark()
+            made.after_clean = sum(line == "clean" for line in said)  # type: ignore[attr-defined]
+            return made
+
+        @contextmanager
+        def work(self, *reads: Any, since: Any = None) -> Iterator[None]:
+            if since is not None:
+                said.append(f"shown since {since.after_clean}")
+            with super().work(*reads, since=since):
+                yield
+
+    def spy(*args: Any) -> Any:
+        said.append("clean")
+        return commit(*args)
+
+    made = make(model, {"select": select}, overlap=False)
+    past = [PastBlock(block.latents, None if n != 5 else block.selected) for n, block in enumerate(made[:6])]
+    monkeypatch.setattr(rollout, "Beside", Marking)
+    monkeypatch.setattr(model.transformer, "commit", spy)
+    again = make(model, {"select": select}, overlap=True, past=past)
+    since = [line.removeprefix("shown since ") for line in said if line != "clean"]
+    assert since == ["1", "2", "3", "4", "5", "5", "6", "7"]
+    assert all((block.selected >= 0).all() for block in again)
+    known = [PastBlock(block.latents, block.selected) for block in again[:6]]
+    require_equal(make(model, {"select": select}, overlap=False, past=known)[6:], again[6:])
+
+
 def test_a_late_block_of_nan_ends_the_video_before_it(
     model: VideoModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
