@@ -186,7 +186,7 @@ def _layer(model: VideoModel, tokens: int, *, repeats: int, compiled: bool) -> d
 
     def run(before: Callable[..., Any], after: Callable[..., Any]) -> None:
         before(layer, x, modulation, *angles)
-        after(layer, x, heads, modulation, pair)
+        after(layer, x, heads, modulation, pair, model.attention)
 
     calls: dict[str, Callable[[], object]] = {"eager": lambda: run(before_attention, after_attention)}
     if compiled:
