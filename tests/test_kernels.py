@@ -525,6 +525,18 @@ def test_what_results_depend_on_is_in_the_record_of_a_run() -> None:
     assert facts["compile"] == "layers"
 
 
+def test_on_a_gpu_a_run_says_which_cudnn_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention on Hopper, and the VAE's convolutions, differ from version to version."""
+    model = tiny.video_model()
+    assert sameness.numerics(model)["cudnn"] is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    on_gpu = replace(model, device=torch.device("cuda", 0))
+    assert sameness.numerics(on_gpu)["cudnn"] == 91501
+    then = {name: value for name, value in sameness.numerics(model).items() if name != "cudnn"}
+    assert runfolder.differences(then, sameness.numerics(model)) == []  # an older run's record
+
+
 # -- precision ----------------------------------------------------------------------------------------------------
 
 
