@@ -29,6 +29,7 @@ from packforcing_cli.errors import MemoryFitError
 from packforcing_cli.layout import NEAR_LAYERS
 
 DEPTH = NEAR_LAYERS
+PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU, not only the first
 _KINDS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
@@ -154,7 +155,7 @@ class Bank:
                 torch.ops.packforcing.quantize_into(x, to, scale_to)
         self.key_sums[:, :, place].copy_(k.sum(2, dtype=torch.float32))
         if self._stream is not None:
-            self._written.record()
+            self._written.record(torch.cuda.current_stream(self.device))
 
     def _send(self, x: Tensor, to: Tensor, scale_to: Tensor | None) -> None:
         """Write x [L, B, N_c, N, D] to a place of a far bank, layer by layer: of one a batch of one lies together."""
@@ -216,6 +217,11 @@ class Bank:
 
     def resize(self, places: int) -> None:
         """Have more places, or fewer; what is in those that remain stays."""
+        if self._stream is not None:
+            torch.cuda.synchronize(
+                self.device
+            )  # the CPU copies what it still writes, and reads, in host memory
+            self._release_pages()
         for name in (*self._parts(), "key_sums"):
             old: Tensor = getattr(self, name)
             new = old.new_zeros((*old.shape[:2], places, *old.shape[3:]))
@@ -230,20 +236,24 @@ class Bank:
         Raises: MemoryFitError if the system refuses.
         """
         runtime = torch.cuda.cudart()
-        if self._unlock is not None:
-            self._unlock()
+        self._release_pages()
         locked: list[int] = []
         self._unlock = weakref.finalize(self, _unlock_pages, locked)
         self._unlock.atexit = False
         for tensor in self._parts().values():
             if not tensor.nbytes:
                 continue
-            if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 0)) != 0:
+            if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE)) != 0:
                 raise MemoryFitError(
                     f"the system does not page-lock {tensor.nbytes / 1e9:.1f} GB of host memory for the bank",
                     hint="Use a smaller --bank-memory.",
                 )
             locked.append(tensor.data_ptr())
+
+    def _release_pages(self) -> None:
+        """Undo `_lock_pages`; once done it does nothing."""
+        if self._unlock is not None:
+            self._unlock()
 
     def _parts(self) -> dict[str, Tensor]:
         """What is far when the bank is."""

@@ -185,9 +185,8 @@ def _layer(model: VideoModel, tokens: int, *, repeats: int, compiled: bool) -> d
     angles = tuple(part.float() for part in rope.angles(positions, config.attention_head_dim))
 
     def run(before: Callable[..., Any], after: Callable[..., Any]) -> None:
-        with model.attention.active():  # cross-attention takes the model's kernel, too
-            before(layer, x, modulation, *angles)
-            after(layer, x, heads, modulation, pair)
+        before(layer, x, modulation, *angles)
+        after(layer, x, heads, modulation, pair, model.attention)
 
     calls: dict[str, Callable[[], object]] = {"eager": lambda: run(before_attention, after_attention)}
     if compiled:

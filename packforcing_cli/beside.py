@@ -12,6 +12,7 @@ Knows nothing of blocks, caches or codecs.
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -144,28 +145,48 @@ class Stopwatch:
 class Faster:
     """Which of two ways of making blocks takes less time here; their results are the same.
 
-    wanted: None = measure; the first blocks are made both ways in turn. Else: that way.
+    wanted: None = measure; some blocks are made both ways in turn. Else: that way.
     """
 
     def __init__(self, wanted: bool | None, *, clock: Callable[[], float] = time.perf_counter) -> None:
         self._wanted, self._clock = wanted, clock
-        self._starts: list[float] = []
+        self._took: list[list[float]] = [[]]  # of each run so far, the last one being made
+        self._row: list[float] = []  # when the blocks of this run began that followed one another
+        self._last: int | None = None
 
     @property
     def wanted(self) -> bool | None:
         """The way that is known to be wanted, None while it is being measured."""
         return self._wanted
 
-    def choose(self) -> bool:
-        """The way of the next block; call it when the block begins."""
+    def choose(self, block: int, *, settled: bool = True) -> bool:
+        """The way of a block; call it at the same point of every block.
+
+        What a block took is the time to the next one; where a number is left out it is not known, and the run goes on
+        after it. The median of these times counts, so that one disturbance decides nothing.
+        settled: whether blocks take from now on what they will take; until then they are made in order, untimed.
+        """
         if self._wanted is not None:
             return self._wanted
-        self._starts.append(self._clock())
-        block = len(self._starts) - 1
-        if block < RUN * len(ORDER):
-            return ORDER[block // RUN]
-        took = {False: 0.0, True: 0.0}
-        for run, way in enumerate(ORDER):
-            took[way] += self._starts[RUN * (run + 1)] - self._starts[RUN * run + 1]
-        self._wanted = took[True] < took[False]
-        return self._wanted
+        if not settled:
+            return False
+        now = self._clock()
+        if self._last != block - 1:
+            self._row = []
+        if len(self._row) > 1:  # the first one overlaps what was before
+            self._took[-1].append(now - self._row[-1])
+        if len(self._took[-1]) == RUN - 1:
+            if len(self._took) == len(ORDER):
+                self._wanted = self._median(True) < self._median(False)
+                return self._wanted
+            self._took.append([])
+            self._row = []
+        self._row.append(now)
+        self._last = block
+        return ORDER[len(self._took) - 1]
+
+    def _median(self, way: bool) -> float:
+        """Seconds of a block made this way."""
+        return statistics.median(
+            took for of, run in zip(ORDER, self._took, strict=True) if of is way for took in run
+        )

@@ -130,6 +130,17 @@ class CacheContext:
         self._check_open()
         return self._cache._places(self._num_tokens) if all(self._ready) else None
 
+    def settle(self, q_sums: Tensor) -> None:
+        """Choose for the layers that no pass over the block has read: a clean pass stops before the last one attends.
+
+        Args:
+            q_sums: [L, B, N, D] sums of the block's un-rotated queries.
+        """
+        self._check_open()
+        for layer, chosen in enumerate(self._chosen):
+            if not chosen:
+                self._choose(range(layer, layer + 1), q_sums[layer : layer + 1])
+
     @torch.no_grad()
     def _choose(self, layers: range, q_sums: Tensor | None = None, *, forced: Tensor | None = None) -> None:
         """Choose the mids of these layers, or take the forced [l, K]."""

@@ -228,7 +228,7 @@ def open_model(
     """Verify a package and decide how it will be loaded; no tensor is read.
 
     Args:
-        device:        "auto", "cpu", "cuda", "cuda:N".
+        device:        "auto", "cpu", "cuda", "cuda:N"; a GPU becomes the thread's current one.
         dtype:         "auto", "bf16", "fp16", "fp32"; of transformer, compressor, codec and text encoder.
         vae:           None or the package's own kind ("tiny", "wan"), or a folder with a VAE of the same latents.
         quantize:      "none", or a mode of `quantize` for the linears of the transformer's layers.
@@ -249,6 +249,8 @@ def open_model(
     facts = catalog.of_random(str(name_or_folder))
     folder = Path() if facts is not None else find_package(name_or_folder)
     chosen_device = resolve_device(device)
+    if chosen_device.type == "cuda":
+        torch.cuda.set_device(chosen_device)  # where libraries that are not told the device work
     chosen_dtype = resolve_dtype(dtype, chosen_device)
     if chosen_device.type == "cpu":
         catalog.check_cpu(quantize, offload)

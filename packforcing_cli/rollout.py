@@ -227,6 +227,9 @@ def stream_generate(
                 waiting = None
             with watch.stage("clean"):
                 kv = model.transformer.commit(x0, text, context)
+            if old is not None and old.selected is None:
+                context.settle(kv.q_sum)
+                clean = video.beside.mark()  # `affinity` chose in this pass, and its choice is shown, too
             made = video.show(i, x0, context, old, watch, since=clean, retry=retry)
             late = video.may_wait(i, replayed=old is not None)
             if late or not video.health_of(made).flags or retry + 1 == attempts:
@@ -289,6 +292,7 @@ class Video:
         self._faster = Faster(overlap)
         self.beside = Beside(model.device, used=overlap is not False and guard == "warn")
         self._compress = BlockCompressor(model, compressor) if cache.layout.top_k else None
+        self._has_compressed = self._compress is None  # a block, in this process; or none ever will be
         self._monitor = Monitor(script)
         self.decoder = model.codec.decoder()
         self._first: int | None = None
@@ -340,7 +344,17 @@ class Video:
             or i + 1 in cache.layout.cuts
         ):
             return False
-        return self._faster.choose() if not replayed else bool(self._faster.wanted)
+        if replayed:
+            return bool(self._faster.wanted)
+        return self._faster.choose(i, settled=self._is_settled(i))
+
+    def _is_settled(self, i: int) -> bool:
+        """Whether block i took as long as later ones: each kind of pass was made, and is recorded where it will be."""
+        if not self._model.graphs:
+            return self._has_compressed
+        layout, view = self._cache.layout, self._cache.layout.view(max(0, i - 1))
+        had = (len(view.sink), view.active, len(view.recent))
+        return self._has_compressed and had == (layout.sink_blocks, layout.top_k, layout.recent_blocks)
 
     def health_of(self, made: Made) -> trace.Health:
         """Look at its frames, once."""
@@ -380,7 +394,9 @@ class Video:
         assert made.text is not None
         self.beside.hand_over(made.done, made.tokens)
         made.backed_up = True
-        return self._compress.backup(self._cache, made.index, made.tokens, kv, made.text)
+        backup = self._compress.backup(self._cache, made.index, made.tokens, kv, made.text)
+        self._has_compressed |= backup is not None
+        return backup
 
     def finish(self, made: Made, watch: Stopwatch) -> Block:
         """The whole block, its compressed form in the memory.

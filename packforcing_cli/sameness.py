@@ -159,5 +159,6 @@ def numerics(model: VideoModel) -> dict[str, Any]:
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if is_cuda else None,
+        "cudnn": torch.backends.cudnn.version() if is_cuda else None,  # attention on Hopper, and the VAE
         "matmul precision": torch.get_float32_matmul_precision(),
     }

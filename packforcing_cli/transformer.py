@@ -406,10 +406,20 @@ def before_attention(
 
 
 def after_attention(
-    layer: Layer, x: Tensor, attended: Tensor, modulation: Modulation, text: tuple[Tensor, Tensor]
+    layer: Layer,
+    x: Tensor,
+    attended: Tensor,
+    modulation: Modulation,
+    text: tuple[Tensor, Tensor],
+    kernel: Kernel,
 ) -> Tensor:
-    """A layer from self-attention on, [B,S,d]."""
-    return layer.after_attention(x, attended, modulation, text)
+    """A layer from self-attention on, [B,S,d].
+
+    kernel: of cross-attention, active already. It is named here again since this is compiled: neither compiled code in
+        memory nor that on disk is told apart by the kernels that were active around it.
+    """
+    with kernel.active():
+        return layer.after_attention(x, attended, modulation, text)
 
 
 def _keep_and(
@@ -732,7 +742,7 @@ class WanTransformer(nn.Module):
         del raw_k
         out = self._attend(i, context, batch, q, k, v, q_sum)
         del q, k, v
-        return after(layer, x, out, modulation, text)
+        return after(layer, x, out, modulation, text, self._kernel)
 
     def _attend_in(self, context: Context, angles: tuple[Tensor, Tensor], batch: int) -> Attend:
         """Self-attention in a context, of un-rotated q and k; see `run_layers`."""

@@ -52,26 +52,28 @@ def turn(
     given = (x, out, cos, sin, places, scale)
     from packforcing_cli.turning_kernel import turn_kernel
 
-    turn_kernel[tokens, batch](
-        *(x if tensor is None else tensor for tensor in given),
-        per_place,
-        heads,
-        half,
-        x.stride(0),
-        of_place,
-        x.stride(-3),
-        x.stride(-2),
-        out.stride(0),
-        out.stride(1),
-        out.stride(2),
-        *((0, 0, 0) if scale is None else scale.stride()[:3]),
-        TURNS=cos is not None,
-        PICKS=places is not None,
-        SCALES=scale is not None,
-        HEADS=1 << (heads - 1).bit_length(),
-        HALF=1 << (half - 1).bit_length(),
-        enable_fp_fusion=False,  # as PyTorch's own operators: every product is rounded
-    )
+    # Triton launches on the current GPU, wherever the tensors are.
+    with torch.cuda.device_of(x):
+        turn_kernel[tokens, batch](
+            *(x if tensor is None else tensor for tensor in given),
+            per_place,
+            heads,
+            half,
+            x.stride(0),
+            of_place,
+            x.stride(-3),
+            x.stride(-2),
+            out.stride(0),
+            out.stride(1),
+            out.stride(2),
+            *((0, 0, 0) if scale is None else scale.stride()[:3]),
+            TURNS=cos is not None,
+            PICKS=places is not None,
+            SCALES=scale is not None,
+            HEADS=1 << (heads - 1).bit_length(),
+            HALF=1 << (half - 1).bit_length(),
+            enable_fp_fusion=False,  # as PyTorch's own operators: every product is rounded
+        )
 
 
 @cache

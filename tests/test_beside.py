@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,43 @@ def test_blocks_that_are_there_already_are_the_same(model: VideoModel) -> None:
     for one, other in zip(again, made, strict=True):
         assert torch.equal(one.frames, other.frames)
         assert torch.equal(one.latents, other.latents)
+
+
+@pytest.mark.parametrize("select", ["affinity", "affinity-recent"])
+def test_what_a_block_recalls_is_shown_after_the_pass_that_chose_it(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    """Of a block that was not denoised here and has no recorded ids that is the clean pass."""
+    said: list[str] = []
+    commit = model.transformer.commit
+
+    class Marking(Beside):
+        def mark(self) -> Any:
+            made = super().mark()
+            made.after_clean = sum(line == "clean" for line in said)  # type: ignore[attr-defined]
+            return made
+
+        @contextmanager
+        def work(self, *reads: Any, since: Any = None) -> Iterator[None]:
+            if since is not None:
+                said.append(f"shown since {since.after_clean}")
+            with super().work(*reads, since=since):
+                yield
+
+    def spy(*args: Any) -> Any:
+        said.append("clean")
+        return commit(*args)
+
+    made = make(model, {"select": select}, overlap=False)
+    past = [PastBlock(block.latents, None if n != 5 else block.selected) for n, block in enumerate(made[:6])]
+    monkeypatch.setattr(rollout, "Beside", Marking)
+    monkeypatch.setattr(model.transformer, "commit", spy)
+    again = make(model, {"select": select}, overlap=True, past=past)
+    since = [line.removeprefix("shown since ") for line in said if line != "clean"]
+    assert since == ["1", "2", "3", "4", "5", "5", "6", "7"]
+    assert all((block.selected >= 0).all() for block in again)
+    known = [PastBlock(block.latents, block.selected) for block in again[:6]]
+    require_equal(make(model, {"select": select}, overlap=False, past=known)[6:], again[6:])
 
 
 def test_a_late_block_of_nan_ends_the_video_before_it(
@@ -345,16 +383,65 @@ def test_waiting_contradicts_a_guard_that_rejects_blocks() -> None:
         GenerateRequest(prompt="x", overlap="yes")
 
 
-@pytest.mark.parametrize("late_is_faster", [True, False])
-def test_the_faster_way_is_found_though_blocks_get_slower(late_is_faster: bool) -> None:
-    now, times = [0.0], {False: 1.0, True: 0.9 if late_is_faster else 1.1}
+def chosen(times: dict[bool, float], *, slower: float = 0.0, disturbed: int = -1, left_out: int = 0) -> bool:
+    """What is found of blocks of these seconds, one of them with a disturbance of ten seconds."""
+    now = [0.0]
     chooser = Faster(None, clock=lambda: now[0])
     ways: list[bool] = []
-    for block in range(RUN * len(ORDER) + 3):
-        ways.append(chooser.choose())
-        now[0] += times[ways[-1]] * (1 + block / 50)
-        if block and ways[-1] != ways[-2]:
+    for block in range(60):
+        if left_out and block % left_out == left_out - 1:
+            now[0] += 5.0  # finished in order, and nobody asked
+            continue
+        ways.append(chooser.choose(block))
+        now[0] += times[ways[-1]] * (1 + block * slower) + (10.0 if block == disturbed else 0.0)
+        if len(ways) > 1 and ways[-1] != ways[-2]:
             now[0] += 0.3  # a block of one way beside one of the other is no measure of either
-    assert ways[-3:] == [late_is_faster] * 3
-    assert {True, False} == set(ways[:-3])
-    assert [Faster(way).choose() for way in (True, False)] == [True, False]
+    assert chooser.wanted is ways[-1]
+    assert {True, False} == set(ways[:-3]) | {False}
+    return ways[-1]
+
+
+@pytest.mark.parametrize("late", [0.9, 1.1], ids=["late is faster", "in order is faster"])
+def test_the_faster_way_is_found(late: float) -> None:
+    times = {False: 1.0, True: late}
+    assert chosen(times, slower=0.02) is (late < 1)
+    for block in range(RUN * len(ORDER)):
+        assert chosen(times, disturbed=block) is (late < 1)
+    for often in (4, 5, 7):  # as cuts do: the time over the block that is left out is no block's
+        assert chosen(times, left_out=often) is (late < 1)
+    assert [Faster(way).choose(0) for way in (True, False)] == [True, False]
+
+
+def test_blocks_are_not_timed_before_they_take_what_they_will_take() -> None:
+    """The compiler and recording fall into blocks before."""
+    now = [0.0]
+    chooser = Faster(None, clock=lambda: now[0])
+    for block in range(7):
+        assert not chooser.choose(block, settled=False)
+        now[0] += 100.0
+    ways = []
+    for block in range(7, 7 + RUN * len(ORDER)):
+        ways.append(chooser.choose(block))
+        assert chooser.wanted is None
+        now[0] += 0.9 if ways[-1] else 1.0
+    assert ways == [way for way in ORDER for _ in range(RUN)]
+    assert chooser.choose(7 + len(ways)) is True
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_first_blocks_are_not_timed(
+    model: VideoModel, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Until compressed tokens were passed through the model, and with recordings until a full context was met twice."""
+    told: dict[int, bool] = {}
+    choose = Faster.choose
+
+    def spy(self: Faster, block: int, *, settled: bool = True) -> bool:
+        told[block] = settled
+        return choose(self, block, settled=settled)
+
+    monkeypatch.setattr(Faster, "choose", spy)
+    make(replace(model, graphs=graphs), {"sink_blocks": 1, "recent_blocks": 1}, overlap=False)
+    # Block 1 is the first that is compressed; block 4 has a sink, two compressed blocks and a recent one.
+    first = 5 if graphs else 2
+    assert told == {block: block >= first for block in range(1, BLOCKS - 1)}

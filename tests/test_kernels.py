@@ -35,6 +35,7 @@ from packforcing_cli import (
     rollout,
     runfolder,
     sameness,
+    transformer,
 )
 from packforcing_cli.cache import KVCache
 from packforcing_cli.cli import generate
@@ -512,6 +513,36 @@ def test_scaling_counts_and_times_a_model_that_is_compiled_and_recorded(
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_layers_attend_to_the_text_with_the_kernel_that_is_chosen(
+    compiler_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where code of another kernel is there already, in memory or on disk."""
+    model, plain = tiny.video_model(torch.float32), transformer.attention
+    stage = stage_of(model, block=0)
+
+    def in_one_layout(*given: Tensor) -> Tensor:  # by which code of two kernels could be told apart
+        return plain(*given).contiguous()
+
+    monkeypatch.setattr(transformer, "attention", in_one_layout)
+
+    def fused(name: str) -> int:
+        model.transformer.use_attention(attention.choose(name, device=CPU, dtype=torch.float32))
+        given = (model, stage.text, stage.cache.context(0), stage.noisy(), 0.7)
+        with torch.no_grad(), attention._native_talk_dropped():
+            rollout.velocity(*given)
+            with torch.profiler.profile() as profiler:
+                rollout.velocity(*given)
+        found = {event.key: event.count for event in profiler.key_averages()}
+        return found.get("aten::_scaled_dot_product_flash_attention_for_cpu", 0)
+
+    both = 2 * len(model.transformer.blocks)  # self-attention and that to the text
+    model.transformer.compile_layers()
+    assert [fused(name) for name in ("flash", "math", "flash")] == [both, 0, both]
+    torch._dynamo.reset()  # as in another process: what is on disk is left
+    assert fused("math") == 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_a_compiler_that_fails_is_one_error_with_the_next_step(
     compiler_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -542,6 +573,18 @@ def test_what_results_depend_on_is_in_the_record_of_a_run() -> None:
     assert (facts["attention"], facts["compile"]) == ("math", "none")
     facts = sameness.must_be_same(replace(model, compiled=True), request)
     assert facts["compile"] == "layers"
+
+
+def test_on_a_gpu_a_run_says_which_cudnn_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attention on Hopper, and the VAE's convolutions, differ from version to version."""
+    model = tiny.video_model()
+    assert sameness.numerics(model)["cudnn"] is None
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91501)
+    on_gpu = replace(model, device=torch.device("cuda", 0))
+    assert sameness.numerics(on_gpu)["cudnn"] == 91501
+    then = {name: value for name, value in sameness.numerics(model).items() if name != "cudnn"}
+    assert runfolder.differences(then, sameness.numerics(model)) == []  # an older run's record
 
 
 # -- precision ----------------------------------------------------------------------------------------------------

@@ -528,6 +528,25 @@ def test_a_device_that_is_not_there_is_refused(
     assert isinstance(caught.value, EnvironmentProblem | UsageError)
 
 
+def test_the_gpu_that_is_taken_becomes_the_current_one(
+    pristine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before anything runs on it: libraries that are not told a device work on the current one."""
+    FakeGpus(monkeypatch, [1, 5, 3])
+    said: list[object] = []
+
+    def choose(asked: str, *, device: torch.device, **_: object) -> None:
+        said.append(f"attention on {device}")
+        raise EnvironmentProblem("no further")
+
+    monkeypatch.setattr(torch.cuda, "set_device", said.append)
+    monkeypatch.setattr(registry.kernels, "choose", choose)
+    for device in ("auto", "cpu"):
+        with pytest.raises(EnvironmentProblem, match="no further"):
+            registry.open_model(pristine, device=device)
+    assert said == [torch.device("cuda", 1), "attention on cuda:1", "attention on cpu"]
+
+
 def test_auto_dtype_is_bf16_on_a_gpu_that_has_it_and_fp32_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     FakeGpus(monkeypatch, [1])

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -54,6 +57,31 @@ def test_other_devices_and_kinds_are_left_to_the_operators() -> None:
     for dtype in (torch.float32, torch.float64):
         x = torch.zeros(1, 2, 1, 8, dtype=dtype)
         assert not turning.can_turn(x, x)
+
+
+def test_the_kernel_is_launched_on_the_gpu_of_its_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton takes the current one; with several GPUs that may be another."""
+    current: list[object] = []
+    launched: list[list[object]] = []
+
+    @contextmanager
+    def device_of(x: torch.Tensor) -> Iterator[None]:
+        current.append(x)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, int]) -> Callable[..., None]:
+            return lambda *_, **__: launched.append([*current])
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setitem(
+        sys.modules, "packforcing_cli.turning_kernel", types.SimpleNamespace(turn_kernel=Kernel())
+    )
+    x = torch.zeros(1, 2, 1, 8)
+    turning.turn(x, torch.zeros_like(x))
+    assert len(launched) == len(launched[0]) == 1
+    assert launched[0][0] is x
 
 
 @pytest.mark.gpu
