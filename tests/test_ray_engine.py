@@ -551,11 +551,11 @@ def test_without_ray_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest
 
 
 def some_jobs(folder: Path, seconds: float, model: str = "demo") -> Path:
-    """A long job and a short one."""
+    """A long job and a short one, which is not done either when the first block of the long one is there."""
     common = {"model": model, "size": "64x64"}
     jobs = [
         {"prompt": "a red circle", "seconds": seconds, "seed": 0, **common},
-        {"prompt": "a blue square", "seconds": 1, "seed": 1, **common},
+        {"prompt": "a blue square", "seconds": 5, "seed": 1, **common},
     ]
     path = folder / "jobs.jsonl"
     path.write_text("\n".join(map(json.dumps, jobs)), encoding="utf-8")
