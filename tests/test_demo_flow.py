@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils import parameters_to_vector
 
 from packforcing_cli.training import demo_flow, demo_text, estimate, loop, recipes, world
 from packforcing_cli.training.demo_flow import Batch, Models, Pool
@@ -158,6 +160,41 @@ def test_an_evaluation_is_repeatable(models: Models, pools: dict[str, Pool]) -> 
     first = demo_flow.mean_error(models, pools, recipe(), 0.9, count=4)
     assert first == demo_flow.mean_error(models, pools, recipe(), 0.9, count=4)
     assert first.keys() >= {"first", "later"} and min(first.values()) > 0
+
+
+def test_an_evaluation_tells_whether_the_compressed_tokens_matter(
+    models: Models, pools: dict[str, Pool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = demo_flow.mean_error(models, pools, recipe(), 0.9)
+    assert found["far recall"] != found["other memory"]
+    compress = demo_flow.compress
+    monkeypatch.setattr(demo_flow, "compress", lambda *of: torch.zeros_like(compress(*of)))
+    found = demo_flow.mean_error(models, pools, recipe(), 0.9)
+    assert found["far recall"] == found["other memory"]
+
+
+def test_parts_can_start_from_nothing_and_the_compressor_learns_at_its_own_rate(models: Models) -> None:
+    settings = recipe(
+        "init=package", 'fresh=["transformer", "compressor"]', "train.compressor_learning_rate=1e-4",
+        "train.compressor_weight_decay=0.5",
+    )  # fmt: skip
+    modules = {name: copy.deepcopy(module) for name, module in models.modules().items()}
+    before = {name: parameters_to_vector(module.parameters()) for name, module in modules.items()}
+    demo_flow.start_from(settings, modules)
+    same = [
+        name
+        for name, module in modules.items()
+        if torch.equal(before[name], parameters_to_vector(module.parameters()))
+    ]
+    assert same == ["transformer", "compressor"]
+
+    groups = [
+        g for optimizer in demo_flow.optimizers_of(modules, settings.train) for g in optimizer.param_groups
+    ]
+    of = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert {of.pop(id(p)) for p in modules["compressor"].parameters()} == {(1e-4, 0.5)}
+    assert len(of) == sum(len(list(modules[name].parameters())) for name in ("transformer", "text_encoder"))
+    assert (1e-4, 0.5) not in of.values()
 
 
 def test_asked_to_stop_it_leaves_no_half_a_pool(codec: TinyCodec, tmp_path: Path) -> None:

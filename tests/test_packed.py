@@ -395,6 +395,19 @@ def test_in_long_items_a_visitor_returns_whose_look_only_the_far_blocks_have(
     assert len(lasts) > 5
 
 
+def test_more_of_the_blocks_that_saw_a_visitor_can_be_asked_for() -> None:
+    here = [block in (5, 7, 9, 14) for block in range(24)]
+    for close, seen in ((1, {9}), (2, {7, 9}), (3, {5, 7, 9})):
+        for seed in range(10):
+            generator = torch.Generator().manual_seed(seed)
+            assert seen <= {*demo_flow.long_scene(4, 24, generator, here=here, recall=1.0, close=close)}
+    rare = [
+        demo_flow.long_scene(4, 24, torch.Generator().manual_seed(seed), here=here, recall=1.0)
+        for seed in range(20)
+    ]
+    assert any(not {5, 7, 9} <= {*scene} for scene in rare)
+
+
 def test_some_long_items_see_far_blocks_alone(models: demo_flow.Models) -> None:
     items = [
         demo_flow.long_item(models, 8, torch.Generator().manual_seed(seed), far_share=0.5)

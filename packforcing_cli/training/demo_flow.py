@@ -21,7 +21,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ from packforcing_cli.text import TextEncoder, build_encoder, load_tokenizer
 from packforcing_cli.training import demo_text, loop, world
 from packforcing_cli.training.muon import Muon
 from packforcing_cli.training.packed import PackedItem, PackedView, packed_forward
-from packforcing_cli.training.recipe_kinds import Train
-from packforcing_cli.training.recipes import DemoFlow, FlowData
+from packforcing_cli.training.recipes import DemoFlow, FlowData, FlowTrain
 from packforcing_cli.transformer import AloneContext, TextKV, TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec, encode_lr, lr_pixels
 
@@ -358,7 +357,13 @@ def long_item(models: Models, mids: int, generator: torch.Generator, *, far_shar
 
 
 def long_scene(
-    mids: int, blocks: int, generator: torch.Generator, *, here: Sequence[int] = (), recall: float = 0.0
+    mids: int,
+    blocks: int,
+    generator: torch.Generator,
+    *,
+    here: Sequence[int] = (),
+    recall: float = 0.0,
+    close: int = 1,
 ) -> tuple[int, ...]:
     """Which blocks of a scene of `blocks` the blocks of a `long_item` are, in order.
 
@@ -366,6 +371,7 @@ def long_scene(
         here:   for each block of the scene, whether its visitor is there.
         recall: how often, where the scene allows it, one of the last two neighbours is a block to which the visitor
                 returns, having been away in the one before and seen in one of the mids.
+        close:  so many of the last blocks that saw it are among the mids then.
     Of the neighbours the first is only context: its own predecessor is not in the item.
     """
     sinks = LONG_SINKS
@@ -379,7 +385,9 @@ def long_scene(
         last = min(max(back + int(late < 0.5), first_last), blocks - 1)
     candidates = range(sinks, last - 2)
     order = [candidates[n] for n in torch.randperm(len(candidates), generator=generator).tolist()]
-    order.sort(key=lambda block: block not in seen[-1:])  # the visitor's last block before is among them
+    order.sort(
+        key=lambda block: block not in seen[-close:]
+    )  # the visitor's last blocks before are among them
     return (*range(sinks), *sorted(order[:mids]), last - 2, last - 1, last)
 
 
@@ -726,7 +734,9 @@ def long_clips(
     """The last two neighbours of a `long_item` with `mids` far blocks, of `count` scenes."""
     chosen = batch.choose(pool, count)
     scenes = [
-        long_scene(mids, data.long_blocks, batch.generator, here=here, recall=recall)
+        long_scene(
+            mids, data.long_blocks, batch.generator, here=here, recall=recall, close=data.recall_blocks
+        )
         for here in pool.here[chosen].tolist()
     ]
     return packed_clips(
@@ -737,15 +747,31 @@ def long_clips(
 # -- the run ----------------------------------------------------------------------------------------------------
 
 
-def optimizers_of(modules: Mapping[str, nn.Module], settings: Train) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside layers, AdamW for everything else."""
+def optimizers_of(modules: Mapping[str, nn.Module], settings: FlowTrain) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside layers, AdamW for everything else.
+
+    What reads compressed tokens begins with a norm, so nothing keeps them small: at the rate of the rest, and without
+    decay, convolutions grew until their tokens were a thousand times those of the LR path and all the same.
+    """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
+    compressor = list(modules["compressor"].parameters()) if settings.compressor_learning_rate else []
+    apart = {id(parameter) for parameter in compressor}
     for module in modules.values():
         for name, parameter in module.named_parameters():
+            if id(parameter) in apart:
+                continue
             inside = parameter.ndim == 2 and ("blocks." in name or ".block." in name)
             (matrices if inside and "relative_attention_bias" not in name else others).append(parameter)
     adam = torch.optim.AdamW(others, lr=settings.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    if compressor:
+        adam.add_param_group(
+            {
+                "params": compressor,
+                "lr": settings.compressor_learning_rate,
+                "weight_decay": settings.compressor_weight_decay,
+            }
+        )
     if settings.muon_learning_rate is None:
         adam.add_param_group({"params": matrices, "weight_decay": settings.weight_decay})
         return [adam]
@@ -904,6 +930,8 @@ def pack_checkpoint(
 def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
     """Load the weights of a package into fresh modules; words it does not know keep their fresh embeddings.
 
+    Modules of `recipe.fresh` stay as they are.
+
     Raises: UsageError if it lacks a part.
     """
     folder = package_folder(recipe.init)
@@ -912,6 +940,8 @@ def start_from(recipe: DemoFlow, modules: dict[str, nn.Module]) -> None:
             raise UsageError(
                 f"{folder} has no {name} weights to start from", hint="Use init = '' or another package."
             )
+        if name in recipe.fresh:
+            continue
         values = weights.read_tensors(folder / name, device=torch.device("cpu"), dtype=torch.float32)
         if name == "text_encoder":
             assert isinstance(module.shared, nn.Embedding)
@@ -945,13 +975,14 @@ def mean_error(
     """Velocity error at one noise level with fixed noise: block 0 alone and the later blocks of a strict item.
 
     "recall" is the error where a visitor returns, and "far recall" the same where only far, compressed blocks have
-    seen it; they are there if the pools have visitors.
+    seen it; they are there if the pools have visitors. "other memory" is "far recall" with the compressed tokens of
+    another scene: as long as the two are alike nothing is recalled.
     """
     batch = _FixedSigma(
         loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device
     )
     batch.level = sigma
-    data, far = recipe.data, None
+    data, far, other = recipe.data, None, None
     with (
         torch.no_grad(),
         torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"),
@@ -968,9 +999,13 @@ def mean_error(
         if data.long_clips:
             item, mids = long_item(models, 4, batch.generator), 4
             clips = long_clips(batch, pools["long"], item, mids, data, max(1, count // 2), recall=1.0)
+            noise = batch.generator.get_state()
             far = clips.recall(flow_errors(models, batch, clips, recipe, 1))
+            batch.generator.set_state(noise)
+            mixed = replace(clips, latents=clips.latents.roll(1, 0), lr=clips.lr.roll(1, 0))
+            other = clips.recall(flow_errors(models, batch, mixed, recipe, 1))
     figures = {"first": float(first.mean()), "later": float(later.weighted(error, data).mean())}
-    found = {"recall": later.recall(error), "far recall": far}
+    found = {"recall": later.recall(error), "far recall": far, "other memory": other}
     figures |= {name: value for name, value in found.items() if value is not None}
     return {name: round(value, 4) for name, value in figures.items()}
 

@@ -100,6 +100,9 @@ class FlowData(_Strict):
         le=1,
         description="items with far mids in which the visitor returns in a trained block",
     )
+    recall_blocks: int = Field(
+        default=1, ge=1, description="of such an item, far blocks that have seen the visitor, at least"
+    )
     packed_clips: int = Field(ge=0)
     packed_blocks: int = Field(ge=2)
     packed_draws: int = Field(default=1, ge=1, description="noise draws that share a clip's clean pass")
@@ -132,15 +135,27 @@ class FlowData(_Strict):
         return self
 
 
+class FlowTrain(Train):
+    """As `Train`, with a rate and decay of the compressor's own."""
+
+    compressor_learning_rate: float | None = Field(
+        default=None, gt=0, description="of the compressor; None = learning_rate, and no decay"
+    )
+    compressor_weight_decay: float = Field(default=1.0, ge=0)
+
+
 class DemoFlow(_Strict):
     kind: Literal["demo-flow"]
     vae: str = Field(description="folder of a trained demo-vae run, or 'package' for the packaged one")
     init: str = Field(
         default="", description="'' = from nothing; 'package' or a package folder to start from"
     )
+    fresh: tuple[Literal["transformer", "compressor", "text_encoder"], ...] = Field(
+        default=(), description="parts that are not taken from there, but start from nothing"
+    )
     model: FlowModel
     data: FlowData
-    train: Train
+    train: FlowTrain
     shift: float = 5.0
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",

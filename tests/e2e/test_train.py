@@ -34,6 +34,7 @@ FLOW = {
     "data.short_scenes": "1",
     "data.long_scenes": "0",
     "data.long_clips": "0",
+    "data.whole_probability": "0",
     "data.short_blocks": "3",
     "data.packed_blocks": "3",
     "data.first_clips": "1",
