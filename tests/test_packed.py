@@ -396,8 +396,8 @@ def test_in_long_items_a_visitor_returns_whose_look_only_the_far_blocks_have(
 
 
 def test_more_of_the_blocks_that_saw_a_visitor_can_be_asked_for() -> None:
-    here = [block in (5, 7, 9, 14) for block in range(24)]
-    for close, seen in ((1, {9}), (2, {7, 9}), (3, {5, 7, 9})):
+    here = [block in (5, 6, 7, 14) for block in range(24)]
+    for close, seen in ((1, {7}), (2, {6, 7}), (3, {5, 6, 7})):
         for seed in range(10):
             generator = torch.Generator().manual_seed(seed)
             assert seen <= {*demo_flow.long_scene(4, 24, generator, here=here, recall=1.0, close=close)}
@@ -405,7 +405,7 @@ def test_more_of_the_blocks_that_saw_a_visitor_can_be_asked_for() -> None:
         demo_flow.long_scene(4, 24, torch.Generator().manual_seed(seed), here=here, recall=1.0)
         for seed in range(20)
     ]
-    assert any(not {5, 7, 9} <= {*scene} for scene in rare)
+    assert any(not {5, 6, 7} <= {*scene} for scene in rare)
 
 
 def test_some_long_items_see_far_blocks_alone(models: demo_flow.Models) -> None:
