@@ -124,6 +124,7 @@ def train(
             raise UsageError(
                 f"there is no run to go on with in {folder}", hint="Check --out, or leave --resume away."
             )
+        _require_clips(chosen)
         _make_folder(folder)
         again = _command(recipe, folder, settings or [], vae, data, quantize_frozen, fsdp=fsdp, force=force)
         talk = train_progress.choose(chosen.train.steps, silent=quiet or not is_first)
@@ -182,6 +183,24 @@ def _require_frozen(recipe: AnyRecipe, mode: str) -> None:
         raise UsageError(
             f"--quantize-frozen {mode}: a {recipe.kind} recipe trains every weight, nothing is frozen",
             hint="Leave it away, or use a recipe with a teacher, adapters, or compressor-distill.",
+        )
+
+
+def _require_clips(recipe: AnyRecipe) -> None:
+    """Raises: UsageError if a recipe that trains on clips names none, or a folder without; before anything is made."""
+    from packforcing_cli.errors import UsageError
+    from packforcing_cli.training import data
+    from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
+
+    if not isinstance(recipe, Finetune | CompressorDistill):
+        return
+    if recipe.data.folder:
+        given = Path(recipe.data.folder)
+        if not data.EncodedData.is_one(given):
+            data.find_clips(given)
+    elif isinstance(recipe, Finetune):
+        raise UsageError(
+            "there are no clips to train on", hint="Give a folder: packforcing train … --data CLIPS"
         )
 
 
@@ -495,15 +514,11 @@ def _clips(
     Raises: loop.Stopped in every process when the first one is asked to stop.
     """
     from packforcing_cli import packages, registry
-    from packforcing_cli.errors import PackforcingError, UsageError
+    from packforcing_cli.errors import PackforcingError
     from packforcing_cli.training import data
     from packforcing_cli.training.loop import Stopped, Workers
 
     settings = recipe.data
-    if not settings.folder:
-        raise UsageError(
-            "there are no clips to train on", hint="Give a folder: packforcing train … --data CLIPS"
-        )
     given = Path(settings.folder)
     if data.EncodedData.is_one(given):
         found = data.EncodedData.open(given)
@@ -517,7 +532,6 @@ def _clips(
         enlarge=settings.enlarge,
         max_bad=settings.max_bad,
     )
-    data.find_clips(given)  # a wrong folder is said before the model is verified
     workers, failure = Workers.start(), None
     if workers.rank == 0:
 

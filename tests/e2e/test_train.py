@@ -230,6 +230,8 @@ def test_wrong_input_is_one_message(
     message = result.err[result.err.index("error: ") :]
     assert said in message
     assert next_step in message
+    if arguments[0] == "finetune":
+        assert not Path("runs").exists()
 
 
 def test_another_recipe_does_not_go_on_in_the_folder(run_command: Any) -> None:
