@@ -167,10 +167,12 @@ def test_an_evaluation_tells_whether_the_compressed_tokens_matter(
 ) -> None:
     found = demo_flow.mean_error(models, pools, recipe(), 0.9)
     assert found["far recall"] != found["other memory"]
+    assert 0.5 < found["token scale"] < 2
     compress = demo_flow.compress
     monkeypatch.setattr(demo_flow, "compress", lambda *of: torch.zeros_like(compress(*of)))
     found = demo_flow.mean_error(models, pools, recipe(), 0.9)
     assert found["far recall"] == found["other memory"]
+    assert found["token scale"] == 0
 
 
 def test_parts_can_start_from_nothing_and_the_compressor_learns_at_its_own_rate(models: Models) -> None:

@@ -976,7 +976,8 @@ def mean_error(
 
     "recall" is the error where a visitor returns, and "far recall" the same where only far, compressed blocks have
     seen it; they are there if the pools have visitors. "other memory" is "far recall" with the compressed tokens of
-    another scene: as long as the two are alike nothing is recalled.
+    another scene: as long as the two are alike nothing is recalled. "token scale" is how large compressed tokens are, as
+    a multiple of the LR path's.
     """
     batch = _FixedSigma(
         loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device
@@ -996,6 +997,8 @@ def mean_error(
             targets=blocks[1:], context_noise=data.context_noise,
         )  # fmt: skip
         error = flow_errors(models, batch, later, recipe, 1)
+        tokens = compress(models, later.latents, later.lr, blocks)
+        plain = models.transformer.patch(later.lr.flatten(0, 1))
         if data.long_clips:
             item, mids = long_item(models, 4, batch.generator), 4
             clips = long_clips(batch, pools["long"], item, mids, data, max(1, count // 2), recall=1.0)
@@ -1007,6 +1010,7 @@ def mean_error(
     figures = {"first": float(first.mean()), "later": float(later.weighted(error, data).mean())}
     found = {"recall": later.recall(error), "far recall": far, "other memory": other}
     figures |= {name: value for name, value in found.items() if value is not None}
+    figures["token scale"] = float(tokens.float().std() / plain.float().std())
     return {name: round(value, 4) for name, value in figures.items()}
 
 
