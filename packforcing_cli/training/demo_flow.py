@@ -976,8 +976,8 @@ def mean_error(
 
     "recall" is the error where a visitor returns, and "far recall" the same where only far, compressed blocks have
     seen it; they are there if the pools have visitors. "other memory" is "far recall" with the compressed tokens of
-    another scene: as long as the two are alike nothing is recalled. "token scale" is how large compressed tokens are, as
-    a multiple of the LR path's.
+    another scene: as long as the two are alike nothing is recalled. "token scale" is how large compressed tokens are,
+    as a multiple of the LR path's.
     """
     batch = _FixedSigma(
         loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device
