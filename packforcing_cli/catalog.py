@@ -351,6 +351,15 @@ def check_vae(name: str, own: str, wanted: str) -> None:
         )
 
 
+def check_vae_latents(kind: str, number: int) -> None:
+    """Raises: UsageError if a VAE of this kind cannot be told how many latent frames it decodes at a time."""
+    if number > 1 and kind != "wan":
+        raise UsageError(
+            f"--vae-latents {number}: only the Wan VAE decodes in portions; the {kind} VAE takes a block at once",
+            hint="Leave --vae-latents away.",
+        )
+
+
 def all_models() -> tuple[ModelFacts, ...]:
     """Every model known by name: packages first. VAEs, which are no models, are left out."""
     models = (facts for facts in _load().values() if facts.kind != "vae")

@@ -456,6 +456,7 @@ def open_source(job: Job) -> ModelSource:
         attention=request.attention,
         compile_layers=request.compile,
         cuda_graphs=request.cuda_graphs,
+        vae_latents=request.vae_latents,
     )
 
 

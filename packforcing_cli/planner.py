@@ -42,6 +42,7 @@ LAYER_WIDTHS = (
 # A pixel of one frame: what the decoder keeps between blocks, and the most it has at one time, that included.
 DECODER_STATE = {"wan": 2_365, "tiny": 84}
 DECODER_PEAK = {"wan": 7_464, "tiny": 2_790}
+DECODER_MORE = 2_100  # for each further latent frame that the Wan VAE decodes at a time
 TEXT_WIDTHS = 40  # of a text token in the encoder, in units of its width
 TINY_VAE_PARAMS = 11_315_539  # taew2_1
 ROW_BYTES = 5  # of a quantized matrix: a float32 scale and an 8-bit zero point
@@ -378,6 +379,21 @@ class _Parts:
         return vae if vae in DECODER_PEAK else catalog.vae_kind(vae)
 
     @property
+    def decoder_bytes(self) -> int:
+        """What the decoder works in, beside what it keeps between blocks.
+
+        Raises: UsageError if latent frames are to be decoded in portions by a VAE that takes whole blocks.
+        """
+        kind, request = self.vae, self.request
+        catalog.check_vae_latents(kind, request.vae_latents)
+        numbers = DECODER_PEAK[kind] - DECODER_STATE[kind]
+        numbers += DECODER_MORE * (min(request.vae_latents, self.layout.grid.frames_per_block) - 1)
+        if kind == "wan" and getattr(request, "compile", False):
+            numbers += DECODER_STATE[kind]  # compiled code keeps what it was given until it is through
+        width, height = self.size
+        return width * height * numbers * request.dtype_bytes
+
+    @property
     def weights(self) -> WeightBytes:
         facts, per = self.facts, self.request.dtype_bytes
         text = facts.text_params * per if self.encodes_text else 0
@@ -506,7 +522,7 @@ class _Parts:
             compressed_kv = grid.compressed_tokens * grid.bytes_per_token if self.layout.top_k else 0
             kinds = passes + (2 if compressed_kv else 1)
             held += kinds * text_kv + clean_kv + compressed_kv + passes * layer
-        decoder = width * height * DECODER_PEAK[self.vae] * per - state
+        decoder = self.decoder_bytes
         streamed = facts.layers * self.layer_bytes if request.offload == "all" else 0
         text_on_host = request.offload != "none"
         host = HOST_BYTES if self.on_gpu or text_on_host else 0
@@ -607,6 +623,8 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
         levers.append([{"offload": "text" if request.offload == "none" else "none"}])
     if on_gpu and request.memory.bank_device == "device" and parts.layout.top_k:
         levers.append([{"bank_device": "host"}])
+    if request.vae_latents > 1:
+        levers.append([{"vae_latents": 1}])
     without = {"cuda_graphs": False} if parts.asks_to_record else {}
     if without:
         levers.append([without])

@@ -132,7 +132,8 @@ class VideoModel:
     quantize: of the transformer's linears, "none" or a mode of `quantize`; but for those of layers `quantize_skip`.
     hashes: part -> sha256 over the files it was loaded from.
     attention: the kernel, and which one it really is.
-    compiled: whether parts of the transformer's layers are; graphs: whether its passes are recorded.
+    compiled: whether parts of the transformer's layers, and the Wan VAE's decoder, are.
+    graphs: whether its passes are recorded.
     """
 
     name: str
@@ -187,6 +188,7 @@ def load_model(
     attention: str = "auto",
     compile_layers: bool = False,
     cuda_graphs: bool = False,
+    vae_latents: int = 1,
     fuse: bool = True,
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
@@ -204,6 +206,7 @@ def load_model(
         attention=attention,
         compile_layers=compile_layers,
         cuda_graphs=cuda_graphs,
+        vae_latents=vae_latents,
         fuse=fuse,
     ).load()
 
@@ -223,6 +226,7 @@ def open_model(
     attention: str = "auto",
     compile_layers: bool = False,
     cuda_graphs: bool = False,
+    vae_latents: int = 1,
     fuse: bool = True,
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
@@ -240,8 +244,9 @@ def open_model(
                        an installed package's name, a package's folder or a part's folder.
         loras:         folders of adapters as PATH or PATH:WEIGHT, added to the transformer's weights one after another.
         attention:     "auto", or a kernel of `attention.choose`.
-        compile_layers: compile parts of the transformer's layers.
+        compile_layers: compile parts of the transformer's layers, and the steady calls of the Wan VAE's decoder.
         cuda_graphs:   record passes and replay them.
+        vae_latents:   latent frames the Wan VAE decodes at a time; a tiny VAE takes what it is given.
         fuse:          make q, k and v of a layer one product; not for a model that will be trained.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
@@ -260,7 +265,7 @@ def open_model(
     if cuda_graphs:
         require_graphs(chosen_device, offload=offload)
     kernel = kernels.choose(attention, device=chosen_device, dtype=chosen_dtype)
-    speed = _Speed(kernel, compile_layers, cuda_graphs, fuse)
+    speed = _Speed(kernel, compile_layers, cuda_graphs, vae_latents, fuse)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
     other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
     adapters = [lora.read(*lora.parse(text)) for text in loras]
@@ -283,6 +288,8 @@ def open_model(
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)
+    if vae_latents > 1:
+        catalog.check_vae_latents(catalog.vae_kind(str(vae_folder)), vae_latents)
     verify_package(folder, manifest, trust=True)
     hashes = _part_hashes(manifest, vae_folder, own_vae=part_folder(folder, manifest, "vae"))
     if other is not None:
@@ -310,7 +317,14 @@ def open_model(
     def load() -> VideoModel:
         # The VAE is read beside the transformer: the Wan VAE's code takes seconds to import.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load vae") as beside:
-            reading = beside.submit(load_codec, vae_folder, device=chosen_device, dtype=chosen_dtype)
+            reading = beside.submit(
+                load_codec,
+                vae_folder,
+                device=chosen_device,
+                dtype=chosen_dtype,
+                latents_per_call=vae_latents,
+                compiled=compile_layers,
+            )
             transformer = load_transformer(
                 part_folder(folder, manifest, "transformer"),
                 device=chosen_device,
@@ -370,11 +384,15 @@ def open_model(
 
 @dataclass(frozen=True)
 class _Speed:
-    """How a transformer computes, beside what it computes."""
+    """How a model computes, beside what it computes.
+
+    vae_latents: latent frames the Wan VAE decodes at a time.
+    """
 
     kernel: Kernel
     compiled: bool
     graphs: bool
+    vae_latents: int
     fuse: bool
 
     def apply(self, transformer: WanTransformer, device: torch.device) -> None:
@@ -403,6 +421,7 @@ def _open_random(
     if vae is not None:
         catalog.check_vae(facts.name, facts.codec, str(vae))
     kind = facts.codec if vae is None else str(vae)
+    catalog.check_vae_latents(kind if kind in ("tiny", "wan") else catalog.vae_kind(kind), speed.vae_latents)
     manifest = Manifest(name=facts.name, version="0", **packages.records_of(facts))
     config = TransformerConfig(
         num_layers=facts.layers,
@@ -432,7 +451,13 @@ def _open_random(
         network = None if compressor is None else _other_compressor(compressor, config, device, dtype)
         codec: Codec
         if kind not in ("tiny", "wan"):
-            codec = load_codec(Path(kind), device=device, dtype=dtype)
+            codec = load_codec(
+                Path(kind),
+                device=device,
+                dtype=dtype,
+                latents_per_call=speed.vae_latents,
+                compiled=speed.compiled,
+            )
         elif kind == "tiny":
             shape = TinyAutoencoderConfig.demo() if facts.codec == "tiny" else TinyAutoencoderConfig()
             with torch.device("meta"):
@@ -443,7 +468,7 @@ def _open_random(
             with torch.device("meta"):
                 wan = _wan_class()()
             weights.randomise(wan, device=device, dtype=dtype)
-            codec = _wan_codec(wan, device)
+            codec = _wan_codec(wan, device, speed.vae_latents, compiled=speed.compiled)
         _check_codec(manifest, codec, facts.latent_channels, own=kind == facts.codec)
         return VideoModel(
             name=facts.name,
@@ -624,9 +649,18 @@ def _empty_compressor(folder: Path) -> Compressor:
         return Compressor(CompressorConfig.from_dict(values))
 
 
-def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Codec:
+def load_codec(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    latents_per_call: int = 1,
+    compiled: bool = False,
+) -> Codec:
     """Read the VAE of a part folder, whichever of the two kinds it is.
 
+    Args:
+        latents_per_call, compiled: of the Wan VAE, as `WanCodec` takes them.
     Raises: WeightsError for another architecture or wrong tensors.
     """
     module = _filled(_empty_vae(folder), folder, device, dtype)
@@ -634,7 +668,7 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
         return _tiny_codec(module, device)
     wan: Any = module  # diffusers gives its models no types
     try:
-        return _wan_codec(wan, device)
+        return _wan_codec(wan, device, latents_per_call, compiled=compiled)
     except ValueError as e:
         raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
 
@@ -658,9 +692,14 @@ def _tiny_codec(module: TinyAutoencoder, device: torch.device) -> TinyCodec:
     return TinyCodec(module)
 
 
-def _wan_codec(module: Any, device: torch.device) -> WanCodec:
+def _wan_codec(module: Any, device: torch.device, latents_per_call: int, *, compiled: bool) -> WanCodec:
     """The Wan VAE as this kind of device runs it: the layout cuDNN's convolutions take, on a GPU."""
-    return WanCodec(module, channels_last=device.type == "cuda")
+    return WanCodec(
+        module,
+        latents_per_call=latents_per_call,
+        channels_last=device.type == "cuda",
+        compiled=compiled,
+    )
 
 
 def _empty_vae(folder: Path) -> nn.Module:

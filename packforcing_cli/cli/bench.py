@@ -46,6 +46,7 @@ Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu
 Attention = memory.Attention
 Compile = memory.Compile
 CudaGraphs = memory.CudaGraphs
+VaeLatents = memory.VaeLatents
 Quantize = memory.Quantize
 Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Times every call is measured.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine, too.")]
@@ -61,6 +62,7 @@ def engine(
     size: Size = None,
     dtype: Dtype = "auto",
     vae: Vae = None,
+    vae_latents: VaeLatents = None,
     device: Device = "auto",
     attention: Attention = None,
     quantize: Quantize = None,
@@ -74,7 +76,7 @@ def engine(
 
     Example: packforcing bench engine --model random:wan2.1-1.3b --device cuda
     """
-    how = How(attention, quantize, compile_layers, cuda_graphs)
+    how = How(attention, quantize, compile_layers, cuda_graphs, vae_latents)
     _bench(["engine"], model, size, dtype, vae, device, repeats, force, json_file, how)
 
 
@@ -143,12 +145,14 @@ def stream(
     dtype: Dtype = "auto",
     vae: Vae = None,
     device: Device = "auto",
+    compile_layers: Compile = None,
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """Decoding in each way there is, and whole videos with blocks finished in order and beside the next one."""
-    _bench(["stream"], model, size, dtype, vae, device, repeats, force, json_file)
+    how = How(compile_layers=compile_layers)
+    _bench(["stream"], model, size, dtype, vae, device, repeats, force, json_file, how)
 
 
 @app.command("load")
@@ -229,6 +233,7 @@ def everything(
     size: Size = None,
     dtype: Dtype = "auto",
     vae: Vae = None,
+    vae_latents: VaeLatents = None,
     device: Device = "auto",
     attention: Attention = None,
     quantize: Quantize = None,
@@ -239,7 +244,7 @@ def everything(
     json_file: JsonFile = None,
 ) -> None:
     """All of them."""
-    how = How(attention, quantize, compile_layers, cuda_graphs)
+    how = How(attention, quantize, compile_layers, cuda_graphs, vae_latents)
     _bench(list(_TABLES), model, size, dtype, vae, device, repeats, force, json_file, how)
 
 
@@ -251,6 +256,7 @@ class How:
     quantize: str | None = None
     compile_layers: bool | None = None
     cuda_graphs: bool | None = None
+    vae_latents: int | None = None
 
 
 def _bench(

@@ -139,6 +139,7 @@ def generate(
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
+    vae_latents: memory.VaeLatents = None,
     attention: memory.Attention = None,
     compile_layers: memory.Compile = None,
     cuda_graphs: memory.CudaGraphs = None,
@@ -203,6 +204,7 @@ def generate(
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
+        "vae_latents": vae_latents,
         "attention": attention,
         "compile": compile_layers,
         "cuda_graphs": cuda_graphs,
@@ -404,7 +406,7 @@ def repeat_command(request: GenerateRequest) -> str:
         "preset",
     ):
         values[name] = getattr(request, name)
-    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention"):
+    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention", "vae_latents"):
         if name in request.model_fields_set:
             values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
