@@ -46,7 +46,7 @@ _packforcing() {
         "packforcing bench peer") words="--self-forcing --device --attention --compile --no-compile --repeats --force --json --help -h" ;;
         "packforcing bench precision") words="--model --size --dtype --device --json --help -h" ;;
         "packforcing bench scaling") words="--model --size --dtype --vae --device --repeats --force --json --help -h" ;;
-        "packforcing bench startup") words="--device --force --json --help -h" ;;
+        "packforcing bench startup") words="--model --device --force --json --help -h" ;;
         "packforcing bench stream") words="--model --size --dtype --vae --device --compile --no-compile --repeats --force --json --help -h" ;;
         "packforcing data") words="check encode --help -h" ;;
         "packforcing data check") words="--model --scene-seconds --enlarge --max-bad --fast --json -q --quiet --help -h" ;;

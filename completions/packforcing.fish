@@ -144,6 +144,7 @@ complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_s
 complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from scaling' -l force -d 'Measure on a busy machine, too'
 complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from scaling' -l json -x -d 'Write the figures there; - = standard output'
 complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from scaling' -l help -s h -d 'Show this message and exit.'
+complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from startup' -l model -x -a 'demo wan2.1-1.3b-self-forcing wan2.1-1.3b-causal-forcing wan2.1-1.3b-longlive wan2.1-1.3b wan2.1-14b' -d 'demo, an installed model, a package folder, or random,NAME, its shape with random weights, nothing downloaded'
 complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from startup' -l device -x -a 'auto cpu cuda' -d 'auto, cpu, cuda or cuda,N'
 complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from startup' -l force -d 'Measure on a busy machine, too'
 complete -c packforcing -n '__fish_seen_subcommand_from bench; and __fish_seen_subcommand_from startup' -l json -x -d 'Write the figures there; - = standard output'

@@ -45,6 +45,7 @@ DECODER_PEAK = {"wan": 7_464, "tiny": 2_790}
 DECODER_MORE = 2_100  # for each further latent frame that the Wan VAE decodes at a time
 TEXT_WIDTHS = 40  # of a text token in the encoder, in units of its width
 TINY_VAE_PARAMS = 11_315_539  # taew2_1
+MOST_STORED_BYTES = 4  # of a number in a file: fp32
 ROW_BYTES = 5  # of a quantized matrix: a float32 scale and an 8-bit zero point
 # An accelerator's host process: interpreter, libraries, driver, frames on their way to the video encoder. A guess.
 HOST_BYTES = 2 * 10**9
@@ -141,6 +142,8 @@ class Plan:
     fits:               whether peak and disk fit the machine; True when no machine was given.
     change:             the smallest change of the request that would make it fit; empty if none is needed or known.
     suggestion:         the same as options.
+    loading:            what is done with the model while the text encoder works: "beside" = it is loaded, both fit;
+                        "read" = its files are read into the system's file cache, in host memory; "after" = nothing.
     warnings:           what is allowed but unlikely to be wanted.
     """
 
@@ -178,6 +181,7 @@ class Plan:
     fits: bool
     change: Mapping[str, Any]
     warnings: tuple[str, ...]
+    loading: str = "after"
 
     @property
     def suggestion(self) -> str:
@@ -335,6 +339,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         fits=fits,
         change={} if fits or machine is None else _smallest_change(parts, machine),
         warnings=_warnings(parts, slot_plan),
+        loading=parts.loading,
     )
 
 
@@ -454,6 +459,21 @@ class _Parts:
             largest = max(rows * cols for rows, cols in self.facts.layer_matrices) * self.request.dtype_bytes
             resident += self.layer_bytes + largest - self.layers_bytes
         return resident
+
+    @property
+    def loading(self) -> str:
+        """What is done with the model while the text encoder works; see Plan."""
+        machine, request = self.machine, self.request
+        if machine is None or not self.encodes_text or self.facts.is_random or request.offload == "all":
+            return "after"
+        text, host = self.stages[0], machine.host_bytes
+        if _memory_fits(text.device_bytes + self.resident_bytes, machine.memory_bytes) and (
+            host is None or _memory_fits(text.host_bytes, host)
+        ):
+            return "beside"
+        facts = self.facts
+        files = MOST_STORED_BYTES * (facts.transformer_params + facts.vae_params)
+        return "read" if host is not None and _memory_fits(text.host_bytes + files, host) else "after"
 
     @property
     def bank_device(self) -> str:

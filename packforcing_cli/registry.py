@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -154,12 +154,30 @@ class VideoModel:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
+def _unwatched() -> None:
+    """A check that always passes."""
+
+
+class Loader(Protocol):
+    """Reads the model of a package."""
+
+    def __call__(self, *, check: Callable[[], None] = _unwatched) -> VideoModel:
+        """Read it all.
+
+        Args:
+            check: called between tensors; what it raises ends the loading.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model package that was verified and is not loaded.
 
     Its prompts can be encoded before the transformer takes memory; `load` gives the model.
 
+    read_ahead: reads the files that `load` will, and keeps nothing: they are then in the system's file cache, from
+        where memory is taken back when it is needed. It is given a check, as `load` is.
     device, dtype: what was asked for, resolved.
     """
 
@@ -168,7 +186,8 @@ class ModelSource:
     folder: Path
     load_text_encoder: Callable[[], Encoder]
     text: TextIdentity
-    load: Callable[[], VideoModel]
+    load: Loader
+    read_ahead: Callable[[Callable[[], None]], None]
     device: torch.device
     dtype: torch.dtype
 
@@ -314,7 +333,11 @@ def open_model(
             quantize=None if quantize_text == "none" else quantizer(quantize_text, text_device, chosen_dtype),
         )
 
-    def load() -> VideoModel:
+    def read_ahead(check: Callable[[], None]) -> None:
+        for part in (part_folder(folder, manifest, "transformer"), vae_folder):
+            weights.read_ahead(part, check)
+
+    def load(*, check: Callable[[], None] = _unwatched) -> VideoModel:
         # The VAE is read beside the transformer: the Wan VAE's code takes seconds to import.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load vae") as beside:
             reading = beside.submit(
@@ -333,6 +356,7 @@ def open_model(
                 quantize_skip=quantize_skip,
                 stream_layers=offload == "all",
                 loras=adapters,
+                check=check,
             )
             codec = reading.result()
         speed.apply(transformer, chosen_device)
@@ -377,6 +401,7 @@ def open_model(
         load_text_encoder=load_text_encoder,
         text=text,
         load=load,
+        read_ahead=read_ahead,
         device=chosen_device,
         dtype=chosen_dtype,
     )
@@ -438,13 +463,13 @@ def _open_random(
     encoder = RandomTextEncoder(length=facts.text_length, width=facts.text_dim, device=device, dtype=dtype)
     text = TextIdentity(encoder="", length=facts.text_length, width=facts.text_dim, numerics="")
 
-    def load() -> VideoModel:
+    def load(*, check: Callable[[], None] = _unwatched) -> VideoModel:
         with torch.device("meta"):
             transformer = WanTransformer(config)
         change = _changes(
             transformer, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers
         )
-        weights.randomise(transformer, device=device, dtype=dtype, change=change)
+        weights.randomise(transformer, device=device, dtype=dtype, change=_checked(check, change))
         if stream_layers:
             transformer.stream_layers(device)
         speed.apply(transformer, device)
@@ -496,6 +521,7 @@ def _open_random(
         load_text_encoder=lambda: encoder,
         text=text,
         load=load,
+        read_ahead=lambda _: None,  # there are no files
         device=device,
         dtype=dtype,
     )
@@ -552,6 +578,7 @@ def load_transformer(
     quantize_skip: Collection[int] = (),
     stream_layers: bool = False,
     loras: Sequence[lora.Lora] = (),
+    check: Callable[[], None] = _unwatched,
 ) -> WanTransformer:
     """Read a transformer from its folder.
 
@@ -560,6 +587,7 @@ def load_transformer(
         quantize_skip: layers whose linears stay as they are.
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
         loras:         adapters that are added to the weights, before these are quantized.
+        check:         called between tensors; what it raises ends the reading.
     Raises: WeightsError for another architecture or wrong tensors, or adapters of another model.
     """
     module = _empty_transformer(folder)
@@ -571,10 +599,22 @@ def load_transformer(
             return rest(name, add(name, tensor))
 
     source = torch.device("cpu") if stream_layers else device
-    module = _filled(module, folder, source, dtype, change)
+    module = _filled(module, folder, source, dtype, _checked(check, change))
     if stream_layers:
         module.stream_layers(device)
     return module
+
+
+def _checked(
+    check: Callable[[], None], change: Callable[[str, Tensor], Tensor]
+) -> Callable[[str, Tensor], Tensor]:
+    """A change of tensors, with a check before each."""
+
+    def run(name: str, tensor: Tensor) -> Tensor:
+        check()
+        return change(name, tensor)
+
+    return run
 
 
 def _changes(

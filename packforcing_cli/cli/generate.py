@@ -649,10 +649,11 @@ def run_job(
                 shown.warn(
                     f"{source.name} was not trained to begin with a given picture; what follows may not match it"
                 )
-            prompts = jobs.encode(job, source)
-            for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
-                warn_about_words(prompt, source.manifest.vocabulary, shown)
-            model = source.load()
+            with jobs.Loading(job, source) as loading:
+                prompts = loading.story()
+                for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
+                    warn_about_words(prompt, source.manifest.vocabulary, shown)
+                model = loading.model()
             if model.attention.warning:
                 shown.warn(model.attention.warning)
             if tip := _compile_tip(job, model):
