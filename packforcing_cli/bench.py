@@ -800,26 +800,27 @@ import json, sys, time
 from pathlib import Path
 from packforcing_cli import jobs, prompts, registry
 from packforcing_cli.config import GenerateRequest
-request = GenerateRequest(prompt=sys.argv[4], model=sys.argv[1], device=sys.argv[2], output=Path(sys.argv[5]), seconds=1)
-job = jobs.prepare(request)
+model, device, how, prompt, output = sys.argv[1:]
+job = jobs.prepare(GenerateRequest(prompt=prompt, model=model, device=device, output=Path(output), seconds=1))
 source = jobs.open_source(job)
 start = time.perf_counter()
-with jobs.Loading(job, source, how=sys.argv[3] or None) as loading:
+with jobs.Loading(job, source, how=how or None) as loading:
     loading.story()
-    model = loading.model()
-if model.device.type == "cuda":
+    loaded = loading.model()
+if loaded.device.type == "cuda":
     import torch
     torch.cuda.synchronize()
-print(json.dumps({"seconds": time.perf_counter() - start, "how": sys.argv[3] or job.plan.loading}))
+print(json.dumps({"seconds": time.perf_counter() - start, "how": how or job.plan.loading}))
 """
 
 
 def startup(place: str = "demo", *, device: str = "auto", repeats: int = 3) -> dict[str, Any]:
-    """Commands from fresh processes: seconds, and the heavy libraries each imports; then a model until its first frames.
+    """Commands from fresh processes: seconds, and the heavy libraries each imports; then a model's first frames.
 
-    `prompt and model` are an unknown prompt encoded and the model loaded, one after the other and as it is planned: side
-    by side where both fit. `first frames` is a one-second video: from the start of the process until they are in the
-    file, with the prompt's embeddings in no cache (cold) and in the cache (known prompt); and from the loaded model on.
+    `prompt and model` are an unknown prompt encoded and the model loaded, one after the other and as it is planned:
+    side by side where both fit. `first frames` is a one-second video: from the start of the process until they are in
+    the file, with the prompt's embeddings in no cache (cold) and in the cache (known prompt); and from the loaded model
+    on.
 
     Args:
         place:  the model.
