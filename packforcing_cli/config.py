@@ -279,7 +279,8 @@ class PlanRequest(Options):
     quantize_text:    of those of the text encoder.
     offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
                       runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
-    vae:              None = the package's, tiny, wan, or a folder with a VAE of the same latents.
+    vae:              None = the package's, tiny, wan, a VAE of the catalog by name, or a folder with one of the
+                      same latents.
     vae_latents:      latent frames the Wan VAE decodes at a time; more take more memory.
     timeline:         prompts after the first one, and pins.
     source:           somebody's video whose blocks come first; None = none.

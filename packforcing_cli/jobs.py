@@ -219,9 +219,10 @@ def _downloads(request: GenerateRequest) -> tuple[Download, ...]:
     """Parts of the model, and of the VAE that stands in for a Wan model's own, that are not on this machine."""
     own = () if catalog.of_random(request.model) else tuple(packages.downloads(request.model))
     known = catalog.find(request.model)
-    if request.vae == "tiny" and known is not None and known.codec == "wan":
-        return (*own, *packages.downloads("taew2_1"))
-    return own
+    other = None
+    if request.vae is not None and known is not None:
+        other = catalog.stand_in(known.codec, request.vae)
+    return own if other is None else (*own, *packages.downloads(other))
 
 
 def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:
@@ -322,7 +323,8 @@ def recorded(job: Job) -> GenerateRequest:
     changes: dict[str, Any] = {"output": job.path.absolute()}
     if job.place != job.facts.name:
         changes["model"] = str(Path(job.place).expanduser().absolute())
-    if request.vae is not None and Path(request.vae).is_dir():
+    is_named = request.vae is not None and catalog.stand_in(job.facts.codec, request.vae) is not None
+    if request.vae is not None and not is_named and Path(request.vae).is_dir():
         changes["vae"] = str(Path(request.vae).absolute())
     compressor = request.memory.compressor
     if os.sep in compressor or compressor.startswith("~") or Path(compressor).is_dir():

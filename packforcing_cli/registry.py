@@ -446,6 +446,9 @@ def _open_random(
     if vae is not None:
         catalog.check_vae(facts.name, facts.codec, str(vae))
     kind = facts.codec if vae is None else str(vae)
+    other = None if kind in ("tiny", "wan") else catalog.stand_in(facts.codec, kind)
+    if other is not None:
+        kind = str(_installed_vae(other, asked=kind))
     catalog.check_vae_latents(kind if kind in ("tiny", "wan") else catalog.vae_kind(kind), speed.vae_latents)
     manifest = Manifest(name=facts.name, version="0", **packages.records_of(facts))
     config = TransformerConfig(
@@ -540,19 +543,24 @@ def _part_hashes(manifest: Manifest, vae: Path, *, own_vae: Path) -> dict[str, s
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
-    """Where the VAE to use is. `tiny` for a model with the Wan VAE is the installed taew2_1."""
+    """Where the VAE to use is: in the package, among the installed ones (`catalog.stand_in`), or a folder."""
     if vae is None or str(vae) == manifest.codec.kind:
         return part_folder(folder, manifest, "vae")
     catalog.check_vae(manifest.name, manifest.codec.kind, str(vae))
-    if str(vae) == "tiny":
-        other = packages.install_folder("taew2_1")
-        if not (other / MANIFEST).is_file():
-            raise OfflineError(
-                "--vae tiny: the tiny VAE taew2_1 is not installed", hint="packforcing models pull taew2_1"
-            )
-        verify_package(other, read_manifest(other), trust=True)
-        return part_folder(other, read_manifest(other), "vae")
-    return Path(vae)
+    name = catalog.stand_in(manifest.codec.kind, str(vae))
+    return Path(vae) if name is None else _installed_vae(name, asked=str(vae))
+
+
+def _installed_vae(name: str, *, asked: str) -> Path:
+    """The part of an installed VAE, verified. Raises: OfflineError if it is not installed; WeightsError."""
+    folder = packages.install_folder(name)
+    if not (folder / MANIFEST).is_file():
+        raise OfflineError(
+            f"--vae {asked}: the tiny VAE {name} is not installed", hint=f"packforcing models pull {name}"
+        )
+    manifest = read_manifest(folder)
+    verify_package(folder, manifest, trust=True)
+    return part_folder(folder, manifest, "vae")
 
 
 def _check_codec(manifest: Manifest, codec: Codec, in_channels: int, *, own: bool) -> None:

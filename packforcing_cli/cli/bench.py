@@ -40,7 +40,11 @@ Size = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")]
 Vae = Annotated[
-    str | None, typer.Option("--vae", help="tiny, wan, or a folder with a VAE of the same latents.")
+    str | None,
+    typer.Option(
+        "--vae",
+        help="tiny (taew2_1), wan, another VAE by its name, or a folder with one of the same latents.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
 Attention = memory.Attention

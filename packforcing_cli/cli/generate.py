@@ -742,6 +742,8 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
     """What -v says about the loaded model."""
     import torch
 
+    from packforcing_cli.vae import WanCodec
+
     steps = len(schedule.sigmas) - (schedule.kind == "euler")
     parameters = sum(p.numel() for p in model.transformer.parameters())
     shown.note(
@@ -753,7 +755,8 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
         f"{schedule.kind}, {steps} steps, guidance {schedule.guidance:g};"
         f" torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
     )
-    more = ["compiled layers"] * model.compiled + ["recorded passes"] * model.graphs
+    vae = " and VAE decoder" if isinstance(model.codec, WanCodec) and model.codec.compiled else ""
+    more = [f"compiled layers{vae}"] * model.compiled + ["recorded passes"] * model.graphs
     shown.note(", ".join([f"attention: {model.attention.taken}", *more]))
 
 

@@ -193,7 +193,8 @@ Vae = Annotated[
         "--vae",
         metavar="NAME",
         rich_help_panel=PANEL,
-        help="tiny, wan, or a folder with a VAE of the same latents. Default: the model's own.",
+        help="tiny (taew2_1), wan, another VAE by its name, or a folder with one of the same latents. Default: the"
+        " model's own.",
     ),
 ]
 VaeLatents = Annotated[
