@@ -142,8 +142,9 @@ class Plan:
     fits:               whether peak and disk fit the machine; True when no machine was given.
     change:             the smallest change of the request that would make it fit; empty if none is needed or known.
     suggestion:         the same as options.
-    loading:            what is done with the model while the text encoder works: "beside" = it is loaded, both fit;
-                        "read" = its files are read into the system's file cache, in host memory; "after" = nothing.
+    loading:            what is done with the model while the text encoder works: "beside" = it is loaded, since both
+                        together take no more than a later stage; "read" = its files are read into the system's file
+                        cache, in host memory; "after" = nothing.
     warnings:           what is allowed but unlikely to be wanted.
     """
 
@@ -467,9 +468,9 @@ class _Parts:
         if machine is None or not self.encodes_text or self.facts.is_random or request.offload == "all":
             return "after"
         text, host = self.stages[0], machine.host_bytes
-        if _memory_fits(text.device_bytes + self.resident_bytes, machine.memory_bytes) and (
-            host is None or _memory_fits(text.host_bytes, host)
-        ):
+        both = text.device_bytes + self.resident_bytes
+        # No more than the video takes later in any case: the peak stays what the plan says.
+        if both <= self.peak_bytes and self.fits_memory():
             return "beside"
         facts = self.facts
         files = MOST_STORED_BYTES * (facts.transformer_params + facts.vae_params)
