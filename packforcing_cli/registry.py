@@ -338,6 +338,7 @@ def open_model(
             weights.read_ahead(part, check)
 
     def load(*, check: Callable[[], None] = _unwatched) -> VideoModel:
+        check()
         # The VAE is read beside the transformer: the Wan VAE's code takes seconds to import.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load vae") as beside:
             reading = beside.submit(
@@ -359,6 +360,7 @@ def open_model(
                 check=check,
             )
             codec = reading.result()
+        check()
         speed.apply(transformer, chosen_device)
         network = None
         if other is not None:

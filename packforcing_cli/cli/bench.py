@@ -176,7 +176,7 @@ def load(
 def startup(
     model: Model = "demo", device: Device = "auto", force: Force = False, json_file: JsonFile = None
 ) -> None:
-    """Commands from a fresh process: time, and which heavy libraries they import; the first frames of a video."""
+    """Commands from a fresh process: time, what they import; a prompt and a model, to a video's first frames."""
     _bench(["startup"], model, None, "auto", None, device, 3, force, json_file)
 
 
