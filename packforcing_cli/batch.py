@@ -48,7 +48,7 @@ CONTAINERS = manifest.CONTAINERS
 POLL_SECONDS = 0.2
 _LOAD_OPTIONS = (
     *("model", "device", "dtype", "quantize", "quantize_text", "offload", "vae", "loras"),
-    *("attention", "compile", "cuda_graphs", "quantize_skip"),
+    *("attention", "compile", "cuda_graphs", "quantize_skip", "vae_latents"),
 )
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA's folder
 _MIN_STEM_BYTES = 8

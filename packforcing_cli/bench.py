@@ -794,13 +794,36 @@ def load(place: str, *, device: str, dtype: str, vae: str | None = None, repeats
     }
 
 
-def startup(*, device: str = "auto", repeats: int = 3) -> dict[str, Any]:
-    """Commands from fresh processes: seconds, and the heavy libraries each imports; then the first frames.
+_PROMPT = "a red circle moving right on a blue background"
+_PREPARE = """
+import json, sys, time
+from pathlib import Path
+from packforcing_cli import jobs, prompts, registry
+from packforcing_cli.config import GenerateRequest
+model, device, how, prompt, output = sys.argv[1:]
+job = jobs.prepare(GenerateRequest(prompt=prompt, model=model, device=device, output=Path(output), seconds=1))
+source = jobs.open_source(job)
+start = time.perf_counter()
+with jobs.Loading(job, source, how=how or None) as loading:
+    loading.story()
+    loaded = loading.model()
+if loaded.device.type == "cuda":
+    import torch
+    torch.cuda.synchronize()
+print(json.dumps({"seconds": time.perf_counter() - start, "how": how or job.plan.loading}))
+"""
 
-    `first frames` is a one-second video of the demo: from the start of the process until they are in the file, with the
-    prompt's embeddings in no cache (cold) and in the cache (known prompt); and from the loaded model on.
+
+def startup(place: str = "demo", *, device: str = "auto", repeats: int = 3) -> dict[str, Any]:
+    """Commands from fresh processes: seconds, and the heavy libraries each imports; then a model's first frames.
+
+    `prompt and model` are an unknown prompt encoded and the model loaded, one after the other and as it is planned:
+    side by side where both fit. `first frames` is a one-second video: from the start of the process until they are in
+    the file, with the prompt's embeddings in no cache (cold) and in the cache (known prompt); and from the loaded model
+    on.
 
     Args:
+        place:  the model.
         device: that the videos are made on.
     """
     commands = {
@@ -822,8 +845,10 @@ def startup(*, device: str = "auto", repeats: int = 3) -> dict[str, Any]:
     for name, words in commands.items():
         if words[0] == "-m":
             rows[name]["imports"] = _heavy_imports(words[2:])
+    for name, times in _prompt_and_model(place, device, repeats).items():
+        rows[f"prompt and model, {name}"] = times.to_json()
     has_av = importlib.util.find_spec("av") is not None
-    for name, times in (_first_frames(device, repeats) if has_av else {}).items():
+    for name, times in (_first_frames(place, device, repeats) if has_av else {}).items():
         rows[f"first frames, {name}"] = times.to_json()
     return {
         "commands": rows,
@@ -842,8 +867,30 @@ def _heavy_imports(words: Sequence[str]) -> list[str]:
     return _run([sys.executable, "-c", code, *words]).splitlines()[-1].split()
 
 
-def _first_frames(device: str, repeats: int) -> dict[str, Times]:
-    """Seconds until a video of the demo has frames that play, from fresh processes."""
+_LOADINGS = {
+    "after": "one after the other",
+    "read": "files read ahead",
+    "beside": "side by side",
+}
+
+
+def _prompt_and_model(place: str, device: str, repeats: int) -> dict[str, Times]:
+    """Seconds until a prompt nobody knows is encoded and the model is loaded, in fresh processes, in turn."""
+    import tempfile
+
+    took: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for how in ("after", ""):
+            with tempfile.TemporaryDirectory() as folder:
+                environment = {**os.environ, "XDG_CACHE_HOME": folder}  # where embeddings are kept
+                words = [place, device, how, _PROMPT, f"{folder}/a.mp4"]
+                told = json.loads(_run([sys.executable, "-c", _PREPARE, *words], environment))
+            took.setdefault(_LOADINGS[told["how"]], []).append(told["seconds"])
+    return {name: Times(tuple(seconds)) for name, seconds in took.items()}
+
+
+def _first_frames(place: str, device: str, repeats: int) -> dict[str, Times]:
+    """Seconds until a video has frames that play, from fresh processes."""
     import tempfile
 
     cold, known, loaded = list[float](), list[float](), list[float]()
@@ -851,7 +898,7 @@ def _first_frames(device: str, repeats: int) -> dict[str, Times]:
         with tempfile.TemporaryDirectory() as folder:
             environment = {**os.environ, "XDG_CACHE_HOME": folder}  # where embeddings are kept
             for seconds in (cold, known):
-                words = ["generate", "a red circle moving right on a blue background", "--model", "demo"]
+                words = ["generate", _PROMPT, "--model", place]
                 words += ["--device", device, "--seconds", "1", "--no-run", "--json"]
                 words += ["-o", f"{folder}/{len(cold)}{len(known)}.mp4"]
                 start = time.perf_counter()

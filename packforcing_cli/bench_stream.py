@@ -92,6 +92,10 @@ def _ways(codec: Codec) -> dict[str, Codec]:
         for number in (1, 2, 4):
             name = f"Wan VAE, {'channels last' if layout else 'channels first'}, {number} a call"
             ways[name] = WanCodec(module, latents_per_call=number, channels_last=layout)
+            if codec.compiled:
+                ways[f"{name}, compiled"] = WanCodec(
+                    module, latents_per_call=number, channels_last=layout, compiled=True
+                )
     return ways
 
 

@@ -299,7 +299,10 @@ def check_compressor(name: str, branches: str, wanted: str) -> None:
 
 
 def vae_kind(vae: str) -> str:
-    """Kind of the VAE in a folder, "wan" or "tiny". Raises: WeightsError if there is none."""
+    """Kind of a VAE by its name or its folder, "wan" or "tiny". Raises: WeightsError if there is none."""
+    facts = find(vae)
+    if facts is not None and facts.kind == "vae":
+        return facts.codec
     path = Path(vae) / "config.json"
     kinds = {"AutoencoderKLWan": "wan", "TinyAutoencoder": "tiny"}
     try:
@@ -311,6 +314,7 @@ def vae_kind(vae: str) -> str:
         ) from error
 
 
+TINY_VAE = "taew2_1"  # which `--vae tiny` takes
 CPU_ATTENTIONS = ("auto", "flash", "math")
 
 
@@ -341,13 +345,35 @@ def check_cpu(quantize: str, offload: str, attention: str = "auto", *, cuda_grap
         )
 
 
+def stand_in(own: str, wanted: str) -> str | None:
+    """Name of the VAE of this catalog that stands in for a model's own kind; None = it is another one.
+
+    `tiny` is taew2_1 for a model with the Wan VAE.
+    """
+    if own != "wan":
+        return None
+    facts = find(TINY_VAE if wanted == "tiny" else wanted)
+    return facts.name if facts is not None and facts.kind == "vae" else None
+
+
 def check_vae(name: str, own: str, wanted: str) -> None:
-    """Raises: UsageError if a VAE (`wanted`) is neither the model's own kind, a folder, nor `tiny` for a Wan model."""
-    fits = wanted == own or (wanted == "tiny" and own == "wan")
-    if not fits and (wanted in ("tiny", "wan") or not Path(wanted).is_dir()):
+    """Raises: UsageError if a VAE (`wanted`) is not the model's own kind, a folder, or a stand-in for a Wan model's."""
+    fits = wanted == own or stand_in(own, wanted) is not None
+    known = find(wanted)
+    is_named = wanted in ("tiny", "wan") or (known is not None and known.kind == "vae")
+    if not fits and (is_named or not Path(wanted).is_dir()):
         raise UsageError(
             f"model {name} has the VAE {own!r}; there is no {wanted!r}",
             hint=f"Leave --vae out, or use --vae {own}.",
+        )
+
+
+def check_vae_latents(kind: str, number: int) -> None:
+    """Raises: UsageError if a VAE of this kind cannot be told how many latent frames it decodes at a time."""
+    if number > 1 and kind != "wan":
+        raise UsageError(
+            f"--vae-latents {number}: only the Wan VAE decodes in portions; the {kind} VAE takes a block at once",
+            hint="Leave --vae-latents away.",
         )
 
 

@@ -279,7 +279,9 @@ class PlanRequest(Options):
     quantize_text:    of those of the text encoder.
     offload:          what stays in host memory while a GPU runs the model: none; text = the text encoder, which then
                       runs on the CPU; all = also the transformer's layers, each copied to the GPU while it runs.
-    vae:              None = the package's, tiny, wan, or a folder with a VAE of the same latents.
+    vae:              None = the package's, tiny, wan, a VAE of the catalog by name, or a folder with one of the
+                      same latents.
+    vae_latents:      latent frames the Wan VAE decodes at a time; more take more memory.
     timeline:         prompts after the first one, and pins.
     source:           somebody's video whose blocks come first; None = none.
     """
@@ -294,6 +296,7 @@ class PlanRequest(Options):
     quantize_text: str = "none"
     offload: str = "none"
     vae: str | None = None
+    vae_latents: int = Field(1, ge=1, le=64)
     memory: MemoryOptions = MemoryOptions()
     timeline: InstanceOf[Timeline] = Timeline()
     source: SourceVideo | None = None
@@ -394,7 +397,7 @@ class GenerateRequest(PlanRequest):
     guidance:  classifier-free guidance scale, 1 = none; None = the package's.
     device:    auto (the GPU with most free memory, else the CPU), cpu, cuda or cuda:N.
     attention: the kernel of attention: auto, or a name of `attention.choose`.
-    compile:   compile parts of the transformer's layers; the first block waits for it.
+    compile:   compile parts of the transformer's layers, and the Wan VAE's decoder; the first block waits for it.
     cuda_graphs: record the passes of a full memory and replay them, on a GPU.
     embeddings: a file with the prompts' embeddings; None = they are encoded.
     loras:     folders of adapters as PATH or PATH:WEIGHT, added to the model's weights.

@@ -1,6 +1,6 @@
 """From a request to a finished video: what `generate`, `resume`, `extend` and `batch` do alike, without any display.
 
-    request -> prepare -> Job -> open_source -> encode -> source.load() -> open a run folder -> make -> Result
+    request -> prepare -> Job -> open_source -> Loading -> open a run folder -> make -> Result
 
 `prepare` decides all that is open and refuses what cannot be done before any weights are read; torch is loaded only
 where an NVIDIA driver is, or when a GPU is asked for. Knows no terminal: it returns, raises, or calls back.
@@ -8,6 +8,8 @@ where an NVIDIA driver is, or when a GPU is asked for. Knows no terminal: it ret
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import shlex
 import sys
@@ -15,9 +17,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Self
 
 from packforcing_cli import catalog, config, machine, packages, planner
+from packforcing_cli.ahead import Ahead
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import MemoryFitError, UsageError
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from packforcing_cli.sampler import Schedule
     from packforcing_cli.source import History
 
+
+_log = logging.getLogger(__name__)
 
 FILE_SETTINGS = ("codec", "crf", "preset")
 """Of a request: how its file is encoded."""
@@ -214,9 +219,10 @@ def _downloads(request: GenerateRequest) -> tuple[Download, ...]:
     """Parts of the model, and of the VAE that stands in for a Wan model's own, that are not on this machine."""
     own = () if catalog.of_random(request.model) else tuple(packages.downloads(request.model))
     known = catalog.find(request.model)
-    if request.vae == "tiny" and known is not None and known.codec == "wan":
-        return (*own, *packages.downloads("taew2_1"))
-    return own
+    other = None
+    if request.vae is not None and known is not None:
+        other = catalog.stand_in(known.codec, request.vae)
+    return own if other is None else (*own, *packages.downloads(other))
 
 
 def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[np.uint8], ...]:
@@ -317,7 +323,8 @@ def recorded(job: Job) -> GenerateRequest:
     changes: dict[str, Any] = {"output": job.path.absolute()}
     if job.place != job.facts.name:
         changes["model"] = str(Path(job.place).expanduser().absolute())
-    if request.vae is not None and Path(request.vae).is_dir():
+    is_named = request.vae is not None and catalog.stand_in(job.facts.codec, request.vae) is not None
+    if request.vae is not None and not is_named and Path(request.vae).is_dir():
         changes["vae"] = str(Path(request.vae).absolute())
     compressor = request.memory.compressor
     if os.sep in compressor or compressor.startswith("~") or Path(compressor).is_dir():
@@ -456,6 +463,7 @@ def open_source(job: Job) -> ModelSource:
         attention=request.attention,
         compile_layers=request.compile,
         cuda_graphs=request.cuda_graphs,
+        vae_latents=request.vae_latents,
     )
 
 
@@ -477,6 +485,81 @@ def encode(job: Job, model: VideoModel | ModelSource) -> Story:
     given = None if job.request.embeddings is None else embeddings.read(job.request.embeddings)
     guided = schedule_of(job, model).guidance != 1.0
     return prompts.encode_script(model, job.plan.script, guided=guided, given=given)
+
+
+class Loading:
+    """The prompts of a job encoded, and its model loaded meanwhile, as far as the plan has room for both.
+
+    Use it as a context, take the story, then the model. Left by an error or by Ctrl-C, the loading ends, too. The
+    numbers are those of one after the other, which is also what is done where memory runs out all the same.
+    """
+
+    def __init__(self, job: Job, source: ModelSource, *, how: str | None = None) -> None:
+        """how: as `Plan.loading`; None = as planned."""
+        self._job, self._source = job, source
+        self._how = job.plan.loading if how is None else how
+        self._ahead: Ahead[VideoModel | None] | None = None
+
+    def __enter__(self) -> Self:
+        if self._how != "after":
+            self._ahead = Ahead(self._begin, name="load model")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._give_up()
+
+    def _begin(self, check: Callable[[], None]) -> VideoModel | None:
+        if self._how == "read":
+            self._source.read_ahead(check)
+            return None
+        import torch
+
+        if self._source.device.type == "cuda":
+            torch.cuda.set_device(self._source.device)  # each thread has its own current one
+        return self._source.load(check=check)
+
+    def _give_up(self) -> None:
+        if self._ahead is not None:
+            self._ahead.give_up()
+            self._ahead = None
+
+    def story(self) -> Story:
+        """The encoded prompts; the text encoder is gone. Raises: as `encode`."""
+        try:
+            return encode(self._job, self._source)
+        except Exception as error:
+            if self._ahead is None or not is_out_of_memory(error):
+                raise
+        _log.warning(
+            "memory ran out with the model beside the text encoder; they are loaded one after the other"
+        )
+        self._give_up()
+        _free_memory(self._source)
+        return encode(self._job, self._source)
+
+    def model(self) -> VideoModel:
+        """The loaded model. Raises: as `registry.open_model(…).load`."""
+        made: VideoModel | None = None
+        try:
+            made = None if self._ahead is None else self._ahead.result()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            _log.warning("memory ran out with the model beside the text encoder; the model is loaded again")
+        finally:
+            self._give_up()
+        if self._how != "after":
+            _free_memory(self._source)
+        return made or self._source.load()
+
+
+def _free_memory(source: ModelSource) -> None:
+    """Give what was freed back to the device, for whoever asks next."""
+    if source.device.type == "cuda":
+        gc.collect()
+        import torch
+
+        torch.cuda.empty_cache()
 
 
 def make(

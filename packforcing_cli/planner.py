@@ -42,8 +42,10 @@ LAYER_WIDTHS = (
 # A pixel of one frame: what the decoder keeps between blocks, and the most it has at one time, that included.
 DECODER_STATE = {"wan": 2_365, "tiny": 84}
 DECODER_PEAK = {"wan": 7_464, "tiny": 2_790}
+DECODER_MORE = 2_100  # for each further latent frame that the Wan VAE decodes at a time
 TEXT_WIDTHS = 40  # of a text token in the encoder, in units of its width
 TINY_VAE_PARAMS = 11_315_539  # taew2_1
+MOST_STORED_BYTES = 4  # of a number in a file: fp32
 ROW_BYTES = 5  # of a quantized matrix: a float32 scale and an 8-bit zero point
 # An accelerator's host process: interpreter, libraries, driver, frames on their way to the video encoder. A guess.
 HOST_BYTES = 2 * 10**9
@@ -140,6 +142,9 @@ class Plan:
     fits:               whether peak and disk fit the machine; True when no machine was given.
     change:             the smallest change of the request that would make it fit; empty if none is needed or known.
     suggestion:         the same as options.
+    loading:            what is done with the model while the text encoder works: "beside" = it is loaded, since both
+                        together take no more than a later stage; "read" = its files are read into the system's file
+                        cache, in host memory; "after" = nothing.
     warnings:           what is allowed but unlikely to be wanted.
     """
 
@@ -177,6 +182,7 @@ class Plan:
     fits: bool
     change: Mapping[str, Any]
     warnings: tuple[str, ...]
+    loading: str = "after"
 
     @property
     def suggestion(self) -> str:
@@ -334,6 +340,7 @@ def plan(request: PlanRequest, machine: Machine | None = None, *, facts: ModelFa
         fits=fits,
         change={} if fits or machine is None else _smallest_change(parts, machine),
         warnings=_warnings(parts, slot_plan),
+        loading=parts.loading,
     )
 
 
@@ -376,6 +383,21 @@ class _Parts:
         if vae is None:
             return self.facts.codec
         return vae if vae in DECODER_PEAK else catalog.vae_kind(vae)
+
+    @property
+    def decoder_bytes(self) -> int:
+        """What the decoder works in, beside what it keeps between blocks.
+
+        Raises: UsageError if latent frames are to be decoded in portions by a VAE that takes whole blocks.
+        """
+        kind, request = self.vae, self.request
+        catalog.check_vae_latents(kind, request.vae_latents)
+        numbers = DECODER_PEAK[kind] - DECODER_STATE[kind]
+        numbers += DECODER_MORE * (min(request.vae_latents, self.layout.grid.frames_per_block) - 1)
+        if kind == "wan" and getattr(request, "compile", False):
+            numbers += DECODER_STATE[kind]  # compiled code keeps what it was given until it is through
+        width, height = self.size
+        return width * height * numbers * request.dtype_bytes
 
     @property
     def weights(self) -> WeightBytes:
@@ -438,6 +460,21 @@ class _Parts:
             largest = max(rows * cols for rows, cols in self.facts.layer_matrices) * self.request.dtype_bytes
             resident += self.layer_bytes + largest - self.layers_bytes
         return resident
+
+    @property
+    def loading(self) -> str:
+        """What is done with the model while the text encoder works; see Plan."""
+        machine, request = self.machine, self.request
+        if machine is None or not self.encodes_text or self.facts.is_random or request.offload == "all":
+            return "after"
+        text, host = self.stages[0], machine.host_bytes
+        both = text.device_bytes + self.resident_bytes
+        # No more than the video takes later in any case: the peak stays what the plan says.
+        if both <= self.peak_bytes and self.fits_memory():
+            return "beside"
+        facts = self.facts
+        files = MOST_STORED_BYTES * (facts.transformer_params + facts.vae_params)
+        return "read" if host is not None and _memory_fits(text.host_bytes + files, host) else "after"
 
     @property
     def bank_device(self) -> str:
@@ -506,7 +543,7 @@ class _Parts:
             compressed_kv = grid.compressed_tokens * grid.bytes_per_token if self.layout.top_k else 0
             kinds = passes + (2 if compressed_kv else 1)
             held += kinds * text_kv + clean_kv + compressed_kv + passes * layer
-        decoder = width * height * DECODER_PEAK[self.vae] * per - state
+        decoder = self.decoder_bytes
         streamed = facts.layers * self.layer_bytes if request.offload == "all" else 0
         text_on_host = request.offload != "none"
         host = HOST_BYTES if self.on_gpu or text_on_host else 0
@@ -607,6 +644,8 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
         levers.append([{"offload": "text" if request.offload == "none" else "none"}])
     if on_gpu and request.memory.bank_device == "device" and parts.layout.top_k:
         levers.append([{"bank_device": "host"}])
+    if request.vae_latents > 1:
+        levers.append([{"vae_latents": 1}])
     without = {"cuda_graphs": False} if parts.asks_to_record else {}
     if without:
         levers.append([without])

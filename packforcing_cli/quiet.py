@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,12 +30,20 @@ _NOISE = (
 )
 
 
+_one_at_a_time = threading.RLock()
+"""These libraries import one another as they are used: two threads must not do so at once."""
+
 _TORCHAO_SOURCE = r".*[/\\]torchao[/\\]"
 
 
 @contextmanager
 def known_import_noise_dropped() -> Iterator[None]:
-    """Import transformers, diffusers or torchao inside this without their known noise."""
+    """Import transformers, diffusers or torchao inside this without their known noise, one thread at a time."""
+    with _one_at_a_time:
+        yield from _noise_dropped()
+
+
+def _noise_dropped() -> Iterator[None]:
     # Python complains about torchao's source when it compiles it, which is at import where installers do not.
     warnings.filterwarnings("ignore", r"invalid escape sequence", module=_TORCHAO_SOURCE)
     added = [(logging.getLogger(name), _Drop(pattern)) for name, pattern in _NOISE]

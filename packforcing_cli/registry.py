@@ -21,7 +21,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -132,7 +132,8 @@ class VideoModel:
     quantize: of the transformer's linears, "none" or a mode of `quantize`; but for those of layers `quantize_skip`.
     hashes: part -> sha256 over the files it was loaded from.
     attention: the kernel, and which one it really is.
-    compiled: whether parts of the transformer's layers are; graphs: whether its passes are recorded.
+    compiled: whether parts of the transformer's layers, and the Wan VAE's decoder, are.
+    graphs: whether its passes are recorded.
     """
 
     name: str
@@ -153,12 +154,30 @@ class VideoModel:
     hashes: Mapping[str, str] = field(default_factory=dict)
 
 
+def _unwatched() -> None:
+    """A check that always passes."""
+
+
+class Loader(Protocol):
+    """Reads the model of a package."""
+
+    def __call__(self, *, check: Callable[[], None] = _unwatched) -> VideoModel:
+        """Read it all.
+
+        Args:
+            check: called between tensors; what it raises ends the loading.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model package that was verified and is not loaded.
 
     Its prompts can be encoded before the transformer takes memory; `load` gives the model.
 
+    read_ahead: reads the files that `load` will, and keeps nothing: they are then in the system's file cache, from
+        where memory is taken back when it is needed. It is given a check, as `load` is.
     device, dtype: what was asked for, resolved.
     """
 
@@ -167,7 +186,8 @@ class ModelSource:
     folder: Path
     load_text_encoder: Callable[[], Encoder]
     text: TextIdentity
-    load: Callable[[], VideoModel]
+    load: Loader
+    read_ahead: Callable[[Callable[[], None]], None]
     device: torch.device
     dtype: torch.dtype
 
@@ -187,6 +207,7 @@ def load_model(
     attention: str = "auto",
     compile_layers: bool = False,
     cuda_graphs: bool = False,
+    vae_latents: int = 1,
     fuse: bool = True,
 ) -> VideoModel:
     """Verify a package and load it: `open_model(...).load()`."""
@@ -204,6 +225,7 @@ def load_model(
         attention=attention,
         compile_layers=compile_layers,
         cuda_graphs=cuda_graphs,
+        vae_latents=vae_latents,
         fuse=fuse,
     ).load()
 
@@ -223,6 +245,7 @@ def open_model(
     attention: str = "auto",
     compile_layers: bool = False,
     cuda_graphs: bool = False,
+    vae_latents: int = 1,
     fuse: bool = True,
 ) -> ModelSource:
     """Verify a package and decide how it will be loaded; no tensor is read.
@@ -240,8 +263,9 @@ def open_model(
                        an installed package's name, a package's folder or a part's folder.
         loras:         folders of adapters as PATH or PATH:WEIGHT, added to the transformer's weights one after another.
         attention:     "auto", or a kernel of `attention.choose`.
-        compile_layers: compile parts of the transformer's layers.
+        compile_layers: compile parts of the transformer's layers, and the steady calls of the Wan VAE's decoder.
         cuda_graphs:   record passes and replay them.
+        vae_latents:   latent frames the Wan VAE decodes at a time; a tiny VAE takes what it is given.
         fuse:          make q, k and v of a layer one product; not for a model that will be trained.
     Raises: UsageError, EnvironmentProblem (no such device, or it cannot run what is asked for), WeightsError (a
         file that is not what the manifest says).
@@ -260,7 +284,7 @@ def open_model(
     if cuda_graphs:
         require_graphs(chosen_device, offload=offload)
     kernel = kernels.choose(attention, device=chosen_device, dtype=chosen_dtype)
-    speed = _Speed(kernel, compile_layers, cuda_graphs, fuse)
+    speed = _Speed(kernel, compile_layers, cuda_graphs, vae_latents, fuse)
     text_device = chosen_device if offload == "none" else torch.device("cpu")
     other = None if compressor in COMPRESSORS else packages.find_compressor(compressor)
     adapters = [lora.read(*lora.parse(text)) for text in loras]
@@ -283,6 +307,8 @@ def open_model(
     manifest = read_manifest(folder)
     packages.require_complete(folder, manifest)
     vae_folder = _vae_folder(folder, manifest, vae)
+    if vae_latents > 1:
+        catalog.check_vae_latents(catalog.vae_kind(str(vae_folder)), vae_latents)
     verify_package(folder, manifest, trust=True)
     hashes = _part_hashes(manifest, vae_folder, own_vae=part_folder(folder, manifest, "vae"))
     if other is not None:
@@ -307,10 +333,22 @@ def open_model(
             quantize=None if quantize_text == "none" else quantizer(quantize_text, text_device, chosen_dtype),
         )
 
-    def load() -> VideoModel:
+    def read_ahead(check: Callable[[], None]) -> None:
+        for part in (part_folder(folder, manifest, "transformer"), vae_folder):
+            weights.read_ahead(part, check)
+
+    def load(*, check: Callable[[], None] = _unwatched) -> VideoModel:
+        check()
         # The VAE is read beside the transformer: the Wan VAE's code takes seconds to import.
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="load vae") as beside:
-            reading = beside.submit(load_codec, vae_folder, device=chosen_device, dtype=chosen_dtype)
+            reading = beside.submit(
+                load_codec,
+                vae_folder,
+                device=chosen_device,
+                dtype=chosen_dtype,
+                latents_per_call=vae_latents,
+                compiled=compile_layers,
+            )
             transformer = load_transformer(
                 part_folder(folder, manifest, "transformer"),
                 device=chosen_device,
@@ -319,8 +357,10 @@ def open_model(
                 quantize_skip=quantize_skip,
                 stream_layers=offload == "all",
                 loras=adapters,
+                check=check,
             )
             codec = reading.result()
+        check()
         speed.apply(transformer, chosen_device)
         network = None
         if other is not None:
@@ -363,6 +403,7 @@ def open_model(
         load_text_encoder=load_text_encoder,
         text=text,
         load=load,
+        read_ahead=read_ahead,
         device=chosen_device,
         dtype=chosen_dtype,
     )
@@ -370,11 +411,15 @@ def open_model(
 
 @dataclass(frozen=True)
 class _Speed:
-    """How a transformer computes, beside what it computes."""
+    """How a model computes, beside what it computes.
+
+    vae_latents: latent frames the Wan VAE decodes at a time.
+    """
 
     kernel: Kernel
     compiled: bool
     graphs: bool
+    vae_latents: int
     fuse: bool
 
     def apply(self, transformer: WanTransformer, device: torch.device) -> None:
@@ -403,6 +448,10 @@ def _open_random(
     if vae is not None:
         catalog.check_vae(facts.name, facts.codec, str(vae))
     kind = facts.codec if vae is None else str(vae)
+    other = None if kind in ("tiny", "wan") else catalog.stand_in(facts.codec, kind)
+    if other is not None:
+        kind = str(_installed_vae(other, asked=kind))
+    catalog.check_vae_latents(kind if kind in ("tiny", "wan") else catalog.vae_kind(kind), speed.vae_latents)
     manifest = Manifest(name=facts.name, version="0", **packages.records_of(facts))
     config = TransformerConfig(
         num_layers=facts.layers,
@@ -419,20 +468,26 @@ def _open_random(
     encoder = RandomTextEncoder(length=facts.text_length, width=facts.text_dim, device=device, dtype=dtype)
     text = TextIdentity(encoder="", length=facts.text_length, width=facts.text_dim, numerics="")
 
-    def load() -> VideoModel:
+    def load(*, check: Callable[[], None] = _unwatched) -> VideoModel:
         with torch.device("meta"):
             transformer = WanTransformer(config)
         change = _changes(
             transformer, device, dtype, quantize, skip=quantize_skip, stream_layers=stream_layers
         )
-        weights.randomise(transformer, device=device, dtype=dtype, change=change)
+        weights.randomise(transformer, device=device, dtype=dtype, change=_checked(check, change))
         if stream_layers:
             transformer.stream_layers(device)
         speed.apply(transformer, device)
         network = None if compressor is None else _other_compressor(compressor, config, device, dtype)
         codec: Codec
         if kind not in ("tiny", "wan"):
-            codec = load_codec(Path(kind), device=device, dtype=dtype)
+            codec = load_codec(
+                Path(kind),
+                device=device,
+                dtype=dtype,
+                latents_per_call=speed.vae_latents,
+                compiled=speed.compiled,
+            )
         elif kind == "tiny":
             shape = TinyAutoencoderConfig.demo() if facts.codec == "tiny" else TinyAutoencoderConfig()
             with torch.device("meta"):
@@ -443,7 +498,7 @@ def _open_random(
             with torch.device("meta"):
                 wan = _wan_class()()
             weights.randomise(wan, device=device, dtype=dtype)
-            codec = _wan_codec(wan, device)
+            codec = _wan_codec(wan, device, speed.vae_latents, compiled=speed.compiled)
         _check_codec(manifest, codec, facts.latent_channels, own=kind == facts.codec)
         return VideoModel(
             name=facts.name,
@@ -471,6 +526,7 @@ def _open_random(
         load_text_encoder=lambda: encoder,
         text=text,
         load=load,
+        read_ahead=lambda _: None,  # there are no files
         device=device,
         dtype=dtype,
     )
@@ -489,19 +545,24 @@ def _part_hashes(manifest: Manifest, vae: Path, *, own_vae: Path) -> dict[str, s
 
 
 def _vae_folder(folder: Path, manifest: Manifest, vae: str | Path | None) -> Path:
-    """Where the VAE to use is. `tiny` for a model with the Wan VAE is the installed taew2_1."""
+    """Where the VAE to use is: in the package, among the installed ones (`catalog.stand_in`), or a folder."""
     if vae is None or str(vae) == manifest.codec.kind:
         return part_folder(folder, manifest, "vae")
     catalog.check_vae(manifest.name, manifest.codec.kind, str(vae))
-    if str(vae) == "tiny":
-        other = packages.install_folder("taew2_1")
-        if not (other / MANIFEST).is_file():
-            raise OfflineError(
-                "--vae tiny: the tiny VAE taew2_1 is not installed", hint="packforcing models pull taew2_1"
-            )
-        verify_package(other, read_manifest(other), trust=True)
-        return part_folder(other, read_manifest(other), "vae")
-    return Path(vae)
+    name = catalog.stand_in(manifest.codec.kind, str(vae))
+    return Path(vae) if name is None else _installed_vae(name, asked=str(vae))
+
+
+def _installed_vae(name: str, *, asked: str) -> Path:
+    """The part of an installed VAE, verified. Raises: OfflineError if it is not installed; WeightsError."""
+    folder = packages.install_folder(name)
+    if not (folder / MANIFEST).is_file():
+        raise OfflineError(
+            f"--vae {asked}: the tiny VAE {name} is not installed", hint=f"packforcing models pull {name}"
+        )
+    manifest = read_manifest(folder)
+    verify_package(folder, manifest, trust=True)
+    return part_folder(folder, manifest, "vae")
 
 
 def _check_codec(manifest: Manifest, codec: Codec, in_channels: int, *, own: bool) -> None:
@@ -527,6 +588,7 @@ def load_transformer(
     quantize_skip: Collection[int] = (),
     stream_layers: bool = False,
     loras: Sequence[lora.Lora] = (),
+    check: Callable[[], None] = _unwatched,
 ) -> WanTransformer:
     """Read a transformer from its folder.
 
@@ -535,6 +597,7 @@ def load_transformer(
         quantize_skip: layers whose linears stay as they are.
         stream_layers: keep the layers in host memory, to be copied to the device one at a time.
         loras:         adapters that are added to the weights, before these are quantized.
+        check:         called between tensors; what it raises ends the reading.
     Raises: WeightsError for another architecture or wrong tensors, or adapters of another model.
     """
     module = _empty_transformer(folder)
@@ -546,10 +609,22 @@ def load_transformer(
             return rest(name, add(name, tensor))
 
     source = torch.device("cpu") if stream_layers else device
-    module = _filled(module, folder, source, dtype, change)
+    module = _filled(module, folder, source, dtype, _checked(check, change))
     if stream_layers:
         module.stream_layers(device)
     return module
+
+
+def _checked(
+    check: Callable[[], None], change: Callable[[str, Tensor], Tensor]
+) -> Callable[[str, Tensor], Tensor]:
+    """A change of tensors, with a check before each."""
+
+    def run(name: str, tensor: Tensor) -> Tensor:
+        check()
+        return change(name, tensor)
+
+    return run
 
 
 def _changes(
@@ -624,9 +699,18 @@ def _empty_compressor(folder: Path) -> Compressor:
         return Compressor(CompressorConfig.from_dict(values))
 
 
-def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Codec:
+def load_codec(
+    folder: Path,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    latents_per_call: int = 1,
+    compiled: bool = False,
+) -> Codec:
     """Read the VAE of a part folder, whichever of the two kinds it is.
 
+    Args:
+        latents_per_call, compiled: of the Wan VAE, as `WanCodec` takes them.
     Raises: WeightsError for another architecture or wrong tensors.
     """
     module = _filled(_empty_vae(folder), folder, device, dtype)
@@ -634,7 +718,7 @@ def load_codec(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Cod
         return _tiny_codec(module, device)
     wan: Any = module  # diffusers gives its models no types
     try:
-        return _wan_codec(wan, device)
+        return _wan_codec(wan, device, latents_per_call, compiled=compiled)
     except ValueError as e:
         raise WeightsError(f"{folder}: {e}", hint="Use the VAE of a Wan2.1 model.") from e
 
@@ -658,9 +742,14 @@ def _tiny_codec(module: TinyAutoencoder, device: torch.device) -> TinyCodec:
     return TinyCodec(module)
 
 
-def _wan_codec(module: Any, device: torch.device) -> WanCodec:
+def _wan_codec(module: Any, device: torch.device, latents_per_call: int, *, compiled: bool) -> WanCodec:
     """The Wan VAE as this kind of device runs it: the layout cuDNN's convolutions take, on a GPU."""
-    return WanCodec(module, channels_last=device.type == "cuda")
+    return WanCodec(
+        module,
+        latents_per_call=latents_per_call,
+        channels_last=device.type == "cuda",
+        compiled=compiled,
+    )
 
 
 def _empty_vae(folder: Path) -> nn.Module:

@@ -122,11 +122,22 @@ def must_be_same(model: VideoModel, request: GenerateRequest, *, made: int = 0) 
         "attention": model.attention.taken,
         "quantization": model.quantize + "".join(f", not layer {layer}" for layer in model.quantize_skip),
         "quantization of text": request.quantize_text,
-        "compile": "layers" if model.compiled else "none",
+        **_ways_to_compute(model),
         **{name: _file_hash(path) for name, path in files.items()},
     }
     values: dict[str, Any] = json.loads(json.dumps(facts, default=str))
     return values
+
+
+def _ways_to_compute(model: VideoModel) -> dict[str, Any]:
+    """What is compiled, and in what portions the VAE decodes; results differ by rounding."""
+    compiled, codec = ["layers"] * model.compiled, model.codec
+    if not isinstance(codec, WanCodec):
+        return {"compile": ", ".join(compiled) or "none"}
+    compiled += ["VAE"] * codec.compiled
+    # Older runs decoded one at a time and do not say so.
+    portions = {"latents a VAE call": codec.latents_per_call} if codec.latents_per_call > 1 else {}
+    return {"compile": ", ".join(compiled) or "none", **portions}
 
 
 def file_hash(path: Path) -> str:

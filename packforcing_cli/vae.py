@@ -20,7 +20,7 @@ diffusers (the inner encoder and decoder), docs/method.md 1.3, 3.2 and 10.9.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -28,6 +28,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from packforcing_cli import compiling
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -732,7 +734,11 @@ FeatureCache = list[Tensor | str | None]
 """An entry per causal convolution: None before the first frame, then the last input frames; the temporal
 upsamplers hold `REPEAT` after the first frame. Layers replace entries and never write into them."""
 
+Step = Callable[[Any, Tensor, FeatureCache], tuple[Tensor, FeatureCache]]
+"""`_steady_step`, as it is or compiled."""
+
 REPEAT = "Rep"  # diffusers' marker, WanResample.forward
+PAST_FRAMES = 2  # that a causal convolution of three frames remembers; diffusers' CACHE_T
 
 
 class WanCodec:
@@ -744,7 +750,12 @@ class WanCodec:
     """
 
     def __init__(
-        self, module: AutoencoderKLWan, *, latents_per_call: int = 1, channels_last: bool = False
+        self,
+        module: AutoencoderKLWan,
+        *,
+        latents_per_call: int = 1,
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         """Wrap a module.
 
@@ -754,6 +765,8 @@ class WanCodec:
                               (5e-6 in float32) and take that many times the working memory.
             channels_last:    keep channels innermost, as cuDNN's convolutions of 16-bit numbers want them; results
                               differ by rounding.
+            compiled:         compile the decoder for the calls whose shapes come again: all but a video's first two.
+                              Results differ by rounding.
         Raises: ValueError for a VAE that folds pixels first (Wan 2.2 5B), or no latent frame a call.
         """
         if latents_per_call < 1:
@@ -766,6 +779,7 @@ class WanCodec:
             )
         self.module = untyped.eval().requires_grad_(False)
         self._latents_per_call, self._layout = latents_per_call, torch.contiguous_format
+        self._step = compiling.compiled(_steady_step) if compiled else None
         if channels_last:
             self._layout = torch.channels_last_3d
             put_channels_last(self.module)
@@ -784,11 +798,21 @@ class WanCodec:
     def facts(self) -> CodecFacts:
         return self._facts
 
+    @property
+    def latents_per_call(self) -> int:
+        """Latent frames the decoder is given at a time."""
+        return self._latents_per_call
+
+    @property
+    def compiled(self) -> bool:
+        """Whether the decoder's steady calls are."""
+        return self._step is not None
+
     def encoder(self) -> WanStreamingEncoder:
         return WanStreamingEncoder(self.module, self._facts, self._layout)
 
     def decoder(self) -> WanStreamingDecoder:
-        return WanStreamingDecoder(self.module, self._facts, self._layout, self._latents_per_call)
+        return WanStreamingDecoder(self.module, self._facts, self._layout, self._latents_per_call, self._step)
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> Self:
         self.module.to(device=device, dtype=dtype)
@@ -851,27 +875,43 @@ class WanStreamingDecoder:
         facts: CodecFacts,
         layout: torch.memory_format,
         latents_per_call: int,
+        step: Step | None,
     ) -> None:
+        """step: makes the calls whose shapes come again; None = the module does, as it does the others."""
         self._module: Any = module  # diffusers gives its models no types
         self._facts, self._layout, self._latents_per_call = facts, layout, latents_per_call
+        self._step = step
         self._features = _empty_features(self._module.decoder)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         _check_latents(latents, self._facts)
         raw = _raw(latents, self._facts).to(next(self._module.parameters()))
-        features, frames = list(self._features), []
         raw = _by_frame(self._module.post_quant_conv, raw)
-        if not _started(features):  # the first latent frame stands for one frame, each later one for four
-            frames.append(self._call(raw[:, :, :1], features, first=True))
-            raw = raw[:, :, 1:]
-        if raw.shape[2]:
-            frames += [self._call(z, features, first=False) for z in raw.split(self._latents_per_call, dim=2)]
+        features, calls = list(self._features), self._calls(raw.shape[2])
+        frames = [self._call(z, features) for z in raw.split(calls, dim=2)]
         self._features = features
         return torch.cat(frames, dim=2).float().clamp(-1, 1) * 0.5 + 0.5
 
-    def _call(self, z: Tensor, features: FeatureCache, *, first: bool) -> Tensor:
-        z = z.contiguous(memory_format=self._layout)
+    def _calls(self, frames: int) -> list[int]:
+        """Latent frames of each call.
+
+        The first one of a video stands for one frame instead of four and goes alone. A shorter call comes before the
+        full ones: in a video's first block it is then among the calls that are never compiled.
+        """
+        first = 0 if _started(self._features) else 1
+        full, short = divmod(frames - first, self._latents_per_call)
+        return [1] * first + [short] * (short > 0) + [self._latents_per_call] * full
+
+    def _call(self, z: Tensor, features: FeatureCache) -> Tensor:
+        """Decode some latent frames; the features become those after them, entry by entry, and no entry is written."""
+        if self._step is not None and _is_steady(features):
+            for i, feature in enumerate(features):
+                if isinstance(feature, Tensor):
+                    features[i] = _laid_out(feature, self._layout)
+            pixels, features[:] = self._step(self._module.decoder, _laid_out(z, self._layout), features)
+            return pixels
+        first, z = not _started(features), z.contiguous(memory_format=self._layout)
         out: Tensor = self._module.decoder(z, feat_cache=features, feat_idx=[0], first_chunk=first)
         return out
 
@@ -880,6 +920,22 @@ class WanStreamingDecoder:
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._features = _features_from(state, self._module.decoder, self._layout)
+
+
+def _steady_step(decoder: Any, z: Tensor, features: FeatureCache) -> tuple[Tensor, FeatureCache]:
+    """A call of the decoder as a function: what is given stays as it is. Features are those of `_is_steady`."""
+    after = list(features)
+    pixels: Tensor = decoder(z, feat_cache=after, feat_idx=[0], first_chunk=False)
+    return pixels, after
+
+
+def _laid_out(x: Tensor, layout: torch.memory_format) -> Tensor:
+    """[B, C, T, H, W] in exactly this layout: compiled code is made for strides, also those of sides of length 1."""
+    _, C, T, H, W = x.shape
+    strides = (C * T * H * W, T * H * W, H * W, W, 1)
+    if layout == torch.channels_last_3d:
+        strides = (T * H * W * C, 1, H * W * C, W * C, C)
+    return x if x.stride() == strides else x.clone(memory_format=layout)
 
 
 def put_channels_last(module: nn.Module) -> None:
@@ -898,6 +954,12 @@ def _empty_features(half: nn.Module) -> FeatureCache:
 
 def _started(features: FeatureCache) -> bool:
     return any(feature is not None for feature in features)
+
+
+def _is_steady(features: FeatureCache) -> bool:
+    """Whether every convolution remembers as much as it ever will, so that the next call's shapes will come again."""
+    past = [feature for feature in features if feature is not None]
+    return bool(past) and all(isinstance(f, Tensor) and f.shape[2] == PAST_FRAMES for f in past)
 
 
 _KINDS: tuple[str | None, ...] = (None, REPEAT)  # codes 0 and 1; code 2 is a tensor

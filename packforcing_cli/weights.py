@@ -25,6 +25,7 @@ CONFIG = "config.json"
 INDEX = ".safetensors.index.json"
 RANDOM_STD = 0.02  # of random weights, as transformers are commonly initialised
 MAPPED_BYTES = 64 << 20  # of a file, read before it is mapped anew
+AHEAD_BYTES = 8 << 20  # of a file, read ahead between two checks
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -69,6 +70,23 @@ def weight_files(folder: Path) -> list[Path]:
         what = f"lacks {', '.join(missing)}" if missing else "holds no *.safetensors"
         raise WeightsError(f"{folder} {what}", hint="Download the model again.")
     return files
+
+
+def read_ahead(folder: Path, check: Callable[[], None]) -> None:
+    """Read the files of a part and keep nothing: the next reader finds them in the system's file cache.
+
+    Args:
+        check: called between pieces; what it raises ends the reading.
+    Raises: WeightsError, as `weight_files`, and for a file that cannot be read.
+    """
+    buffer = bytearray(AHEAD_BYTES)
+    for path in weight_files(folder):
+        try:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    check()
+        except OSError as e:
+            raise WeightsError(f"{path} cannot be read: {e}", hint="Download the model again.") from e
 
 
 def read_tensors(

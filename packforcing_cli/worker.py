@@ -243,27 +243,31 @@ class Worker:
                 source = _keeping(jobs.open_source(job))
             loaded = _Loaded(task.load_key, on, source, _is_roomy(job), request.dtype, _weights(job))
             self._loaded = loaded
-        if warm is not None:
-            _, story, seconds["text_ahead"] = warm
-        else:
-            began = time.perf_counter()
-            if loaded.model is not None and not loaded.is_roomy:  # the encoder would not fit beside it
-                loaded.model = None
-                _free_memory()
-            story = jobs.encode(job, loaded.source)
-            seconds["text"] = time.perf_counter() - began
-            if not loaded.is_roomy:
-                self._encode_ahead(task.layout_key, WARM_JOBS)
-        if self._stop() not in ("", "drain"):
-            raise _EndedError(self._stop())
-        if loaded.model is None:
-            began = time.perf_counter()
-            if not loaded.is_roomy:
-                loaded.source = _keeping(jobs.open_source(job))  # the encoder goes
-                _free_memory()
-            with _needed_here():
-                loaded.model = loaded.source.load()
-            seconds["load"] = time.perf_counter() - began
+        beside = warm is None and loaded.model is None and loaded.is_roomy
+        with (
+            jobs.Loading(job, loaded.source, how="beside") if beside else contextlib.nullcontext()
+        ) as loading:
+            if warm is not None:
+                _, story, seconds["text_ahead"] = warm
+            else:
+                began = time.perf_counter()
+                if loaded.model is not None and not loaded.is_roomy:  # the encoder would not fit beside it
+                    loaded.model = None
+                    _free_memory()
+                story = jobs.encode(job, loaded.source) if loading is None else loading.story()
+                seconds["text"] = time.perf_counter() - began
+                if not loaded.is_roomy:
+                    self._encode_ahead(task.layout_key, WARM_JOBS)
+            if self._stop() not in ("", "drain"):
+                raise _EndedError(self._stop())
+            if loaded.model is None:
+                began = time.perf_counter()
+                if not loaded.is_roomy:
+                    loaded.source = _keeping(jobs.open_source(job))  # the encoder goes
+                    _free_memory()
+                with _needed_here():
+                    loaded.model = loaded.source.load() if loading is None else loading.model()
+                seconds["load"] = time.perf_counter() - began
         seconds["prepare"] = time.perf_counter() - started
         return _Work(task, job, story, seconds)
 
@@ -544,7 +548,8 @@ def _device(task: Task, request: GenerateRequest, loaded: _Loaded | None) -> Dev
 def _weights(job: Job) -> tuple[object, ...]:
     """What auto-fit may change of a loaded model."""
     request = job.request
-    return (request.dtype, request.quantize, request.quantize_text, request.offload)
+    names = ("dtype", "quantize", "quantize_text", "offload", "cuda_graphs", "vae_latents")
+    return tuple(getattr(request, name) for name in names)
 
 
 def _check_place(output: Path, task: Task) -> None:

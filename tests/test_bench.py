@@ -375,13 +375,19 @@ def test_first_frames_are_measured_on_the_device_that_is_named(
 
     def run(command: list[str], *_: object) -> str:
         ran.append(command)
+        if bench._PREPARE in command:
+            return json.dumps({"seconds": len(ran), "how": command[5] or "beside"})
         return json.dumps({"figures": {"process_first_frame_seconds": 1.0, "first_frame_seconds": 0.5}})
 
     monkeypatch.setattr(bench, "load_average", lambda: 0.0)
     monkeypatch.setattr(bench, "_run", run)
     monkeypatch.setattr(bench, "_heavy_imports", lambda _: [])
     done = run_command("bench", "startup", "--device", "cpu", "--json", "-")
-    assert json.loads(done.out)["conditions"]["device"] == "cpu"
+    found = json.loads(done.out)
+    assert found["conditions"]["device"] == "cpu"
+    ways = [row for name, row in found["startup"]["commands"].items() if "prompt and model" in name]
+    assert [row["n"] for row in ways] == [3, 3]
+    assert ways[0]["min"] != ways[1]["min"]
     videos = [command for command in ran if "generate" in command]
     assert len(videos) == 6
     assert all(command[command.index("--device") + 1] == "cpu" for command in videos)

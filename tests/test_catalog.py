@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
 
 from packforcing_cli import catalog
 from packforcing_cli.errors import LayoutError, UsageError
+from packforcing_cli.quiet import known_import_noise_dropped
+from packforcing_cli.vae import TinyAutoencoderConfig
 
 
 def test_the_families_have_wans_shapes() -> None:
@@ -58,7 +62,7 @@ def test_packages_come_first_and_every_default_size_has_a_grid() -> None:
         "wan2.1-1.3b",
         "wan2.1-14b",
     ]
-    assert [facts.name for facts in catalog.all_vaes()] == ["taew2_1"]
+    assert [facts.name for facts in catalog.all_vaes()] == ["taew2_1", "lighttaew2_1"]
     for facts in models:
         for frames_per_block in facts.block_sizes:
             grid = facts.grid(facts.default_size, frames_per_block)
@@ -98,6 +102,32 @@ def test_a_repository_is_found_by_the_model_whose_transformer_it_holds() -> None
     tiny = catalog.of_repo("ionden/taew2.1")
     assert tiny is not None
     assert tiny.name == "taew2_1"
+
+
+def test_a_vae_stands_in_for_the_wan_vae_alone_and_tiny_is_taew2_1() -> None:
+    assert [catalog.stand_in("wan", name) for name in ("tiny", "LightTAEw2_1")] == ["taew2_1", "lighttaew2_1"]
+    assert [catalog.stand_in("wan", name) for name in ("wan", "demo", "some/folder")] == [None] * 3
+    assert [catalog.stand_in("tiny", name) for name in ("tiny", "lighttaew2_1")] == [None] * 2
+    assert catalog.vae_kind("lighttaew2_1") == "tiny"
+    catalog.check_vae("wan2.1-1.3b", "wan", "lighttaew2_1")
+    with pytest.raises(UsageError, match="model demo has the VAE 'tiny'; there is no 'lighttaew2_1'"):
+        catalog.check_vae("demo", "tiny", "lighttaew2_1")
+
+
+def test_the_second_tiny_vae_has_the_form_of_the_first_and_the_wan_vaes_statistics() -> None:
+    with known_import_noise_dropped():
+        from diffusers import AutoencoderKLWan
+    one, other = (catalog.get(name).parts["vae"] for name in ("taew2_1", "lighttaew2_1"))
+    config = TinyAutoencoderConfig.from_dict(
+        {key: value for key, value in other.config.items() if not key.startswith("_")}
+    )
+    own = inspect.signature(AutoencoderKLWan.__init__).parameters
+    assert list(config.latents_mean) == own["latents_mean"].default
+    assert list(config.latents_std) == own["latents_std"].default
+    assert replace(config, latents_mean=(), latents_std=()) == TinyAutoencoderConfig()
+    # Twice the bytes of a number, and about the same header.
+    assert 0 <= other.size_bytes - 2 * one.size_bytes + 12_000 < 1_500
+    assert set(other.sha256) == set(other.files) == {"lighttaew2_1.safetensors"}
 
 
 def test_unknown_block_sizes_are_refused() -> None:

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from test_vae import wan_module
 
 from packforcing_cli import attention, quantize, registry, rollout
 from packforcing_cli.errors import EnvironmentProblem
+from packforcing_cli.vae import WanCodec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -73,6 +75,22 @@ def test_compiled_layers_make_a_close_video_also_recorded() -> None:
         fast = _blocks(**how)
         assert all(latents.isfinite().all() for latents in fast)
         assert (fast[0] - plain[0]).abs().mean() < 0.25 * plain[0].abs().mean()
+
+
+def test_a_wan_decoder_shows_the_same_frames_compiled_and_in_larger_portions() -> None:
+    frames = []
+    ways: tuple[dict[str, Any], ...] = (
+        {},
+        {"latents_per_call": 4},
+        {"latents_per_call": 4, "compiled": True},
+    )
+    for how in ways:
+        codec = WanCodec(wan_module(), channels_last=True, **how).to("cuda", torch.bfloat16)
+        decoder = codec.decoder()
+        latents = torch.randn(1, 4, 12, 16, 16, generator=torch.Generator().manual_seed(0)).cuda()
+        frames.append(torch.cat([decoder.decode(part) for part in latents.split(4, dim=2)], dim=2))
+    for other in frames[1:]:
+        assert (other - frames[0]).abs().mean() < 0.01
 
 
 def test_recorded_passes_take_no_memory_block_after_block() -> None:

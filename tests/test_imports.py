@@ -28,6 +28,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "provenance",
         "quiet",
         "manifest",
+        "ahead",
     ),
     ("turning_kernel",),
     ("turning",),

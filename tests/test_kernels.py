@@ -15,6 +15,7 @@ import pytest
 import recorded
 import tiny
 import torch
+from test_vae import wan_module
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -45,6 +46,7 @@ from packforcing_cli.prompts import Prompt, Story
 from packforcing_cli.sampler import Schedule
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import Attention, TextKV, TransformerConfig, WanTransformer
+from packforcing_cli.vae import WanCodec
 
 CPU = torch.device("cpu")
 MEMORY = MemoryOptions(sink_blocks=1, top_k=2, bank=3, mid_span="1")
@@ -566,6 +568,7 @@ def test_compiled_code_is_kept_in_the_users_cache_unless_told_otherwise(
     assert compiling.cache_folder() == Path("/elsewhere")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_what_results_depend_on_is_in_the_record_of_a_run() -> None:
     request = config.GenerateRequest(prompt="a", model="demo", seed=0, attention="math")
     model = registry.load_model("demo", device="cpu", attention="math")
@@ -573,6 +576,13 @@ def test_what_results_depend_on_is_in_the_record_of_a_run() -> None:
     assert (facts["attention"], facts["compile"]) == ("math", "none")
     facts = sameness.must_be_same(replace(model, compiled=True), request)
     assert facts["compile"] == "layers"
+    assert "latents a VAE call" not in facts
+    wan = replace(model, compiled=True, codec=WanCodec(wan_module(), latents_per_call=3, compiled=True))
+    facts = sameness.must_be_same(wan, request)
+    assert (facts["compile"], facts["latents a VAE call"]) == ("layers, VAE", 3)
+    facts = sameness.must_be_same(replace(wan, codec=WanCodec(wan_module()), compiled=False), request)
+    assert facts["compile"] == "none"
+    assert "latents a VAE call" not in facts  # older runs do not say it and are equal
 
 
 def test_on_a_gpu_a_run_says_which_cudnn_made_it(monkeypatch: pytest.MonkeyPatch) -> None:

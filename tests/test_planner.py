@@ -339,6 +339,25 @@ def test_the_wan_decoders_memory_is_what_a_full_width_decoder_takes() -> None:
     codec = WanCodec(module)
     assert sum(p.numel() for p in module.parameters()) == catalog.get("wan2.1-1.3b").vae_params
     check_decoder(codec, "wan")
+    for portion in (2, 3, 4):
+        check_decoder(WanCodec(module, latents_per_call=portion), "wan", portion=portion)
+
+
+def test_a_plan_counts_latents_that_are_decoded_at_a_time_and_gives_them_up_first() -> None:
+    values = {"prompt": "a", "model": "wan2.1-1.3b", "seconds": 5, "offload": "text"}
+    one, three, many = (plan(GenerateRequest(**values, vae_latents=n)) for n in (1, 3, 64))
+    pixels = 832 * 480
+    assert three.stages[2].device_bytes - one.stages[2].device_bytes == 2 * 2 * planner.DECODER_MORE * pixels
+    assert three.stages == many.stages  # a block has three latent frames
+    assert three.stages[:2] == one.stages[:2]
+    compiled = plan(GenerateRequest(**values, compile=True))
+    more = compiled.stages[2].device_bytes - one.stages[2].device_bytes
+    assert more == 2 * planner.DECODER_STATE["wan"] * pixels
+    machine = Machine(int(one.peak_bytes / 0.94), device="cuda:0", host_bytes=64 * GB)
+    small = plan(GenerateRequest(**values, vae_latents=3), machine)
+    assert (small.fits, small.suggestion) == (False, "--vae-latents 1")
+    with pytest.raises(UsageError, match="only the Wan VAE decodes in portions; the tiny VAE"):
+        plan(GenerateRequest(**values, vae_latents=2, vae="tiny"))
 
 
 def test_the_tiny_decoders_memory_is_what_it_takes() -> None:
@@ -348,15 +367,16 @@ def test_the_tiny_decoders_memory_is_what_it_takes() -> None:
     check_decoder(TinyCodec(module), "tiny")
 
 
-def check_decoder(codec: Codec, kind: str) -> None:
-    """Two blocks of four latents at 208x128."""
+def check_decoder(codec: Codec, kind: str, *, portion: int = 1) -> None:
+    """Two blocks of four latents at 208x128, so many of them decoded at a time."""
     decoder, latents, pixels = codec.decoder(), on_meta((1, 16, 4, 16, 26), torch.float32), 208 * 128
     with LiveBytes() as live:
         decoder.decode(latents)
         assert live.now == pytest.approx(pixels * 4 * planner.DECODER_STATE[kind], rel=0.02)
         live.peak = 0
         decoder.decode(latents)
-    assert live.peak == pytest.approx(pixels * 4 * planner.DECODER_PEAK[kind], rel=0.05)
+    numbers = planner.DECODER_PEAK[kind] + planner.DECODER_MORE * (portion - 1)
+    assert live.peak == pytest.approx(pixels * 4 * numbers, rel=0.05)
 
 
 def test_what_fits_is_not_refused() -> None:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from packforcing_cli import compiling
 from packforcing_cli.quiet import known_import_noise_dropped
 from packforcing_cli.vae import (
     Codec,
@@ -21,6 +22,7 @@ from packforcing_cli.vae import (
     TinyAutoencoderConfig,
     TinyCodec,
     WanCodec,
+    WanStreamingDecoder,
     encode_lr,
     lr_pixels,
 )
@@ -73,17 +75,13 @@ def tiny(config: TinyAutoencoderConfig) -> TinyAutoencoder:
     return module
 
 
-def wan_module() -> Any:
+def wan_module(**shape: Any) -> Any:
     with known_import_noise_dropped():
         from diffusers import AutoencoderKLWan
     torch.manual_seed(0)
+    given = {"dim_mult": [1, 2, 2, 2], "num_res_blocks": 1, **shape}
     return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 2, 2, 2],
-        num_res_blocks=1,
-        latents_mean=list(MEAN),
-        latents_std=list(STD),
+        base_dim=4, z_dim=4, latents_mean=list(MEAN), latents_std=list(STD), **given
     ).eval()
 
 
@@ -170,6 +168,60 @@ def test_wan_decoded_in_larger_calls_and_another_layout_equals_to_rounding(
         torch.cat([rest.decode(latents[:, :, at : at + n]) for at, n in ((4, 4), (8, 2))], 2),
         decoded[:, :, 13:],
     )
+
+
+def test_portions_are_what_one_call_makes_of_them_however_blocks_fall(wan: WanCodec) -> None:
+    """Streams of blocks of 3 and 4 in portions of 2 and 3 against one call; a shorter portion comes first."""
+    latents = noise(1, 4, 12, 2, 3)
+    expected = wan.decoder().decode(latents)
+    for frames, portion, calls in ((3, 2, [1, 2, 1, 2, 1, 2, 1, 2]), (4, 3, [1, 3, 1, 3, 1, 3])):
+        decoder = WanCodec(wan_module(), latents_per_call=portion).decoder()
+        whole, given = decoder._module.decoder.forward, list[int]()
+
+        def counted(z: Tensor, *, whole: Any = whole, given: list[int] = given, **how: Any) -> Tensor:
+            given.append(z.shape[2])
+            made: Tensor = whole(z, **how)
+            return made
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(decoder._module.decoder, "forward", counted)
+            made = [decoder.decode(part) for part in latents.split(frames, dim=2)]
+        assert given == calls
+        torch.testing.assert_close(torch.cat(made, dim=2), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when the compiler is imported
+def test_a_compiled_wan_decoder_is_one_graph_for_a_whole_video_and_gives_the_eager_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A video's first calls stay eager; then no graph breaks, and nothing is compiled again for any later block."""
+    compiling.require_compiler(torch.device("cpu"))
+    monkeypatch.setenv(compiling.CACHE_VARIABLE, str(tmp_path / "compiled"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def decoder(*, compiled: bool) -> WanStreamingDecoder:
+        module = wan_module(dim_mult=[1, 1], num_res_blocks=0, temperal_downsample=[True])
+        return WanCodec(module, latents_per_call=2, channels_last=True, compiled=compiled).decoder()
+
+    latents = noise(1, 4, 16, 2, 3).split(4, dim=2)
+    eager, fast = decoder(compiled=False), decoder(compiled=True)
+    expected = [eager.decode(block) for block in latents]
+    made = [fast.decode(latents[0][:, :, :2])]
+    assert compiling.compilations().graphs == 0
+    made[0] = torch.cat((made[0], fast.decode(latents[0][:, :, 2:])), dim=2)
+    once = compiling.compilations()
+    assert (once.graphs, once.graph_breaks) == (1, 0)
+    made += [fast.decode(block) for block in latents[1:3]]
+    later = decoder(compiled=True)  # of a video that goes on from a file
+    later.load_state_dict(through_a_file(fast.state_dict(), tmp_path / "state"))
+    made.append(later.decode(latents[3]))
+    assert compiling.compilations() == once
+    for a, b in zip(made, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+    assert not all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))  # it is other code
+    assert torch.equal(made[3], fast.decode(latents[3]))
+    assert any((tmp_path / "compiled").rglob("*.so"))
 
 
 def test_a_call_of_no_latent_frames_is_refused() -> None:

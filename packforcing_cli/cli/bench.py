@@ -40,12 +40,17 @@ Size = Annotated[
 ]
 Dtype = Annotated[str, typer.Option("--dtype", metavar="NAME", help="auto, bf16, fp16 or fp32.")]
 Vae = Annotated[
-    str | None, typer.Option("--vae", help="tiny, wan, or a folder with a VAE of the same latents.")
+    str | None,
+    typer.Option(
+        "--vae",
+        help="tiny (taew2_1), wan, another VAE by its name, or a folder with one of the same latents.",
+    ),
 ]
 Device = Annotated[str, typer.Option("--device", metavar="NAME", help="auto, cpu, cuda or cuda:N.")]
 Attention = memory.Attention
 Compile = memory.Compile
 CudaGraphs = memory.CudaGraphs
+VaeLatents = memory.VaeLatents
 Quantize = memory.Quantize
 Repeats = Annotated[int, typer.Option("--repeats", min=1, max=1000, help="Times every call is measured.")]
 Force = Annotated[bool, typer.Option("--force", help="Measure on a busy machine, too.")]
@@ -61,6 +66,7 @@ def engine(
     size: Size = None,
     dtype: Dtype = "auto",
     vae: Vae = None,
+    vae_latents: VaeLatents = None,
     device: Device = "auto",
     attention: Attention = None,
     quantize: Quantize = None,
@@ -74,7 +80,7 @@ def engine(
 
     Example: packforcing bench engine --model random:wan2.1-1.3b --device cuda
     """
-    how = How(attention, quantize, compile_layers, cuda_graphs)
+    how = How(attention, quantize, compile_layers, cuda_graphs, vae_latents)
     _bench(["engine"], model, size, dtype, vae, device, repeats, force, json_file, how)
 
 
@@ -143,12 +149,14 @@ def stream(
     dtype: Dtype = "auto",
     vae: Vae = None,
     device: Device = "auto",
+    compile_layers: Compile = None,
     repeats: Repeats = 7,
     force: Force = False,
     json_file: JsonFile = None,
 ) -> None:
     """Decoding in each way there is, and whole videos with blocks finished in order and beside the next one."""
-    _bench(["stream"], model, size, dtype, vae, device, repeats, force, json_file)
+    how = How(compile_layers=compile_layers)
+    _bench(["stream"], model, size, dtype, vae, device, repeats, force, json_file, how)
 
 
 @app.command("load")
@@ -165,9 +173,11 @@ def load(
 
 
 @app.command("startup")
-def startup(device: Device = "auto", force: Force = False, json_file: JsonFile = None) -> None:
-    """Commands from a fresh process: time, and which heavy libraries they import; the first frames of a video."""
-    _bench(["startup"], "demo", None, "auto", None, device, 3, force, json_file)
+def startup(
+    model: Model = "demo", device: Device = "auto", force: Force = False, json_file: JsonFile = None
+) -> None:
+    """Commands from a fresh process: time, what they import; a prompt and a model, to a video's first frames."""
+    _bench(["startup"], model, None, "auto", None, device, 3, force, json_file)
 
 
 @app.command("peer")
@@ -229,6 +239,7 @@ def everything(
     size: Size = None,
     dtype: Dtype = "auto",
     vae: Vae = None,
+    vae_latents: VaeLatents = None,
     device: Device = "auto",
     attention: Attention = None,
     quantize: Quantize = None,
@@ -239,7 +250,7 @@ def everything(
     json_file: JsonFile = None,
 ) -> None:
     """All of them."""
-    how = How(attention, quantize, compile_layers, cuda_graphs)
+    how = How(attention, quantize, compile_layers, cuda_graphs, vae_latents)
     _bench(list(_TABLES), model, size, dtype, vae, device, repeats, force, json_file, how)
 
 
@@ -251,6 +262,7 @@ class How:
     quantize: str | None = None
     compile_layers: bool | None = None
     cuda_graphs: bool | None = None
+    vae_latents: int | None = None
 
 
 def _bench(
@@ -329,7 +341,8 @@ def _bench(
         "scaling": lambda: bench.scaling(*ready(), size=pixels, repeats=repeats, memory_bytes=free_bytes()),
         "stream": lambda: bench_stream.stream(*ready(), size=pixels, repeats=repeats),
         "load": lambda: bench.load(model, device=str(where), dtype=dtype, vae=vae),
-        "startup": lambda: bench.startup(device=str(where)),
+        # With all the others it is the demo's: a real model's first frames take minutes where there is no GPU.
+        "startup": lambda: bench.startup(model if len(parts) == 1 else "demo", device=str(where)),
         "kernels": lambda: bench_kernels.kernels(
             ready()[0], size=pixels, repeats=repeats, compiled=bool(how.compile_layers)
         ),

@@ -139,6 +139,7 @@ def generate(
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
+    vae_latents: memory.VaeLatents = None,
     attention: memory.Attention = None,
     compile_layers: memory.Compile = None,
     cuda_graphs: memory.CudaGraphs = None,
@@ -203,6 +204,7 @@ def generate(
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
+        "vae_latents": vae_latents,
         "attention": attention,
         "compile": compile_layers,
         "cuda_graphs": cuda_graphs,
@@ -404,7 +406,7 @@ def repeat_command(request: GenerateRequest) -> str:
         "preset",
     ):
         values[name] = getattr(request, name)
-    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention"):
+    for name in ("quantize", "quantize_skip", "quantize_text", "offload", "attention", "vae_latents"):
         if name in request.model_fields_set:
             values[name] = getattr(request, name)
     values |= request.memory.model_dump(include=request.memory.model_fields_set)
@@ -647,10 +649,11 @@ def run_job(
                 shown.warn(
                     f"{source.name} was not trained to begin with a given picture; what follows may not match it"
                 )
-            prompts = jobs.encode(job, source)
-            for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
-                warn_about_words(prompt, source.manifest.vocabulary, shown)
-            model = source.load()
+            with jobs.Loading(job, source) as loading:
+                prompts = loading.story()
+                for prompt in {prompt.text: prompt for prompt in prompts.prompts}.values():
+                    warn_about_words(prompt, source.manifest.vocabulary, shown)
+                model = loading.model()
             if model.attention.warning:
                 shown.warn(model.attention.warning)
             if tip := _compile_tip(job, model):
@@ -739,6 +742,8 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
     """What -v says about the loaded model."""
     import torch
 
+    from packforcing_cli.vae import WanCodec
+
     steps = len(schedule.sigmas) - (schedule.kind == "euler")
     parameters = sum(p.numel() for p in model.transformer.parameters())
     shown.note(
@@ -750,7 +755,8 @@ def describe(model: VideoModel, schedule: Schedule, load_seconds: float, shown: 
         f"{schedule.kind}, {steps} steps, guidance {schedule.guidance:g};"
         f" torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
     )
-    more = ["compiled layers"] * model.compiled + ["recorded passes"] * model.graphs
+    vae = " and VAE decoder" if isinstance(model.codec, WanCodec) and model.codec.compiled else ""
+    more = [f"compiled layers{vae}"] * model.compiled + ["recorded passes"] * model.graphs
     shown.note(", ".join([f"attention: {model.attention.taken}", *more]))
 
 

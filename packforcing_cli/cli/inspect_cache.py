@@ -88,6 +88,7 @@ def inspect_cache(
     quantize_text: memory.QuantizeText = None,
     offload: memory.Offload = None,
     vae: memory.Vae = None,
+    vae_latents: memory.VaeLatents = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Show the memory of a video: what it will be, or what it was, also while the video is being made.
@@ -131,6 +132,7 @@ def inspect_cache(
         "quantize_text": quantize_text,
         "offload": offload,
         "vae": vae,
+        "vae_latents": vae_latents,
     }
     questions = {"at": at, "block": block, "layer": layer, "compare": compare, "follow": follow or None}
     questions |= report.question(html, plot, overwrite=overwrite)

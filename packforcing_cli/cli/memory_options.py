@@ -174,8 +174,8 @@ Compile = Annotated[
     typer.Option(
         "--compile/--no-compile",
         rich_help_panel=SPEED,
-        help="Compile parts of the transformer's layers: faster on a GPU, after a wait that later runs are spared."
-        " Changes results by rounding. Default no.",
+        help="Compile parts of the transformer's layers, and the Wan VAE's decoder: faster on a GPU, after a wait that"
+        " later runs are spared. Changes results by rounding. Default no.",
     ),
 ]
 CudaGraphs = Annotated[
@@ -193,7 +193,18 @@ Vae = Annotated[
         "--vae",
         metavar="NAME",
         rich_help_panel=PANEL,
-        help="tiny, wan, or a folder with a VAE of the same latents. Default: the model's own.",
+        help="tiny (taew2_1), wan, another VAE by its name, or a folder with one of the same latents. Default: the"
+        " model's own.",
+    ),
+]
+VaeLatents = Annotated[
+    int | None,
+    typer.Option(
+        "--vae-latents",
+        metavar="N",
+        rich_help_panel=SPEED,
+        help="Latent frames the Wan VAE decodes at a time. More take that many times the memory of decoding, and change"
+        " results by rounding; packforcing bench stream says what is gained. Default 1.",
     ),
 ]
 Guard = Annotated[

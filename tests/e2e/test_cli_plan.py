@@ -293,6 +293,7 @@ def test_models_list_tells_what_there_is(run_command: Any) -> None:
         "wan2.1-1.3b",
         "wan2.1-14b",
         "taew2_1",
+        "lighttaew2_1",
     ]
     table = run_command("models", "list").out
     for model in values["models"]:

@@ -487,6 +487,8 @@ def test_the_peak_of_every_stage_is_shown(generate: Any, package: Path, run_comm
         (["--quantize-text", "fp8"], "--quantize-text fp8: must be one of none, int8", "--help"),
         (["--offload", "some"], "--offload some: must be one of none, text, all", "--help"),
         (["--offload", "all"], "keeps weights off a GPU, and the model runs on the CPU", "--quantize int8"),
+        (["--vae-latents", "0"], "--vae-latents 0: ", "--help"),
+        (["--vae-latents", "2"], "only the Wan VAE decodes in portions", "Leave --vae-latents away"),
         (["-o", "no/such/a.mp4"], "the folder no/such does not exist", "mkdir -p no/such"),
         (["-o", "a.avi"], "cannot write a video to a.avi", "ends in .mp4"),
         (["-o", "-", "--json"], "cannot both go to standard output", "Leave --json away"),

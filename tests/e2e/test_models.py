@@ -589,29 +589,38 @@ def test_an_unsupported_architecture_is_refused(
     assert (result.code, "holds FluxTransformer2DModel; supported" in result.err) == (7, True)
 
 
-def test_the_tiny_vae_stands_in_for_the_wan_vae(
-    pull: Command, run_command: Command, server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("vae", "name"), [("tiny", "taew2_1"), ("lighttaew2_1", "lighttaew2_1")])
+def test_a_tiny_vae_stands_in_for_the_wan_vae(
+    vae: str,
+    name: str,
+    pull: Command,
+    run_command: Command,
+    server: HubServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pull()
-    early = generate(run_command, NAME, tmp_path, "--vae", "tiny")
-    assert (early.code, "packforcing models pull taew2_1" in early.err) == (8, True)
-    facts = stand_in.tiny_vae_facts(catalog.get("taew2_1"))
-    server.add(
-        "ionden/taew2.1", {"taew2_1.safetensors": stand_in.tiny_vae()}, commit=facts.parts["vae"].revision
-    )
-    assert pull("taew2_1").code == 7  # not the file the catalog pins
-    known = {**catalog._load(), "taew2_1": facts}
+    early = generate(run_command, NAME, tmp_path, "--vae", vae)
+    assert (early.code, f"packforcing models pull {name}" in early.err) == (8, True)
+    facts = stand_in.tiny_vae_facts(catalog.get(name))
+    repo, revision = facts.parts["vae"].repo, facts.parts["vae"].revision
+    commit = {} if revision == "main" else {"commit": revision}
+    server.add(repo, {f"{name}.safetensors": stand_in.tiny_vae()}, **commit)
+    assert pull(name).code == 7  # not the file the catalog pins
+    known = {**catalog._load(), name: facts}
     monkeypatch.setattr(catalog, "_load", lambda: known)
-    assert pull("taew2_1").code == 0
-    folder = packages.install_folder("taew2_1")
-    assert sorted(p.name for p in (folder / "vae").iterdir()) == ["config.json", "taew2_1.safetensors"]
-    made = generate(run_command, NAME, tmp_path, "--vae", "tiny")
+    assert pull(name).code == 0
+    folder = packages.install_folder(name)
+    assert sorted(p.name for p in (folder / "vae").iterdir()) == ["config.json", f"{name}.safetensors"]
+    made = generate(run_command, NAME, tmp_path, "--vae", vae)
     assert made.code == 0, made.err
-    assert run_command("models", "verify", "taew2_1", "--deep").code == 0
-    assert generate(run_command, "taew2_1", tmp_path).code == 2
-    blobs = tmp_path / "hub" / "models--ionden--taew2.1" / "blobs"
+    codec = registry.open_model(NAME, device="cpu", vae=vae).load().codec
+    assert bool(codec.facts.latents_mean) == (name == "lighttaew2_1")
+    assert run_command("models", "verify", name, "--deep").code == 0
+    assert generate(run_command, name, tmp_path).code == 2
+    blobs = tmp_path / "hub" / f"models--{repo.replace('/', '--')}" / "blobs"
     assert list(blobs.iterdir())
-    assert run_command("models", "remove", "taew2_1", "--yes", "--hub-files").code == 0
+    assert run_command("models", "remove", name, "--yes", "--hub-files").code == 0
     assert list(blobs.iterdir()) == []
 
 
