@@ -70,6 +70,9 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
 class Bank:
     """Places for the compressed blocks of one video, all layers.
 
+    Keys and values lie in slabs, of some places each: k, v [L, B, p, N_c, N, D] of the kept dtype; of fp8 and int8 also
+    k_scale, v_scale [L, B, p, N_c, N] float32. A bank that does not grow is one slab; of one that grows each place is.
+
     key_sums: [L, B, P, N, D] float32, where the model runs: of the keys as they came. Of a bank that grows it has all
               the places there will ever be: 0.5 % of their keys and values, which every score reads in one piece.
     """
