@@ -106,6 +106,7 @@ class Bank:
         self._grows, self._slab_places = grows_to is not None, max(1, places) if grows_to is None else 1
         kept = kept_dtype(kv_dtype, dtype)
         numbers, scales = (tokens, heads, head_dim), (tokens, heads)
+        self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]
         self._kinds = {"k": (kept, numbers), "v": (kept, numbers)}
         if kept in _LARGEST:
             self._kinds |= {"k_scale": (torch.float32, scales), "v_scale": (torch.float32, scales)}
