@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from packforcing_cli import counting
-from packforcing_cli.bank import PAGE, Bank
+from packforcing_cli.bank import DEPTH, PAGE, Bank
 from packforcing_cli.errors import MemoryFitError
 
 GPU = torch.device("cuda", 1)
@@ -26,7 +26,6 @@ class FakeHost:
         self.flags: set[int] = set()
         patch.setattr(torch.cuda, "cudart", lambda: self)
         patch.setattr(torch.cuda, "synchronize", lambda device: self.said.append(f"host waits for {device}"))
-        patch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
 
     def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
         self.said.append("lock")
@@ -50,16 +49,32 @@ def a_bank(kv_dtype: str = "auto", **options: Any) -> Bank:
 def far_bank(host: FakeHost, patch: pytest.MonkeyPatch, kv_dtype: str = "auto", **options: Any) -> Bank:
     """A bank whose host memory is that of a GPU's; its near room is on the CPU."""
 
+    names = iter([*(f"{name} {n}" for name in ("ready", "used") for n in range(DEPTH)), "written"])
+
     class Event:
-        def record(self, *stream: Any) -> None:
-            host.said.append(f"written {stream}")
+        def __init__(self) -> None:
+            self.name = next(names)
+
+        def record(self, stream: Any) -> None:
+            host.said.append(f"{self.name}: {stream}")
 
         def synchronize(self) -> None:
             pass
 
+    class Stream:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __str__(self) -> str:
+            return self.name
+
+        def wait_event(self, event: Event) -> None:
+            host.said.append(f"{self.name} waits for {event.name}")
+
+    patch.setattr(torch.cuda, "current_stream", lambda device=None: Stream(f"stream of {device}"))
     empty = torch.zeros
     with patch.context() as made:
-        made.setattr(torch.cuda, "Stream", lambda device: SimpleNamespace())
+        made.setattr(torch.cuda, "Stream", lambda device: Stream("copies"))
         made.setattr(torch.cuda, "Event", Event)
         made.setattr(torch, "zeros", lambda *size, **how: empty(*size, dtype=how["dtype"]))
         bank = a_bank(kv_dtype, device=GPU, **options)
@@ -134,7 +149,36 @@ def test_several_gpus_find_the_bank_page_locked_and_its_writes_marked_on_their_o
     bank = far_bank(host, monkeypatch)
     assert host.flags == {1}  # cudaHostRegisterPortable
     bank.write(0, *torch.zeros(2, 2, 1, 3, 2, 8))
-    assert host.said[-1] == f"written ('stream of {GPU}',)"
+    assert host.said[-1] == f"written: stream of {GPU}"
+    bank._unlock()
+
+
+def test_a_fetch_waits_for_what_it_reads_and_for_its_room_and_for_no_other_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So it runs beside all that the model was given since."""
+    host = FakeHost(monkeypatch)
+    bank = far_bank(host, monkeypatch, "int8", layers=4)
+    bank.device = torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    bank.write(0, *torch.randn(2, 4, 1, 3, 2, 8))
+    host.said.clear()
+    turns, out = (torch.ones(3, 4), torch.zeros(3, 4)), torch.zeros(2, 1, 1, 3, 2, 8)
+    bank.fetch(0, [0])
+    bank.fetch(1, [0])
+    bank.recall(range(1), torch.tensor([[0]]), turns, *out)
+    bank.fetch(2, [0])
+    assert host.said == [
+        *("copies waits for written", "copies waits for used 0", "ready 0: copies"),
+        *("copies waits for written", "copies waits for used 1", "ready 1: copies"),
+        *("stream of cpu waits for ready 0", "used 0: stream of cpu"),
+        *("copies waits for written", "copies waits for used 0", "ready 0: copies"),
+    ]
+    assert bank.has_near(1) and bank.has_near(2) and not bank.has_near(0)
+    bank.forget_fetched()
+    assert not bank.has_near(1)
+    with pytest.raises(AssertionError, match="fetch comes before recall"):
+        bank.recall(range(1, 2), torch.tensor([[0]]), turns, *out)
     bank._unlock()
 
 

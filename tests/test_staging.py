@@ -96,6 +96,33 @@ def test_what_would_wait_is_seen() -> None:
     assert (seen.crossed, seen.waited.total()) == (2, 0)
 
 
+def test_to_and_from_a_gpu_all_goes_through_page_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def noted(name: str) -> Any:
+        def call(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            said.append(f"{name} {kwargs.get('non_blocking', '')}".strip())
+            return self
+
+        return call
+
+    for name in ("pin_memory", "to", "copy_"):
+        monkeypatch.setattr(Tensor, name, noted(name))
+    x, gpu = torch.zeros(2), torch.zeros(2, device=META)
+    staging.to_device(x, "cuda:1")
+    staging.to_device(x, "cpu")
+    staging.to_device(gpu, "cuda")  # it is there
+    assert said == ["pin_memory", "to True", "to True", "to True"]
+    said.clear()
+    empty, asked = torch.empty, list[Any]()
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: [asked.append(how), empty(*size)][1])
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    staging.write(x, gpu)
+    staging.to_host(gpu)
+    assert said == ["pin_memory", "copy_ True", "copy_ True"]
+    assert asked == [{"dtype": torch.float32, "pin_memory": True}]
+
+
 def without_values(model: VideoModel) -> VideoModel:
     """The same model on the meta device."""
     assert model.compressor is not None
