@@ -131,7 +131,7 @@ def without_values(model: VideoModel) -> VideoModel:
         device=META,
         transformer=model.transformer.to(META),
         compressor=model.compressor.to(META),
-        codec=model.codec.to(META, model.dtype),  # type: ignore[attr-defined]
+        codec=model.codec.to(META, model.dtype),
     )
 
 
