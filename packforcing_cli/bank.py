@@ -8,6 +8,9 @@ A block is kept as the model computes ("auto"), in bf16, or in fp8 (e4m3) or int
 head, so that the largest of a head's numbers is exact. What attention reads is always of the model's dtype: quantizing
 saves memory where most of it is, in the blocks that are not read, and changes no shape.
 
+A bank that may hold every block there is grows a place at a time. Each place is memory of its own, so that growing
+copies nothing and what is there never moves; recalled places are found by the host, which has to know them.
+
 A far bank stays in host memory; where the model runs there is room for the chosen blocks of two layers. On a GPU the
 memory is page-locked and the copies run on a stream of their own: `fetch` of layer l + 2 beside the work of l + 1.
 On a CPU the same copies are made in order. Either way the same bits come out as from a near bank.
@@ -18,8 +21,11 @@ Letters: L layers, B batch, P places, K recalled, N_c tokens of a compressed blo
 
 from __future__ import annotations
 
+import math
+import mmap
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -30,6 +36,7 @@ from packforcing_cli.layout import NEAR_LAYERS
 
 DEPTH = NEAR_LAYERS
 PORTABLE = 1  # cudaHostRegisterPortable: page-locked for every GPU, not only the first
+PAGE = mmap.PAGESIZE
 _KINDS = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 _LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
@@ -63,9 +70,11 @@ def dequantize(x: Tensor, scale: Tensor) -> Tensor:
 class Bank:
     """Places for the compressed blocks of one video, all layers.
 
-    k, v:             [L, B, P, N_c, N, D] of the kept dtype.
-    k_scale, v_scale: [L, B, P, N_c, N] float32 of fp8 and int8, else None.
-    key_sums:         [L, B, P, N, D] float32, where the model runs: of the keys as they came.
+    Keys and values lie in slabs, of some places each: k, v [L, B, p, N_c, N, D] of the kept dtype; of fp8 and int8 also
+    k_scale, v_scale [L, B, p, N_c, N] float32. A bank that does not grow is one slab; of one that grows each place is.
+
+    key_sums: [L, B, P, N, D] float32, where the model runs: of the keys as they came. Of a bank that grows it has all
+              the places there will ever be: 0.5 % of their keys and values, which every score reads in one piece.
     """
 
     def __init__(
@@ -82,71 +91,135 @@ class Bank:
         device: torch.device,
         far: torch.device | None,
         recalled: int,
+        grows_to: int | None = None,
     ) -> None:
-        """Allocate all places.
+        """Allocate the places.
 
         Args:
             dtype:    of the model.
             far:      where keys and values are kept; None = on `device`.
             recalled: the most blocks a layer recalls, for which a far bank has room near.
+            grows_to: the most places `resize` will ask for; None = it has all its places now.
         """
         self.device, self.is_far = device, far is not None
+        self._layers, self._batch, self._where = layers, batch, far or device
+        self._grows, self._slab_places = grows_to is not None, max(1, places) if grows_to is None else 1
         kept = kept_dtype(kv_dtype, dtype)
-        has_scale, where = kept in _LARGEST, far or device
-        shape = (layers, batch, places, tokens, heads, head_dim)
-
-        def zeros(*size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        self.k, self.v = (zeros(*shape, dtype=kept, device=where) for _ in range(2))
-        self.k_scale: Tensor | None = None
-        self.v_scale: Tensor | None = None
-        if has_scale:
-            self.k_scale, self.v_scale = (
-                zeros(*shape[:-1], dtype=torch.float32, device=where) for _ in range(2)
-            )
-        self.key_sums = zeros(*shape[:3], *shape[4:], dtype=torch.float32, device=device)
-        self._near: dict[str, Tensor] = {}
-        if self.is_far:
-            near = (DEPTH, batch, recalled, *shape[3:])
-            for name, of in self._parts().items():
-                self._near[name] = zeros(*near[: of.ndim], dtype=of.dtype, device=device)
-        self._fetched: list[int | None] = [None] * DEPTH
+        numbers, scales = (tokens, heads, head_dim), (tokens, heads)
+        self._kinds: dict[str, tuple[torch.dtype, tuple[int, ...]]]
+        self._kinds = {"k": (kept, numbers), "v": (kept, numbers)}
+        if kept in _LARGEST:
+            self._kinds |= {"k_scale": (torch.float32, scales), "v_scale": (torch.float32, scales)}
         self._stream: torch.cuda.Stream | None = None
-        self._unlock: weakref.finalize[..., Bank] | None = None
+        self._locked: dict[int, int] = {}  # page-locked slabs: address and bytes
         if device.type == "cuda" and self.is_far:
             self._stream = torch.cuda.Stream(device)
-            self._ready = [torch.cuda.Event() for _ in range(DEPTH)]
-            self._used = [torch.cuda.Event() for _ in range(DEPTH)]
+            self._ready, self._used = ([torch.cuda.Event() for _ in range(DEPTH)] for _ in range(2))
             self._written = torch.cuda.Event()
-            self._lock_pages()
+            self._unlock = weakref.finalize(self, _unlock_pages, self._locked, device)
+            self._unlock.atexit = False
+        self.key_sums = torch.zeros(
+            (layers, batch, max(places, grows_to or 0), heads, head_dim), dtype=torch.float32, device=device
+        )
+        self._slabs: list[dict[str, Tensor]] = []
+        if grows_to is None:
+            self._add_slab(places)
+        else:
+            self.resize(places)
+        self._near: dict[str, Tensor] = {}
+        if self.is_far:
+            for name, (kind, shape) in self._kinds.items():
+                near = (DEPTH, batch, recalled, *shape)
+                self._near[name] = torch.zeros(near, dtype=kind, device=device)
+        self._fetched: list[int | None]
+        self.forget_fetched()
+
+    @property
+    def asks_host(self) -> bool:
+        """Whether `recall` and `fetch` need to be told on the host what is recalled: it finds or copies the places."""
+        return self.is_far or self._grows
 
     @property
     def places(self) -> int:
-        return self.k.shape[2]
+        return sum(slab["k"].shape[2] for slab in self._slabs)
 
     @property
     def place_bytes(self) -> int:
         """Of one place: keys, values, scales and key sum."""
-        size = sum(tensor.nbytes for tensor in (*self._parts().values(), self.key_sums))
-        return size // self.places if self.places else 0
+        kept = sum(kind.itemsize * math.prod(shape) for kind, shape in self._kinds.values())
+        return self._layers * self._batch * (kept + 4 * math.prod(self.key_sums.shape[3:]))
+
+    @property
+    def nbytes(self) -> int:
+        """Of all places, and the key sums of those to come; without what a far bank has near."""
+        unused = self.key_sums[:, :, self.places :].nbytes
+        return self.places * self.place_bytes + unused
+
+    @property
+    def near_bytes(self) -> int:
+        """Of what a far bank has room for near."""
+        return sum(tensor.nbytes for tensor in self._near.values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is allocated; the names of what a far bank has near end in `near`."""
-        parts = {**self._parts(), "key_sums": self.key_sums}
-        return parts | {f"{name}_near": tensor for name, tensor in self._near.items()}
+        """All that is allocated, and stays where it is; of a bank that grows a place at a time: `k.0`, `k.1`, ...
 
-    def kept(self, places: int) -> dict[str, Tensor]:
-        """Views of the first places, to be saved and loaded; fp8 as bytes."""
+        The names of what a far bank has near end in `near`.
+        """
+        parts = {
+            f"{name}.{n}" if self._grows else name: tensor
+            for n, slab in enumerate(self._slabs)
+            for name, tensor in slab.items()
+        }
+        return {
+            **parts,
+            "key_sums": self.key_sums,
+            **{f"{name}_near": near for name, near in self._near.items()},
+        }
+
+    def kinds(self, places: int) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shape and dtype of each tensor of `state`, of no more places than there are."""
+        places = min(places, self.places)
+        of = {**self._kinds, "key_sums": (torch.float32, tuple(self.key_sums.shape[3:]))}
+        return {
+            name: (
+                torch.Size((self._layers, self._batch, places, *shape)),
+                torch.uint8 if kind is torch.float8_e4m3fn else kind,
+            )
+            for name, (kind, shape) in of.items()
+        }
+
+    def state(self, places: int) -> dict[str, Tensor]:
+        """Copies on the CPU of the first places, to be saved: [L, B, places, ...]; fp8 as bytes."""
         self._wait_for_writes()
-        parts = {**self._parts(), "key_sums": self.key_sums}
-        views = {name: tensor[:, :, :places] for name, tensor in parts.items()}
-        return {name: _as_bytes(view) for name, view in views.items()}
+        whole = {
+            name: torch.empty(*shaped[:1], dtype=shaped[1]) for name, shaped in self.kinds(places).items()
+        }
+        for name, part, own in self._pieces(places):
+            whole[name][:, :, part].copy_(own)
+        return whole
+
+    def load_state(self, state: Mapping[str, Tensor], places: int) -> None:
+        """Take the first places from a `state` of the same kinds; there have to be as many."""
+        self._wait_for_writes()
+        for name, part, own in self._pieces(places):
+            own.copy_(state[name][:, :, part])
+
+    def _pieces(self, places: int) -> Iterator[tuple[str, slice, Tensor]]:
+        """Views of the first places: name, which places, and [L, B, places, ...]; fp8 as bytes."""
+        yield "key_sums", slice(0, places), self.key_sums[:, :, :places]
+        for n, slab in enumerate(self._slabs):
+            part = slice(n * self._slab_places, min(places, (n + 1) * self._slab_places))
+            if part.start >= part.stop:
+                break
+            for name, tensor in slab.items():
+                yield name, part, _as_bytes(tensor)[:, :, : part.stop - part.start]
 
     def write(self, place: int, k: Tensor, v: Tensor) -> None:
         """Keep a block's un-rotated keys and values [L, B, N_c, N, D] in a place."""
-        for x, into, scale_into in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
-            to, scale_to = into[:, :, place], None if scale_into is None else scale_into[:, :, place]
+        slab, at = self._at(place)
+        for x, name in ((k, "k"), (v, "v")):
+            to, scales = slab[name][:, :, at], slab.get(f"{name}_scale")
+            scale_to = None if scales is None else scales[:, :, at]
             if self.is_far:
                 self._send(x, to, scale_to)
             elif scale_to is None:
@@ -158,111 +231,173 @@ class Bank:
             self._written.record(torch.cuda.current_stream(self.device))
 
     def _send(self, x: Tensor, to: Tensor, scale_to: Tensor | None) -> None:
-        """Write x [L, B, N_c, N, D] to a place of a far bank, layer by layer: of one a batch of one lies together."""
+        """Write x [L, B, N_c, N, D] to a place of a far bank: what lies together by one copy."""
         here, scale = x.to(to.dtype) if scale_to is None else torch.empty_like(x, dtype=to.dtype), None
         if scale_to is not None:
             scale = torch.empty(scale_to.shape, dtype=scale_to.dtype, device=x.device)
             torch.ops.packforcing.quantize_into(x, here, scale)
-        for layer in range(len(to)):
-            _as_bytes(to[layer]).copy_(_as_bytes(here[layer]), non_blocking=True)
-            if scale is not None and scale_to is not None:
-                scale_to[layer].copy_(scale[layer], non_blocking=True)
+        _send_together(_as_bytes(here), _as_bytes(to))
+        if scale is not None and scale_to is not None:
+            _send_together(scale, scale_to)
 
     def fetch(self, layer: int, places: Sequence[int]) -> None:
-        """Begin to bring these places of a layer near; `recall` of it comes before the fetch of layer + DEPTH."""
+        """Begin to bring these places of a layer near; `recall` of it comes before the fetch of layer + DEPTH.
+
+        It begins when what was written before is there, and the recall is done that last read this part; not after
+        all that the model was given since.
+        """
         at = layer % DEPTH
         if self._stream is None:
             self._copy_near(layer, at, places)
         else:
-            current = torch.cuda.current_stream(self.device)
-            # What was written before, and the recall that last read this part.
-            self._used[at].record(current)
+            self._stream.wait_event(self._written)
             self._stream.wait_event(self._used[at])
             with torch.cuda.stream(self._stream):
                 self._copy_near(layer, at, places)
                 self._ready[at].record(self._stream)
         self._fetched[at] = layer
 
+    def forget_fetched(self) -> None:
+        """Take what was fetched and not recalled for outdated, as it is once another block is made."""
+        self._fetched = [None] * DEPTH
+
     def has_near(self, layer: int) -> bool:
         """Whether what was fetched last into this layer's room is of this layer."""
         return self._fetched[layer % DEPTH] == layer
 
     def _copy_near(self, layer: int, at: int, places: Sequence[int]) -> None:
-        for name, of in self._parts().items():
-            near = _as_bytes(self._near[name])[at]
-            for n, place in enumerate(places):
-                near[:, n].copy_(_as_bytes(of)[layer, :, place], non_blocking=True)
+        for n, place in enumerate(places):
+            slab, row = self._at(place)
+            for name, tensor in slab.items():
+                near, of = _as_bytes(self._near[name])[at], _as_bytes(tensor)[layer]
+                near[:, n].copy_(of[:, row], non_blocking=True)
 
     def recall(
-        self, layers: range, places: Tensor, turns: tuple[Tensor, Tensor], k: Tensor, v: Tensor
+        self,
+        layers: range,
+        places: Tensor,
+        turns: tuple[Tensor, Tensor],
+        k: Tensor,
+        v: Tensor,
+        *,
+        on_host: Sequence[int] = (),
     ) -> None:
         """Write the blocks in places [l, K] of layers, one after the other, into k (turned) and v [l, B, K*N_c, N, D].
 
         turns: cosines and sines [K*N_c, D/2], in `rope.compute_dtype`.
+        on_host: the same places, if `asks_host`; then it is one layer.
         A far bank gives one layer at a time, what was fetched of it, in that order.
         """
         part = slice(layers.start, layers.stop)
-        parts = {name: tensor[part] for name, tensor in self._parts().items()}
-        if self.is_far:
-            (layer,), at = layers, layers.start % DEPTH
-            assert self.has_near(layer), "fetch comes before recall"
-            self._fetched[at] = None
-            parts = {name: tensor[at : at + 1] for name, tensor in self._near.items()}
+        if self.asks_host:
+            (layer,) = layers
+            parts = self._taken_near(layer) if self.is_far else self._together(layer, on_host)
             places = torch.arange(places.shape[1], device=self.device)[None]
-            if self._stream is not None:
-                torch.cuda.current_stream(self.device).wait_event(self._ready[at])
+        else:
+            parts = {name: tensor[part] for name, tensor in self._slabs[0].items()}
         recall = torch.ops.packforcing.recall_into
         recall(parts["k"], parts.get("k_scale"), places, *turns, k)
         recall(parts["v"], parts.get("v_scale"), places, None, None, v)
+        if self._stream is not None:
+            self._used[layers.start % DEPTH].record(torch.cuda.current_stream(self.device))
+
+    def _taken_near(self, layer: int) -> dict[str, Tensor]:
+        """What was fetched of a layer, [1, B, K, ...], once it is there."""
+        at = layer % DEPTH
+        assert self.has_near(layer), "fetch comes before recall"
+        self._fetched[at] = None
+        if self._stream is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._ready[at])
+        return {name: tensor[at : at + 1] for name, tensor in self._near.items()}
+
+    def _together(self, layer: int, places: Sequence[int]) -> dict[str, Tensor]:
+        """These places of a layer of a bank that grows, [1, B, K, ...], copied from where each of them is."""
+        slabs = [self._at(place) for place in places]
+        return {
+            name: torch.stack([_as_bytes(slab[name])[layer, :, row] for slab, row in slabs], 1).view(kind)[
+                None
+            ]
+            for name, (kind, _) in self._kinds.items()
+        }
 
     def resize(self, places: int) -> None:
-        """Have more places, or fewer; what is in those that remain stays."""
-        if self._stream is not None:
-            torch.cuda.synchronize(
-                self.device
-            )  # the CPU copies what it still writes, and reads, in host memory
-            self._release_pages()
-        for name in (*self._parts(), "key_sums"):
-            old: Tensor = getattr(self, name)
-            new = old.new_zeros((*old.shape[:2], places, *old.shape[3:]))
-            _as_bytes(new)[:, :, : old.shape[2]].copy_(_as_bytes(old)[:, :, :places])
-            setattr(self, name, new)
-        if self._stream is not None:
-            self._lock_pages()
+        """Have more places, or fewer; those that remain stay where they are, and nothing is copied.
 
-    def _lock_pages(self) -> None:
-        """Page-lock what is far, exactly its size: PyTorch's own pinned allocations take the next power of two.
+        Raises: MemoryFitError if there is no memory for them.
+        """
+        assert self._grows, "this bank has all its places"
+        assert places <= self.key_sums.shape[2], "more than it was said to grow to"
+        while len(self._slabs) < places:
+            self._add_slab(1)
+        dropped = [slab["k"].data_ptr() for slab in self._slabs[places:]]
+        _unlock_pages({at: self._locked.pop(at) for at in dropped if at in self._locked}, self.device)
+        del self._slabs[places:]
 
+    def _at(self, place: int) -> tuple[dict[str, Tensor], int]:
+        """The slab that has a place, and which of its places it is."""
+        slab, row = divmod(place, self._slab_places)
+        return self._slabs[slab], row
+
+    def _add_slab(self, places: int) -> None:
+        """Allocate the next places: each kind in one piece, [L, B, places, ...]."""
+        kinds = {
+            name: ((self._layers, self._batch, places, *shape), kind)
+            for name, (kind, shape) in self._kinds.items()
+        }
+        if self._stream is not None:
+            self._slabs.append(self._page_locked(kinds))
+            return
+        self._slabs.append(
+            {
+                name: torch.zeros(shape, dtype=kind, device=self._where)
+                for name, (shape, kind) in kinds.items()
+            }
+        )
+
+    def _page_locked(self, kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Tensor]:
+        """Zeros in host memory that the GPU copies from and to beside its work.
+
+        Page-locked to the size, where PyTorch's own allocations take the next power of two; and in pages that hold
+        nothing else, since none can be locked twice.
         Raises: MemoryFitError if the system refuses.
         """
-        runtime = torch.cuda.cudart()
-        self._release_pages()
-        locked: list[int] = []
-        self._unlock = weakref.finalize(self, _unlock_pages, locked)
-        self._unlock.atexit = False
-        for tensor in self._parts().values():
-            if not tensor.nbytes:
-                continue
-            if int(runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, PORTABLE)) != 0:
-                raise MemoryFitError(
-                    f"the system does not page-lock {tensor.nbytes / 1e9:.1f} GB of host memory for the bank",
-                    hint="Use a smaller --bank-memory.",
-                )
-            locked.append(tensor.data_ptr())
-
-    def _release_pages(self) -> None:
-        """Undo `_lock_pages`; once done it does nothing."""
-        if self._unlock is not None:
-            self._unlock()
-
-    def _parts(self) -> dict[str, Tensor]:
-        """What is far when the bank is."""
-        parts = {"k": self.k, "v": self.v, "k_scale": self.k_scale, "v_scale": self.v_scale}
-        return {name: tensor for name, tensor in parts.items() if tensor is not None}
+        sizes = {name: kind.itemsize * math.prod(shape) for name, (shape, kind) in kinds.items()}
+        starts = [0, *accumulate(-(-size // PAGE) * PAGE for size in sizes.values())]
+        if not starts[-1]:
+            return {name: torch.zeros(shape, dtype=kind) for name, (shape, kind) in kinds.items()}
+        try:
+            memory = torch.zeros(starts[-1] + PAGE, dtype=torch.uint8)
+        except RuntimeError as error:  # the allocator has no class of its own for it
+            raise _does_not_fit("give", starts[-1]) from error
+        memory = memory[-memory.data_ptr() % PAGE :][: starts[-1]]
+        address = memory.data_ptr()
+        if int(torch.cuda.cudart().cudaHostRegister(address, starts[-1], PORTABLE)) != 0:
+            raise _does_not_fit("page-lock", starts[-1])
+        self._locked[address] = starts[-1]
+        return {
+            name: memory[start : start + sizes[name]].view(kind).view(shape)
+            for start, (name, (shape, kind)) in zip(starts, kinds.items(), strict=False)
+        }
 
     def _wait_for_writes(self) -> None:
         if self._stream is not None:
             self._written.synchronize()
+
+
+def _does_not_fit(verb: str, size: int) -> MemoryFitError:
+    return MemoryFitError(
+        f"the system does not {verb} {size / 1e9:.1f} GB of host memory for the bank",
+        hint="Use a smaller --bank-memory.",
+    )
+
+
+def _send_together(x: Tensor, to: Tensor) -> None:
+    """Copy x [L, B, ...] to the host, layer by layer unless all lies together there: of one a batch of one does."""
+    if to.is_contiguous():
+        to.copy_(x, non_blocking=True)
+        return
+    for layer in range(len(to)):
+        to[layer].copy_(x[layer], non_blocking=True)
 
 
 def _as_bytes(x: Tensor) -> Tensor:
@@ -270,9 +405,15 @@ def _as_bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype is torch.float8_e4m3fn else x
 
 
-def _unlock_pages(addresses: list[int]) -> None:
-    for address in addresses:
-        torch.cuda.cudart().cudaHostUnregister(address)
+def _unlock_pages(locked: Mapping[int, int], device: torch.device) -> None:
+    """Let pages go once the GPU neither writes nor reads in them."""
+    if not locked:
+        return
+    try:
+        torch.cuda.synchronize(device)
+    finally:
+        for address in locked:
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _quantize_into(x: Tensor, kept: Tensor, scale: Tensor) -> None:

@@ -20,29 +20,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from packforcing_cli.staging import Mark
+
 RUN = 3  # blocks in a row that `Faster` makes one way; the first of them overlaps the run before and is not timed
 ORDER = (False, True, True, False)  # what grows evenly from block to block weighs equally on both
-
-
-class Mark:
-    """A point in a stream's work; on the CPU all work up to it is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event: torch.cuda.Event | None = None
-        if device.type == "cuda":
-            self._event = torch.cuda.Event()
-            self._event.record(torch.cuda.current_stream(device))
-        self._device = device
-
-    def wait(self) -> None:
-        """Let the host wait until the work is done."""
-        if self._event is not None:
-            self._event.synchronize()
-
-    def before(self, stream: torch.cuda.Stream | None) -> None:
-        """Let a stream wait for it, None = the current one; the host goes on."""
-        if self._event is not None:
-            (stream or torch.cuda.current_stream(self._device)).wait_event(self._event)
 
 
 def memory_allows(device: torch.device) -> bool:
@@ -95,13 +76,6 @@ class Beside:
         for tensor in tensors:
             if tensor is not None and tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream(self._device))
-
-    def to_host(self, tensor: Tensor) -> Tensor:
-        """A tensor on the CPU; beside the model it is there only after the next mark. A copy if it was elsewhere."""
-        if self._stream is None or not tensor.is_cuda:
-            return tensor.cpu()
-        there = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return there.copy_(tensor, non_blocking=True)
 
 
 class Stopwatch:

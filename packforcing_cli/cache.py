@@ -41,10 +41,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from packforcing_cli import rope, selection
+from packforcing_cli import rope, selection, staging
 from packforcing_cli.bank import DEPTH, Bank
 from packforcing_cli.errors import LayoutError
 from packforcing_cli.layout import BlockView, Layout, MemoryBytes, Position, Slots
+from packforcing_cli.staging import Coming
 
 
 class BlockKV(Protocol):
@@ -95,9 +96,14 @@ class CacheContext:
         self._num_tokens = cache.layout.tokens(view).stored
         self._view = view
         self._shared_angles = self._mid_angles(slots) if cache.layout.rope_adjustment else None
+        self._bank = cache.bank_blocks  # what there is to choose from, oldest first
+        self._index = cache._bank_index(self._bank) if view.active else None
         self._places = torch.zeros_like(self.selected)  # where in the bank they are
-        self._on_host: list[list[int]] = [[]] * layers
         self._chosen, self._ready = [False] * layers, [False] * layers
+        # The host copies or finds what is recalled, or turns it to slots that depend on the choice.
+        self._asks_host = cache._bank.asks_host or self._shared_angles is None
+        self._on_host: dict[int, list[int]] = {}  # which blocks a layer recalls
+        self._coming: list[tuple[range, Coming]] = []  # the same of layers it does not know yet
 
     @property
     def is_complete(self) -> bool:
@@ -142,59 +148,89 @@ class CacheContext:
                 self._choose(range(layer, layer + 1), q_sums[layer : layer + 1])
 
     @torch.no_grad()
-    def _choose(self, layers: range, q_sums: Tensor | None = None, *, forced: Tensor | None = None) -> None:
-        """Choose the mids of these layers, or take the forced [l, K]."""
+    def _choose(
+        self, layers: range, q_sums: Tensor | None = None, *, forced: Sequence[list[int]] | None = None
+    ) -> None:
+        """Choose the mids of these layers, or take the forced block numbers [l][K]."""
         cache, part = self._cache, slice(layers.start, layers.stop)
+        self._chosen[part] = [True] * len(layers)
+        if self._index is None:
+            return
+        blocks, places, pinned = self._index
         if self.scores is not None:
-            self.scores[part] = cache._score(part, q_sums)
-        if forced is None:
+            self.scores[part] = cache._score(part, q_sums, places)
+        if forced is not None:
+            self._on_host |= dict(zip(layers, forced, strict=True))
+            at = {block: n for n, block in enumerate(self._bank)}
+            among = torch.tensor([[at[block] for block in row] for row in forced])
+            among = staging.to_device(among, cache.device)
+            ids = blocks[among]
+        else:
             choice = selection.choose(
                 cache.select,
-                cache.bank_blocks,
+                blocks,
                 active=self.selected.shape[1],
                 layers=len(layers),
                 scores=None if self.scores is None else self.scores[part],
                 seed=cache.seed,
                 block=self.block,
-                pinned=cache.layout.pins,
-                device=cache.device,
+                pinned=pinned > 0 if cache.layout.pins else None,
             )
-            forced, self.degenerate[part] = choice.ids, choice.degenerate
-        self.selected[part] = forced
-        self._places[part] = cache._places_of(forced)
-        self._chosen[part] = [True] * len(layers)
-        if cache._bank.is_far:  # the host copies, so it has to know
-            self._on_host[part] = self._places[part].tolist()
-            for layer in layers[:DEPTH]:
-                self._fetch(layer)
+            among, ids, self.degenerate[part] = choice.among, choice.ids, choice.degenerate
+            if self._asks_host:
+                self._coming.append((layers, Coming(ids)))
+        self.selected[part], self._places[part] = ids, places[among]
 
-    def _fetch(self, layer: int) -> None:
-        if self._on_host[layer]:
-            self._cache._bank.fetch(layer, self._on_host[layer])
+    def _recalled(self, layer: int) -> list[int]:
+        """Which blocks a layer recalls, as the host knows it.
+
+        The one point at which the host waits for the GPU before a block is made: once a block, under `affinity` once a
+        layer, and only if the host has a part in recalling. What does not depend on it the GPU was given before.
+        """
+        while layer not in self._on_host:
+            layers, coming = self._coming.pop(0)
+            self._on_host |= dict(zip(layers, coming.wait().tolist(), strict=True))
+        return self._on_host[layer]
+
+    def _fetch_from(self, first: int) -> None:
+        """Have a layer's mids, and those of the next ones for which there is room near, on their way."""
+        cache, bank = self._cache, self._cache._bank
+        for layer in range(first, min(first + DEPTH, cache.layers)):
+            if self._chosen[layer] and not self._ready[layer] and not bank.has_near(layer):
+                bank.fetch(layer, [cache._place_of[block] for block in self._recalled(layer)])
 
     @torch.no_grad()
     def _recall(self, layers: range) -> None:
         """Bring these layers' chosen mids into the buffer, behind all that is valid there."""
         cache, count = self._cache, self.selected.shape[1]
         bank = cache._bank
-        if len(layers) > 1 and (bank.is_far or self._shared_angles is None):
+        if len(layers) > 1 and self._asks_host:
             for layer in layers:
                 self._recall(range(layer, layer + 1))
             return
         part, first = slice(layers.start, layers.stop), layers.start
+        turns, ids = self._shared_angles, list[int]()
+        if count and self._asks_host:
+            ids = self._recalled(first)
+            turns = turns or self._mid_angles(cache.layout.slots(self._view, ids))
+        if count and bank.is_far:
+            self._fetch_from(first)
         self._ready[part] = [True] * len(layers)
         if not count:
             return
-        turns = self._shared_angles
-        if turns is None:
-            turns = self._mid_angles(cache.layout.slots(self._view, self.selected[first].tolist()))
-        if bank.is_far and not bank.has_near(first):
-            self._fetch(first)
+        assert turns is not None
         end = cache._n + self._num_tokens
         to = slice(end - count * cache.layout.grid.compressed_tokens, end)
-        bank.recall(layers, self._places[part], turns, cache._k[part, :, to], cache._v[part, :, to])
-        if bank.is_far and first + DEPTH < cache.layers and self._chosen[first + DEPTH]:
-            self._fetch(first + DEPTH)
+        bank.recall(
+            layers,
+            self._places[part],
+            turns,
+            cache._k[part, :, to],
+            cache._v[part, :, to],
+            on_host=[cache._place_of[block] for block in ids],
+        )
+        if bank.is_far:
+            self._fetch_from(first + 1)
 
     def _mid_angles(self, slots: Slots) -> tuple[Tensor, Tensor]:
         """Rotations of the active mids; without RoPE adjustment each layer has its own."""
@@ -301,7 +337,10 @@ class KVCache:
             device=self.device,
             far=None if bank_device is None else torch.device(bank_device),
             recalled=full.active,
+            grows_to=self._backups + len(full.mid) if self._growing else None,
         )
+        # Of the bank: block numbers, places, whether pinned; written anew for each context.
+        self._index = torch.zeros(3 * len(full.mid), dtype=torch.int64, device=self.device)
         self._q_sum = zeros(dtype=torch.float32) if has_mid else zeros(0, dtype=torch.float32)
 
         self.blocks = 0  # committed so far
@@ -335,7 +374,7 @@ class KVCache:
         """Prepare what block i attends: turn what has moved to another slot, choose and bring in the mids.
 
         With `affinity` a layer's mids follow in the first pass over the block, when its queries are known. From a bank
-        that is far they follow there as well; those of the first layers are on their way when this returns.
+        that is far they follow there as well, so that a GPU is at work on the first layer while they are on their way.
         Args:
             selected: [L, K] ascending block numbers to recall instead of choosing: a recorded choice.
         Raises: ValueError if i is not the next block, or if `selected` does not fit the bank.
@@ -345,13 +384,12 @@ class KVCache:
         view, slots = self.layout.view(i), self.layout.slots(i)
         if [*view.mid] != self.bank_blocks:
             raise ValueError(f"block {i - 1} has no backup: the cut at block {i} needs it in the bank")
-        if selected is not None:
-            self._check_selected(selected, view)
+        forced = None if selected is None else self._checked(selected, view)
         self._turn_recent(dict(zip(view.recent, slots.recent_starts, strict=True)))
         scored = self.select.startswith("affinity") and view.active > 0 and selected is None
+        self._bank.forget_fetched()
         context = self._open = CacheContext(self, view, scored=scored)
         if selected is not None or not scored or self.select == "affinity-recent":
-            forced = None if selected is None else selected.to(self.device)
             context._choose(range(self.layers), forced=forced)
             if not self._bank.is_far:
                 context._recall(range(self.layers))
@@ -395,21 +433,23 @@ class KVCache:
         turns = self._turns(start, lambda: self._block_positions(start))
         rope.rotate_into(k.detach().flatten(0, 1), *turns, into)
 
-    def _places_of(self, ids: Tensor) -> Tensor:
-        """Where the blocks [l, K] of the bank are kept, [l, K]."""
-        bank = self.bank_blocks
-        blocks = torch.tensor(bank, device=ids.device)
-        places = torch.tensor([self._place_of[block] for block in bank], device=ids.device)
-        return places[torch.searchsorted(blocks, ids)] if bank else ids
+    def _bank_index(self, bank: Sequence[int]) -> Tensor:
+        """Number, place and whether it is pinned of each block of the bank: [3, M] int64 where the model runs.
 
-    def _score(self, layers: slice, q_sums: Tensor | None) -> Tensor:
-        """[l, M] affinity of the bank, oldest first, to the last commit's queries plus `q_sums` [l,B,N,D]."""
-        places = [self._place_of[block] for block in self.bank_blocks]
+        All that a choice needs of the host, by one copy for which nothing waits.
+        """
+        rows = bank, [self._place_of[block] for block in bank], [block in self.layout.pins for block in bank]
+        into = self._index[: 3 * len(bank)].view(3, len(bank))
+        staging.write(torch.tensor(rows, dtype=torch.int64), into)
+        return into
+
+    def _score(self, layers: slice, q_sums: Tensor | None, places: Tensor) -> Tensor:
+        """[l, M] affinity of the bank's blocks in `places` [M] to the last commit's queries plus `q_sums` [l,B,N,D]."""
         # As many as are there once the last backup has come, whether it has or not: a sum's last bit may depend on it.
         key_sums = self._bank.key_sums[layers, :, : len(places) + self._backups]
         queries = self._q_sum[layers]
         scores = selection.score(queries if q_sums is None else queries + q_sums.to(queries), key_sums)
-        return scores[:, torch.tensor(places, device=self.device)]
+        return scores[:, places]
 
     def _places(self, context_tokens: int) -> tuple[object, ...]:
         """Where the buffer lies, and how much of it is context."""
@@ -500,6 +540,7 @@ class KVCache:
     def state_dict(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that cannot be derived: flat, as safetensors takes it."""
         state = {name: kept.to("cpu", copy=True).contiguous() for name, kept in self._kept().items()}
+        state |= {f"bank_{name}": kept for name, kept in self._bank.state(self._places_in_use).items()}
         view = self.layout.view(self.blocks)
         state["blocks"] = torch.tensor([self.blocks, len(view.sink), len(view.recent)])
         rows = [(block, place, block in self._banked) for block, place in sorted(self._place_of.items())]
@@ -513,7 +554,7 @@ class KVCache:
         Raises: LayoutError if the state is of other settings; the cache is of no use then.
         """
         hint = "Load it with the memory settings, dtype and batch it was saved with."
-        expected = {*self._kept(), "blocks", "places"}
+        expected = {*self._kept(), *(f"bank_{name}" for name in self._bank.kinds(0)), "blocks", "places"}
         if set(state) != expected:
             raise LayoutError(
                 f"not a cache's state: it differs in {sorted(expected ^ set(state))}", hint=hint
@@ -528,12 +569,17 @@ class KVCache:
         self._turned = {}
         if self._growing:
             self._bank.resize(self._backups + len(self._banked))
-        for name, own in self._kept().items():
+        own, places = self._kept(), self._places_in_use
+        kinds = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
+        kinds |= {f"bank_{name}": kind for name, kind in self._bank.kinds(places).items()}
+        for name, (shape, dtype) in kinds.items():
             found = state[name]
-            if (own.shape, own.dtype) != (found.shape, found.dtype):
-                shapes = f"{list(found.shape)} {found.dtype}, here it is {list(own.shape)} {own.dtype}"
+            if (shape, dtype) != (found.shape, found.dtype):
+                shapes = f"{list(found.shape)} {found.dtype}, here it is {list(shape)} {dtype}"
                 raise LayoutError(f"{name} of the saved cache is {shapes}", hint=hint)
-            own.copy_(found)
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+        self._bank.load_state({name: state[f"bank_{name}"] for name in self._bank.kinds(places)}, places)
 
     def in_use(self) -> MemoryBytes:
         """Bytes of the part of the live tensors that holds something while the open context's block is made.
@@ -554,7 +600,7 @@ class KVCache:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that is allocated. A bank that does not grow, and all else, keeps its storage for good."""
+        """All that is allocated; each keeps its storage for good. A bank that grows adds tensors to them."""
         own = {"k": self._k, "v": self._v, "raw_k": self._raw_k, "q_sum": self._q_sum}
         return own | {f"bank_{name}": tensor for name, tensor in self._bank.tensors().items()}
 
@@ -567,27 +613,30 @@ class KVCache:
             current=current,
             raw_keys=self._raw_k.nbytes,
             backups=self._backups * place,
-            bank=(self._bank.places - self._backups) * place + self._q_sum.nbytes,
+            bank=self._bank.nbytes - self._backups * place + self._q_sum.nbytes,
         )
         active = tuple(tuple(ids) for ids in self._open.selected.tolist()) if self._open else ()
         bank, pins = self.bank_blocks, self.layout.pins
         pinned = tuple(block for block in bank if block in pins)
-        near = sum(tensor.nbytes for name, tensor in self._bank.tensors().items() if name.endswith("_near"))
+        near = self._bank.near_bytes
         return CacheStats(size, tuple(view.sink), tuple(bank), tuple(view.recent), active, pinned, near)
 
     def _kept(self) -> dict[str, Tensor]:
-        """Views of the valid part of all that cannot be derived."""
+        """Views of the valid part of all that cannot be derived, but for the bank."""
         view, n = self.layout.view(self.blocks), self._n
         sink, both = len(view.sink) * n, (len(view.sink) + len(view.recent)) * n
-        places = 1 + max(self._place_of.values(), default=-1)
         again = self.layout.turns_again
         return {
             "k": self._k[:, :, n : n + (sink if again else both)],
             "raw_k": self._raw_k[:, :, : len(view.recent) * n if again else 0],
             "v": self._v[:, :, n : n + both],
-            **{f"bank_{name}": tensor for name, tensor in self._bank.kept(places).items()},
             "q_sum": self._q_sum,
         }
+
+    @property
+    def _places_in_use(self) -> int:
+        """How many of the bank's places have to be kept, from the first one."""
+        return 1 + max(self._place_of.values(), default=-1)
 
     # -- pieces ---------------------------------------------------------------------------------------------
 
@@ -608,7 +657,8 @@ class KVCache:
 
     def _positions(self, cells: Sequence[Position]) -> Tensor:
         rows = [[float(axis) for axis in cell] for cell in cells]
-        return torch.tensor(rows, dtype=torch.float64, device=self.device).reshape(-1, 3)
+        there = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+        return staging.to_device(there, self.device)
 
     def _turns(self, key: object, positions: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         """Cosines and sines [S, D/2] of positions, kept under a key: a full memory asks for the same ones every block.
@@ -622,11 +672,12 @@ class KVCache:
             self._angles[key] = cos.to(compute), sin.to(compute)
         return self._angles[key]
 
-    def _check_selected(self, selected: Tensor, view: BlockView) -> None:
+    def _checked(self, selected: Tensor, view: BlockView) -> list[list[int]]:
         rows, bank = selected.tolist(), self._banked
         fits = [len(row) == view.active and row == sorted({*row}) and bank.issuperset(row) for row in rows]
         if fits != [True] * self.layers:
             raise ValueError(f"wanted {view.active} ascending of {sorted(bank)} in each layer, got {rows}")
+        return rows
 
     def _check_shape(self, kv: BlockKV, tokens: int) -> None:
         wanted = (*self._k.shape[:2], tokens, *self._k.shape[3:])

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from packforcing_cli import staging
 from packforcing_cli.config import PlanRequest
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid, Lengths
@@ -141,7 +142,7 @@ def history_blocks(
 
 def to_pixels(frames: NDArray[np.uint8], device: torch.device) -> Tensor:
     """[T,H,W,3] uint8 -> [1,3,T,H,W] float32 in [0, 1]; `to_uint8` is the inverse."""
-    return torch.from_numpy(frames).to(device).permute(3, 0, 1, 2)[None].float() / 255
+    return staging.to_device(torch.from_numpy(frames), device).permute(3, 0, 1, 2)[None].float() / 255
 
 
 def open_history(

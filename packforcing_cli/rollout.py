@@ -35,8 +35,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from packforcing_cli import __version__, config, trace
-from packforcing_cli.beside import Beside, Faster, Mark, Stopwatch, memory_allows
+from packforcing_cli import __version__, config, staging, trace
+from packforcing_cli.beside import Beside, Faster, Stopwatch, memory_allows
 from packforcing_cli.cache import CacheContext, CacheStats, KVCache
 from packforcing_cli.compressor import pooled_kv
 from packforcing_cli.config import MemoryOptions
@@ -57,6 +57,7 @@ from packforcing_cli.resolve import (
 )
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, Schedule, denoise_block
+from packforcing_cli.staging import Mark
 from packforcing_cli.timeline import Script
 from packforcing_cli.transformer import BlockKV, TextKV
 from packforcing_cli.vae import encode_lr, lr_pixels
@@ -218,7 +219,7 @@ def stream_generate(
             with watch.stage("denoise"):
                 context = cache.context(i, selected=None if old is None else old.selected)
                 if old is not None:
-                    x0 = old.latents.to(model.device, model.dtype)
+                    x0 = staging.to_device(old.latents, model.device).to(model.dtype)
                 else:
                     x0 = new_latents(model, schedule, guided, context, first_latent, seed=seed, retry=retry)
             clean = video.beside.mark()
@@ -309,12 +310,12 @@ class Video:
         retry: int,
     ) -> Made:
         """Decode a clean block, beside the model; its frames are those of `old` if that has any."""
-        recall, to_host = Recall.of(context), self.beside.to_host
+        recall, to_host = Recall.of(context), staging.to_host
         given = None if old is None else old.pixels
         with self.beside.work(x0, given, *recall, since=since), watch.stage("decode"):
             pixels = self.decoder.decode(x0)
             if given is not None:
-                pixels = given.to(pixels)
+                pixels = staging.to_device(given, pixels.device).to(pixels)
             return Made(
                 index=i,
                 x0=x0,
@@ -359,7 +360,7 @@ class Video:
     def health_of(self, made: Made) -> trace.Health:
         """Look at its frames, once."""
         if made.health is None:
-            made.done.wait()
+            made.done.wait()  # the one wait of a block that is finished late; what it shows is on the host then
             with made.watch.stage("trace", on_host=True):
                 made.health = self._monitor.judge(
                     made.index, made.frames, finite=bool(made.finite), given=made.replayed
@@ -414,7 +415,7 @@ class Video:
                 backup = self._backup(made, None)
                 if backup is not None:
                     self._cache.add_backup(made.index, backup)
-        made.done.wait()
+        made.done.wait()  # passed, unless the block was finished in order: `state` may read what lives beside
         with made.watch.stage("trace", on_host=True):
             record = made.note(made.recall, made.health)
         return Block(

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from packforcing_cli import staging
 from packforcing_cli.errors import UsageError
 
 NUM_TRAIN_TIMESTEPS = 1000
@@ -135,7 +136,7 @@ def denoise_block(
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
     def noise(step: int) -> Tensor:
-        return block_noise(seed, block, step, shape, retry=retry).to(device=device, dtype=wide)
+        return staging.to_device(block_noise(seed, block, step, shape, retry=retry).to(wide), device)
 
     def predict(x: Tensor, sigma: float) -> Tensor:
         v = velocity(x.to(dtype), sigma).to(wide)

@@ -19,12 +19,12 @@ Letters: L layers, B batch, M candidate blocks, K active blocks, N heads, D head
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from packforcing_cli import staging
 from packforcing_cli.errors import UsageError
 
 MODES = ("affinity-recent", "affinity", "fifo", "random", "none")
@@ -34,10 +34,12 @@ MODES = ("affinity-recent", "affinity", "fifo", "random", "none")
 class Choice:
     """What was chosen.
 
-    ids:        [L, K] int64 block numbers, ascending in every layer.
+    among:      [L, K] int64, which of the candidates, ascending in every layer.
+    ids:        [L, K] int64, their block numbers.
     degenerate: [L] bool, True where the scores said nothing and the newest blocks were taken instead.
     """
 
+    among: Tensor
     ids: Tensor
     degenerate: Tensor
 
@@ -67,50 +69,48 @@ def score(q_sums: Tensor, key_sums: Tensor) -> Tensor:
 
 def choose(
     mode: str,
-    candidates: Sequence[int],
+    candidates: Tensor,
     *,
     active: int,
     layers: int,
     scores: Tensor | None = None,
     seed: int = 0,
     block: int = 0,
-    pinned: frozenset[int] = frozenset(),
-    device: torch.device | str = "cpu",
+    pinned: Tensor | None = None,
 ) -> Choice:
-    """Choose the blocks that attend, for each layer.
+    """Choose the blocks that attend, for each layer, where the candidates are; the host learns nothing of it.
 
     Args:
-        candidates: [M] numbers of the stored compressed blocks, ascending.
+        candidates: [M] int64 numbers of the stored compressed blocks, ascending.
         active:     K, how many to take; at most M.
         scores:     [L, M], needed by the affinity modes. Of equal scores the newer block wins. A layer whose
                     scores are not finite, or all equal, takes the newest blocks: see Choice.degenerate.
         seed, block: what `random` is a function of.
-        pinned:     blocks taken before all others, the newest first.
+        pinned:     [M] bool, candidates taken before all others, the newest first; None = there are none.
     Raises: UsageError if the mode is unknown; ValueError if counts or shapes do not fit.
     """
     check_mode(mode)
-    count = 0 if mode == "none" else active
-    if count > len(candidates):
-        raise ValueError(f"{count} active blocks wanted, {len(candidates)} stored")
-    ids = torch.tensor(list(candidates), dtype=torch.int64, device=device)
-    newest = torch.arange(len(candidates), dtype=torch.float64, device=device).expand(layers, -1)
+    count, among, device = 0 if mode == "none" else active, len(candidates), candidates.device
+    if count > among:
+        raise ValueError(f"{count} active blocks wanted, {among} stored")
+    newest = torch.arange(among, dtype=torch.float64, device=device).expand(layers, -1)
     degenerate = torch.zeros(layers, dtype=torch.bool, device=device)
     preference = newest
     if mode == "random":
         digest = hashlib.sha256(f"select {seed} {block}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        preference = torch.rand(newest.shape, generator=generator, dtype=torch.float64).to(device)
+        drawn = torch.rand(newest.shape, generator=generator, dtype=torch.float64)
+        preference = staging.to_device(drawn, device)
     elif mode in ("affinity", "affinity-recent") and count:
         if scores is None or scores.shape != newest.shape:
             shape = None if scores is None else list(scores.shape)
             raise ValueError(f"{mode} needs scores of shape {list(newest.shape)}, got {shape}")
         degenerate = ~scores.isfinite().all(1)
-        if len(candidates) > 1:
+        if among > 1:
             degenerate = degenerate | (scores == scores[:, :1]).all(1)
-        preference = torch.where(degenerate[:, None], newest, scores.to(device, torch.float64))
-    if pinned:
-        pins = torch.tensor([block_id in pinned for block_id in candidates], dtype=torch.bool, device=device)
-        preference = torch.where(pins, float("inf"), preference)
+        preference = torch.where(degenerate[:, None], newest, scores.to(torch.float64))
+    if pinned is not None:
+        preference = preference.masked_fill(pinned, float("inf"))
     order = preference.argsort(dim=1, stable=True)  # stable: of equals the newer comes later and wins
-    best = order[:, len(candidates) - count :].sort(dim=1).values  # [L, K]
-    return Choice(ids[best], degenerate)
+    best = order[:, among - count :].sort(dim=1).values  # [L, K]
+    return Choice(best, candidates[best], degenerate)

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from packforcing_cli import compiling
+from packforcing_cli import compiling, staging
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -707,9 +707,9 @@ def _check_latents(latents: Tensor, facts: CodecFacts) -> None:
 
 def _statistics(facts: CodecFacts, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, each [C, 1, 1, 1] float32."""
-    mean = torch.tensor(facts.latents_mean, device=like.device, dtype=torch.float32)
-    std = torch.tensor(facts.latents_std, device=like.device, dtype=torch.float32)
-    return mean[:, None, None, None], std[:, None, None, None]
+    both = torch.tensor((facts.latents_mean, facts.latents_std), dtype=torch.float32)
+    mean, std = staging.to_device(both, like.device)[..., None, None, None]
+    return mean, std
 
 
 def _normalised(raw: Tensor, facts: CodecFacts) -> Tensor:

@@ -267,7 +267,6 @@ def test_who_waits_for_whom_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu.said.append("the model goes on")
     with beside.work(x, None, since=clean), watch.stage("decode"):
         assert gpu.stream == "beside"
-        assert torch.equal(beside.to_host(x), x)
         done = beside.mark()
     assert gpu.stream == "model"
     beside.hand_over(done, x, None)

@@ -662,14 +662,58 @@ def test_storage_is_fixed() -> None:
 
 
 def test_an_unlimited_bank_grows_by_one_compressed_block_a_block() -> None:
+    """By its keys and values; the key sums of all blocks to come are there from the start."""
     cache = make_cache((2, 1, 3, None, 1), torch.bfloat16, num_blocks=30)
-    live = []
+    live, places = [], {}
     for i in range(30):
         roll(cache, range(i, i + 1))
-        live.append(sum(tensor.nbytes for tensor in tensors(cache).values()))
-    one_block = LAYERS * HEADS * DIM * (2 * 2 * COMPRESSED + 4)
+        found = tensors(cache)
+        live.append(sum(tensor.nbytes for tensor in found.values()))
+        now = {name: tensor.data_ptr() for name, tensor in found.items()}
+        assert places.items() <= now.items()  # what is there does not move
+        places = now
+    one_block, sums = LAYERS * HEADS * DIM * 2 * 2 * COMPRESSED, LAYERS * HEADS * DIM * 4
     assert {after - before for before, after in pairwise(live[2:])} == {one_block}
     assert live[0] == live[2]
+    assert live[-1] == cache.stats().bytes.live == cache.layout.capacity_bytes(30).live
+    assert tensors(cache)["bank_key_sums"].nbytes == (27 + 1) * sums
+
+
+def test_over_an_hour_an_unlimited_bank_copies_nothing_to_grow() -> None:
+    """What a block moves grows by one key sum and a few numbers for each block there is to choose from, as it must."""
+    from packforcing_cli import counting
+
+    hour, each = 3600, 450
+    grid = Grid(frames_per_block=1, rows=4, cols=4, layers=1, kv_dim=12, heads=1, dtype_bytes=4)
+    layout = Layout(grid, sink_blocks=1, recent_blocks=1, top_k=2, bank=None, mid_span=Fraction(1))
+    cache = KVCache(layout, num_blocks=hour, dtype=torch.float32)
+    own, small = (torch.ones(1, 1, n, 1, 12) for n in (grid.block_tokens, grid.compressed_tokens))
+    sums = torch.randn(hour, 1, 1, 1, 12, generator=torch.Generator().manual_seed(0))
+
+    def remember(block: int) -> None:
+        cache.commit(block, BlockKV(own, own, sums[block]))
+        if cache.needs_backup(block):
+            cache.add_backup(block, BlockKV(small, small, sums[block]))
+
+    stored, chosen = [], []
+    for block in range(hour):
+        if block % each:
+            remember(block)
+            continue
+        cache.context(block)  # angles are remembered from block to block
+        with counting.moved_bytes() as moved:
+            cache.context(block)
+        chosen.append((moved.bytes, moved.operators))
+        with counting.moved_bytes() as moved:
+            remember(block)
+        stored.append((moved.bytes, moved.operators))
+    assert len(cache.bank_blocks) == hour - 2
+    assert len(stored) == 8
+    assert len({*stored[1:]}) == 1  # block 0 is the sink
+    of_bank = {after[0] - before[0] for before, after in pairwise(chosen[1:])}
+    assert len({operators for _, operators in chosen[1:]}) == 1
+    (more,) = of_bank
+    assert each * 12 * 4 < more < each * (12 * 4 + 200)  # a key sum; numbers, places and scores of a block
 
 
 def bank_of(cache: KVCache) -> dict[str, Tensor]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +13,13 @@ import torch
 from test_vae import wan_module
 
 from packforcing_cli import attention, quantize, registry, rollout
+from packforcing_cli.cache import KVCache
+from packforcing_cli.config import MemoryOptions
 from packforcing_cli.errors import EnvironmentProblem
+from packforcing_cli.layout import Grid, Layout
+from packforcing_cli.past import PastBlock
+from packforcing_cli.rollout import Block
+from packforcing_cli.transformer import BlockKV
 from packforcing_cli.vae import WanCodec
 
 pytestmark = [
@@ -144,3 +154,173 @@ def test_fp8_products_are_as_exact_as_simulated_ones() -> None:
     product = torch.nn.functional.linear(x, quantize.quantizer("fp8", device, torch.bfloat16)(weight))
     simulated = torch.nn.functional.linear(quantize.fp8_rounded(x), quantize.fp8_rounded(weight))
     assert (product - simulated).norm() < 0.02 * simulated.norm()
+
+
+# -- what the host waits for --------------------------------------------------------------------------------------
+
+FULL = 2 + 1 + 16 + 1
+"""The first block whose memory is full."""
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Operators that stop the host raise; waiting for an event, which is asked for by name, does not."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Synchronization debug mode", UserWarning
+        )  # is a prototype, it says
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_for_a_copy_would_be_seen() -> None:
+    x = torch.zeros(8)
+    for wait in (lambda: x.cuda(), lambda: torch.tensor([1], device="cuda"), lambda: x.cuda().sum().item()):
+        with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
+            wait()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    "memory",
+    [
+        {},
+        {"select": "affinity"},
+        {"select": "random"},
+        {"bank_device": "host"},
+        {"bank_device": "host", "kv_dtype": "int8"},
+        {"bank_device": "host", "select": "affinity"},
+        {"bank": None},
+        {"bank_device": "host", "bank": None},
+        {"rope_adjustment": False},
+    ],
+    ids=str,
+)
+def test_a_steady_block_waits_for_no_operator(memory: dict[str, Any], overlap: bool) -> None:
+    model = registry.load_model("demo", device="cuda", dtype="bf16")
+    blocks = rollout.stream_generate(
+        model, PROMPT, num_blocks=FULL + 12, seed=3, memory=MemoryOptions(**memory), overlap=overlap
+    )
+    for _ in range(FULL + 4):  # each kind of pass was made, and kernels were looked for
+        next(blocks)
+    with waiting_is_an_error():
+        made = [next(blocks) for _ in range(3)]
+    assert all(block.latents.isfinite().all() for block in made)
+
+
+@pytest.mark.parametrize("memory", [{}, {"bank_device": "host"}], ids=str)
+def test_a_steady_block_of_recorded_passes_waits_for_no_operator(memory: dict[str, Any]) -> None:
+    model = registry.load_model("demo", device="cuda", dtype="bf16", cuda_graphs=True)
+    blocks = rollout.stream_generate(
+        model, PROMPT, num_blocks=FULL + 12, seed=3, memory=MemoryOptions(**memory)
+    )
+    for _ in range(FULL + 6):
+        next(blocks)
+    with waiting_is_an_error():
+        made = [next(blocks) for _ in range(3)]
+    assert all(block.latents.isfinite().all() for block in made)
+
+
+# -- the bank in host memory --------------------------------------------------------------------------------------
+
+
+def _made(
+    model: registry.VideoModel, memory: dict[str, Any], num_blocks: int = FULL + 4, **options: Any
+) -> list[Block]:
+    chosen = MemoryOptions(**memory)
+    return list(
+        rollout.stream_generate(model, PROMPT, num_blocks=num_blocks, seed=3, memory=chosen, **options)
+    )
+
+
+def require_equal(some: list[Block], others: list[Block]) -> None:
+    assert len(some) == len(others) > 0
+    for one, other in zip(some, others, strict=True):
+        assert torch.equal(one.selected, other.selected)
+        assert torch.equal(one.latents, other.latents)
+        assert torch.equal(one.frames, other.frames)
+
+
+@pytest.mark.parametrize("bank", [20, None])
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8", "fp8"])
+@pytest.mark.parametrize("select", ["affinity-recent", "affinity"])
+def test_a_bank_in_host_memory_gives_the_video_of_one_on_the_gpu(
+    select: str, kv_dtype: str, bank: int | None
+) -> None:
+    model = registry.load_model("demo", device="cuda", dtype="bf16")
+    memory = {"select": select, "kv_dtype": kv_dtype, "bank": bank, "top_k": 4}
+    near, far = (_made(model, {**memory, "bank_device": place}, FULL + 8) for place in ("device", "host"))
+    require_equal(near, far)
+    assert far[-1].cache.near > 0 == near[-1].cache.near
+
+
+def test_blocks_fetched_from_the_host_are_those_of_the_gpu_however_long_the_copies_take() -> None:
+    """Keys and values far larger than the demo's, places used again, and no pause between blocks."""
+    grid = Grid(frames_per_block=4, rows=16, cols=16, layers=6, kv_dim=1024, heads=8, dtype_bytes=2)
+    layout = Layout(grid, sink_blocks=1, recent_blocks=1, top_k=6, bank=9, mid_span="fit", trained_frames=28)
+    kind: dict[str, Any] = {"num_blocks": 40, "dtype": torch.bfloat16, "device": "cuda"}
+    caches = KVCache(layout, **kind), KVCache(layout, **kind, bank_device="cpu")
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def kv(tokens: int) -> BlockKV:
+        size = (2, grid.layers, 1, tokens, grid.heads, 128)
+        k, v = torch.randn(size, generator=generator, device="cuda").bfloat16()
+        q_sum = torch.randn(size[1:3] + size[4:], generator=generator, device="cuda")
+        return BlockKV(k, v, q_sum)
+
+    differ = torch.zeros((), dtype=torch.int64, device="cuda")  # read once, at the end
+    for block in range(40):
+        own, small = kv(grid.block_tokens), kv(grid.compressed_tokens)
+        contexts = [cache.context(block) for cache in caches]
+        for _ in range(2):
+            for layer in range(grid.layers):
+                mine = own.k[layer], own.v[layer], own.q_sum[layer]
+                near, far = (context.layer(layer, *mine) for context in contexts)
+                for a, b in zip(near, far, strict=True):
+                    differ += (a != b).sum()
+        for cache in caches:
+            cache.commit(block, own)
+            if cache.needs_backup(block):
+                cache.add_backup(block, small)
+    assert differ.item() == 0
+    assert caches[1].stats().near > 0
+
+
+def test_an_unlimited_bank_on_the_gpu_makes_the_video_of_a_large_one() -> None:
+    model = registry.load_model("demo", device="cuda", dtype="bf16")
+    require_equal(_made(model, {"bank": 64, "top_k": 4}), _made(model, {"bank": None, "top_k": 4}))
+
+
+# -- going on, and other devices ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("select", ["affinity", "affinity-recent"])
+def test_a_video_that_is_gone_on_with_is_the_same_with_and_without_a_second_stream(select: str) -> None:
+    """Blocks that are there already choose in their clean pass; what they recall is shown from the second stream."""
+    model = registry.load_model("demo", device="cuda", dtype="fp32")
+    memory = {"select": select, "top_k": 4}
+    first = _made(model, memory, 12, overlap=False)
+    past = [PastBlock(block.latents) for block in first]
+    made = [_made(model, memory, 24, overlap=overlap, past=past) for overlap in (False, True)]
+    require_equal(*made)
+    assert [block.replayed for block in made[1]] == [True] * 12 + [False] * 12
+    assert all(int(block.selected.min()) >= 0 for block in made[1] if block.selected.numel())
+    recorded = [replace(old, selected=block.selected) for old, block in zip(past, made[0], strict=False)]
+    require_equal(_made(model, memory, 24, overlap=True, past=recorded)[12:], made[0][12:])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("memory", [{}, {"bank_device": "host"}, {"bank": None}], ids=str)
+def test_a_model_on_a_second_gpu_makes_the_same_video(memory: dict[str, Any]) -> None:
+    if torch.cuda.get_device_name(0) != torch.cuda.get_device_name(1):
+        pytest.skip("needs two GPUs of one kind")
+    assert torch.cuda.current_device() == 0
+    first, second = (registry.load_model("demo", device=f"cuda:{n}", dtype="bf16") for n in range(2))
+    usual = _made(first, memory, overlap=True)
+    torch.cuda.reset_peak_memory_stats(0)
+    before = torch.cuda.max_memory_allocated(0)
+    require_equal(_made(second, memory, overlap=True), usual)
+    assert torch.cuda.max_memory_allocated(0) == before  # nothing of it was on the first one

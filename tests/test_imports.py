@@ -30,7 +30,7 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "manifest",
         "ahead",
     ),
-    ("turning_kernel",),
+    ("turning_kernel", "staging"),
     ("turning",),
     (
         "hub",

@@ -12,8 +12,10 @@ LAYERS = 3
 
 
 def ids(mode: str, candidates: list[int], active: int, **options: object) -> list[list[int]]:
-    choice = selection.choose(mode, candidates, active=active, layers=LAYERS, **options)  # type: ignore[arg-type]
+    there = torch.tensor(candidates, dtype=torch.int64)
+    choice = selection.choose(mode, there, active=active, layers=LAYERS, **options)  # type: ignore[arg-type]
     rows: list[list[int]] = choice.ids.tolist()
+    assert rows == [[candidates[n] for n in row] for row in choice.among.tolist()]
     return rows
 
 
@@ -49,13 +51,13 @@ def test_of_equal_scores_the_newer_block_wins() -> None:
 @pytest.mark.parametrize("bad", [[1.0, float("nan"), 3.0], [2.0, 2.0, 2.0], [1.0, float("inf"), 0.0]])
 def test_degenerate_scores_fall_back_to_the_newest_in_that_layer_alone(bad: list[float]) -> None:
     scores = torch.tensor([[9.0, 8.0, 7.0], bad, [9.0, 8.0, 7.0]])
-    choice = selection.choose("affinity", [3, 4, 5], active=2, layers=3, scores=scores)
+    choice = selection.choose("affinity", torch.tensor([3, 4, 5]), active=2, layers=3, scores=scores)
     assert choice.ids.tolist() == [[3, 4], [4, 5], [3, 4]]
     assert choice.degenerate.tolist() == [False, True, False]
 
 
 def test_a_single_candidate_is_not_degenerate() -> None:
-    choice = selection.choose("affinity", [3], active=1, layers=1, scores=torch.tensor([[0.5]]))
+    choice = selection.choose("affinity", torch.tensor([3]), active=1, layers=1, scores=torch.tensor([[0.5]]))
     assert not choice.degenerate.any()
 
 
@@ -79,7 +81,7 @@ def test_random_is_a_function_of_seed_and_block() -> None:
 @pytest.mark.parametrize("mode", ["affinity", "fifo", "random"])
 def test_pinned_blocks_come_first(mode: str) -> None:
     scores = torch.tensor([[0.0, 3.0, 9.0, 8.0]]).expand(LAYERS, -1)
-    pinned = frozenset({1, 2, 77})
+    pinned = torch.tensor([True, True, False, False])
     assert ids(mode, [1, 2, 3, 4], 2, scores=scores, pinned=pinned) == [[1, 2]] * LAYERS
     chosen = ids(mode, [1, 2, 3, 4], 3, scores=scores, pinned=pinned)
     assert all({1, 2} < set(row) for row in chosen)
