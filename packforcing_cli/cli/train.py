@@ -189,12 +189,13 @@ def _require_frozen(recipe: AnyRecipe, mode: str) -> None:
 def _require_clips(recipe: AnyRecipe) -> None:
     """Raises: UsageError if a recipe that trains on clips names none, or a folder without; before anything is made."""
     from packforcing_cli.errors import UsageError
-    from packforcing_cli.training import data
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
 
     if not isinstance(recipe, Finetune | CompressorDistill):
         return
     if recipe.data.folder:
+        from packforcing_cli.training import data  # needs PyAV, which the demo's recipes do without
+
         given = Path(recipe.data.folder)
         if not data.EncodedData.is_one(given):
             data.find_clips(given)
