@@ -882,11 +882,24 @@ def _prompt_and_model(place: str, device: str, repeats: int) -> dict[str, Times]
     for _ in range(repeats):
         for how in ("after", ""):
             with tempfile.TemporaryDirectory() as folder:
-                environment = {**os.environ, "XDG_CACHE_HOME": folder}  # where embeddings are kept
+                environment = _without_embeddings(folder)
                 words = [place, device, how, _PROMPT, f"{folder}/a.mp4"]
                 told = json.loads(_run([sys.executable, "-c", _PREPARE, *words], environment))
             took.setdefault(_LOADINGS[told["how"]], []).append(told["seconds"])
     return {name: Times(tuple(seconds)) for name, seconds in took.items()}
+
+
+def _without_embeddings(folder: str) -> dict[str, str]:
+    """An environment whose cache is in `folder`, with the installed models and what came from the Hub, and no more."""
+    from packforcing_cli import hub, packages
+
+    environment = {**os.environ, "HF_HUB_CACHE": str(hub.cache_folder()), "XDG_CACHE_HOME": folder}
+    models = packages.models_folder()
+    if models.is_dir():
+        place = Path(folder, "packforcing", models.name)
+        place.parent.mkdir()
+        place.symlink_to(models.resolve(), target_is_directory=True)
+    return environment
 
 
 def _first_frames(place: str, device: str, repeats: int) -> dict[str, Times]:
@@ -896,7 +909,7 @@ def _first_frames(place: str, device: str, repeats: int) -> dict[str, Times]:
     cold, known, loaded = list[float](), list[float](), list[float]()
     for _ in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
-            environment = {**os.environ, "XDG_CACHE_HOME": folder}  # where embeddings are kept
+            environment = _without_embeddings(folder)
             for seconds in (cold, known):
                 words = ["generate", _PROMPT, "--model", place]
                 words += ["--device", device, "--seconds", "1", "--no-run", "--json"]

@@ -476,7 +476,7 @@ def schedule_of(job: Job, model: VideoModel | ModelSource) -> Schedule:
 
 
 def encode(job: Job, model: VideoModel | ModelSource) -> Story:
-    """The prompts of a job, encoded. With a `ModelSource` the text encoder is gone before the transformer is loaded.
+    """The prompts of a job, encoded. With a `ModelSource` the text encoder is gone afterwards.
 
     Raises: as `prompts.encode_script` and `embeddings.read`.
     """
@@ -541,7 +541,10 @@ class Loading:
         """The loaded model. Raises: as `registry.open_model(…).load`."""
         made: VideoModel | None = None
         try:
-            made = None if self._ahead is None else self._ahead.result()
+            if self._ahead is not None and self._how == "beside":
+                made = (
+                    self._ahead.result()
+                )  # files read ahead are worth no waiting: loading goes on from there
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

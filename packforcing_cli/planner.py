@@ -100,7 +100,7 @@ class SlotPlan:
 
 @dataclass(frozen=True)
 class WeightBytes:
-    """Bytes of the weights, quantized as asked. The text encoder is freed before the transformer is loaded."""
+    """Bytes of the weights, quantized as asked. The text encoder is freed before the first block is made."""
 
     transformer: int
     text_encoder: int
@@ -646,6 +646,8 @@ def _levers(parts: _Parts, machine: Machine) -> list[list[dict[str, Any]]]:
         levers.append([{"bank_device": "host"}])
     if request.vae_latents > 1:
         levers.append([{"vae_latents": 1}])
+    if parts.vae == "wan" and getattr(request, "compile", False):
+        levers.append([{"compile": False}])
     without = {"cuda_graphs": False} if parts.asks_to_record else {}
     if without:
         levers.append([without])

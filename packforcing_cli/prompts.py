@@ -51,8 +51,7 @@ def encode_script(
 ) -> Story:
     """Encode the prompts of a script, equal ones once.
 
-    The text encoder is loaded only for prompts the cache does not have, and is gone from memory when this returns. With
-    a `ModelSource` that is before the transformer is loaded.
+    The text encoder is loaded only for prompts the cache does not have, and is gone from memory when this returns.
 
     Args:
         given: embeddings from a file; the encoder is then never loaded.

@@ -20,7 +20,7 @@ from test_vae import wan_module
 from tiny import embeds, video_model
 from typer.testing import CliRunner
 
-from packforcing_cli import bench, bench_stream, counting, prompts, registry, rollout
+from packforcing_cli import bench, bench_stream, counting, hub, packages, prompts, registry, rollout
 from packforcing_cli.cache import KVCache
 from packforcing_cli.cli import bench as bench_command
 from packforcing_cli.cli import build_app
@@ -267,6 +267,21 @@ def test_the_command_prints_tables_or_json(tmp_path: Path, monkeypatch: pytest.M
     assert kinds["int8"]["block_bytes"] == kinds["fp8"]["block_bytes"] < kinds["auto"]["block_bytes"] / 3
 
 
+def test_a_cache_without_embeddings_has_the_installed_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
+    installed = packages.install_folder("mine")
+    installed.mkdir(parents=True)
+    (installed / "packforcing.json").write_text("{}")
+    (tmp_path / "fresh").mkdir()
+    environment = bench._without_embeddings(str(tmp_path / "fresh"))
+    assert environment["HF_HUB_CACHE"] == str(hub.cache_folder())
+    monkeypatch.setenv("XDG_CACHE_HOME", environment["XDG_CACHE_HOME"])
+    assert (packages.install_folder("mine") / "packforcing.json").read_text() == "{}"
+    assert [p.name for p in (tmp_path / "fresh" / "packforcing").iterdir()] == ["models"]
+
+
 def test_a_part_that_fails_is_named_and_the_figures_of_the_others_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Any
 ) -> None:
@@ -276,7 +291,7 @@ def test_a_part_that_fails_is_named_and_the_figures_of_the_others_are_kept(
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiled frames")
 
-    def startup(**_: object) -> dict[str, Any]:
+    def startup(*_: object, **__: object) -> dict[str, Any]:
         kept.append(set(json.loads(file.read_text())))  # there before the next part begins
         return {"commands": {"python": row}, "not measured": []}
 
@@ -299,7 +314,7 @@ def test_a_part_that_fails_is_named_and_the_figures_of_the_others_are_kept(
     alone = run_command("bench", "load")
     assert (alone.code, alone.out) == (1, "")
 
-    def interrupted(**_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     file.unlink()

@@ -78,6 +78,13 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pool]:
     )
 
 
+def test_a_student_has_no_fresh_parts_and_nothing_is_fresh_beside_nothing() -> None:
+    with pytest.raises(UsageError, match="a student begins as its teacher"):
+        recipe('fresh=["compressor"]')
+    with pytest.raises(UsageError, match="without init all parts start from nothing"):
+        recipes.load("demo-flow", ['fresh=["compressor"]'])
+
+
 def test_the_teacher_walks_its_own_levels_between_those_of_the_student() -> None:
     walks = demo_distill.levels(recipe())
     assert [walk[0] for walk in walks] == pytest.approx([1, 0.9375, 5 / 6, 0.625])

@@ -198,6 +198,16 @@ def test_recorded_passes_are_planned_with_the_memory_they_hold() -> None:
     assert short.stages == plan(request.changed(seconds=2)).stages  # it ends before anything is recorded
 
 
+def test_a_plan_that_does_not_fit_goes_without_the_compiled_decoder() -> None:
+    request = GenerateRequest(prompt="a", model="wan2.1-1.3b", seconds=5, offload="text", compile=True)
+    plain = plan(request.changed(compile=False))
+    assert plan(request).peak_bytes > plain.peak_bytes
+    machine = Machine(int(plain.peak_bytes / 0.94), device="cuda:0", host_bytes=64 * GB)
+    made = plan(request, machine)
+    assert (made.fits, made.suggestion) == (False, "--no-compile")
+    assert plan(request.changed(**made.change), machine).fits
+
+
 def test_a_plan_that_does_not_fit_goes_without_recording_first() -> None:
     request = GenerateRequest(
         prompt="a",

@@ -208,11 +208,36 @@ def test_a_checkpoint_of_other_modules_is_refused_also_by_force(tmp_path: Path) 
         loop.load_checkpoint(tmp_path, alone, {"kind": "test"}, accept=True)
 
 
+def test_an_optimisers_state_of_other_weights_is_refused(tmp_path: Path) -> None:
+    """As after parameters were grouped otherwise: states are stored by position."""
+
+    def state(order: tuple[str, ...]) -> loop.TrainingState:
+        modules = {"a": torch.nn.Linear(3, 2, bias=False), "b": torch.nn.Linear(2, 4, bias=False)}
+        optimizer = torch.optim.AdamW([modules[name].weight for name in order])
+        for module in modules.values():
+            module.weight.grad = torch.ones_like(module.weight)
+        optimizer.step()
+        return loop.TrainingState(modules, loop.MovingAverage(modules, 0.9), [optimizer])
+
+    loop.save_checkpoint(tmp_path, state(("a", "b")), {"kind": "test"})
+    assert loop.load_checkpoint(tmp_path, state(("a", "b")), {"kind": "test"})
+    with pytest.raises(
+        WeightsError, match=r"is of other weights: optimizer/0/0/exp_avg.* is \[2, 3\], its weight \[4, 2\]"
+    ):
+        loop.load_checkpoint(tmp_path, state(("b", "a")), {"kind": "test"}, accept=True)
+
+
 def test_facts_are_all_of_a_recipe_but_how_long_and_where_it_runs() -> None:
     recipe = recipes.load("demo-flow")
     facts = loop.facts_of(recipe.model_dump(mode="json"))
-    named = {f"data.{name}" for name in recipes.FlowData.model_fields} | {"kind", "vae", "init", "shift"}
-    named |= {f"train.{name}" for name in recipes.Train.model_fields} | {"precision"}
+    named = {f"data.{name}" for name in recipes.FlowData.model_fields} | {
+        "kind",
+        "vae",
+        "init",
+        "fresh",
+        "shift",
+    }
+    named |= {f"train.{name}" for name in recipes.FlowTrain.model_fields} | {"precision"}
     named |= {f"model.{name}" for name in recipes.FlowModel.model_fields}
     free = {"train.steps", "train.checkpoint_minutes", "train.evaluate_every", "train.threads"}
     assert facts.keys() == named - free

@@ -751,7 +751,7 @@ def optimizers_of(modules: Mapping[str, nn.Module], settings: FlowTrain) -> list
     """Muon for the matrices inside layers, AdamW for everything else.
 
     What reads compressed tokens begins with a norm, so nothing keeps them small: at the rate of the rest, and without
-    decay, convolutions grew until their tokens were a thousand times those of the LR path and all the same.
+    decay, convolutions grew until their tokens were hundreds of times those of the LR path and all alike.
     """
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -799,8 +799,12 @@ def load_codec(recipe: DemoFlow) -> TinyCodec:
 
 
 def facts_of(recipe: DemoFlow, codec: TinyCodec, workers: loop.Workers) -> dict[str, Any]:
-    """What a checkpoint can only be continued with; `init` counts before the first step alone."""
-    values = recipe.model_dump(mode="json", exclude={"init"})
+    """What a checkpoint can only be continued with; `init` and `fresh` count before the first step alone."""
+    values = recipe.model_dump(mode="json", exclude={"init", "fresh"})
+    if recipe.data.recall_blocks == 1:  # what older checkpoints do not name
+        del values["data"]["recall_blocks"]
+    if recipe.train.compressor_learning_rate is None:
+        del values["train"]["compressor_weight_decay"]
     own = {"workers": workers.count, "vae": fingerprint(codec)}  # each process has scenes of its own
     return loop.facts_of(values) | own
 
@@ -974,10 +978,10 @@ def mean_error(
 ) -> dict[str, float]:
     """Velocity error at one noise level with fixed noise: block 0 alone and the later blocks of a strict item.
 
-    "recall" is the error where a visitor returns, and "far recall" the same where only far, compressed blocks have
-    seen it; they are there if the pools have visitors. "other memory" is "far recall" with the compressed tokens of
-    another scene: as long as the two are alike nothing is recalled. "token scale" is how large compressed tokens are,
-    as a multiple of the LR path's.
+    "recall" is the error where a visitor returns, and "far recall" the same where far, compressed blocks have seen it
+    (and in some scenes the sinks); they are there if the pools have visitors. "other memory" is "far recall" with the
+    compressed tokens of another scene: as long as the two are alike compressed blocks tell nothing. "token scale" is
+    how large compressed tokens are, as a multiple of the LR path's.
     """
     batch = _FixedSigma(
         loop.step_generator(recipe.train.seed, -3), next(models.transformer.parameters()).device

@@ -388,6 +388,12 @@ def _restore(state: TrainingState, tensors: Mapping[str, Tensor]) -> None:
                     weight = state.parameter(i, int(index))
                 except IndexError as error:
                     raise WeightsError(f"the checkpoint does not fit the model: it has {key}") from error
+                if tensor.ndim and tensor.numel() > 1 and tensor.shape != weight.shape:
+                    raise WeightsError(
+                        f"the optimiser's state in the checkpoint is of other weights: {key} is "
+                        f"{[*tensor.shape]}, its weight {[*weight.shape]}",
+                        hint="Pack what was trained and start from it in another folder: --set init=PACKAGE --out DIR",
+                    )
                 if shards.is_shared(weight) and tensor.shape == weight.shape:
                     tensor = shards.placed_like(tensor, weight)
                 entries.setdefault(int(index), {})[name] = tensor

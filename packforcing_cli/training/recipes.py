@@ -101,7 +101,10 @@ class FlowData(_Strict):
         description="items with far mids in which the visitor returns in a trained block",
     )
     recall_blocks: int = Field(
-        default=1, ge=1, description="of such an item, far blocks that have seen the visitor, at least"
+        default=1,
+        ge=1,
+        le=4,
+        description="of such an item, far blocks that have seen the visitor, if so many have",
     )
     packed_clips: int = Field(ge=0)
     packed_blocks: int = Field(ge=2)
@@ -162,6 +165,12 @@ class DemoFlow(_Strict):
         description="bf16: products in bfloat16; weights, optimiser and residual stream in float32",
     )
 
+    @model_validator(mode="after")
+    def _fresh_beside_others(self) -> DemoFlow:
+        if self.fresh and not self.init:
+            raise ValueError("fresh: without init all parts start from nothing; leave it out")
+        return self
+
 
 class DemoDistill(DemoFlow):
     """As `DemoFlow`; `init` is the teacher, and what the student begins as."""
@@ -175,6 +184,12 @@ class DemoDistill(DemoFlow):
     )
     guidance: float = Field(default=2.0, ge=0, description="of the teacher: u + g (c - u)")
     quantize_frozen: Quantized = Field(default="none", description="linears of the teacher in 8 bits")
+
+    @model_validator(mode="after")
+    def _begins_as_its_teacher(self) -> DemoDistill:
+        if self.fresh:
+            raise ValueError("fresh: a student begins as its teacher; leave it out")
+        return self
 
 
 class StudentRollout(_Strict):
