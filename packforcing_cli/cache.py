@@ -185,7 +185,8 @@ class CacheContext:
         """Which blocks a layer recalls, as the host knows it.
 
         The one point at which the host waits for the GPU before a block is made: once a block, under `affinity` once a
-        layer, and only if the host has a part in recalling. What does not depend on it the GPU was given before.
+        layer, and only if the host has a part in recalling. With a bank in host memory the GPU was given before what
+        does not depend on it; else it has nothing to do meanwhile.
         """
         while layer not in self._on_host:
             layers, coming = self._coming.pop(0)
@@ -531,9 +532,13 @@ class KVCache:
                 )
             self._banked.remove(min(unpinned))
             del self._place_of[min(unpinned)]
-        self._banked.add(block)
         if self._growing:
-            self._bank.resize(len(self._banked) + self._backups)
+            self._bank.resize(len(self._banked) + 1 + self._backups)  # may find no memory
+        self._banked.add(block)
+
+    def close(self) -> None:
+        """Let go of a block that is open: it and the memory hold each other."""
+        self._open = None
 
     # -- keeping and showing --------------------------------------------------------------------------------
 

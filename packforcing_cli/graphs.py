@@ -13,6 +13,7 @@ Source: torch.cuda.graph; PERFORMANCE notes on fixed K/V slots (FlashDreams).
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,7 @@ class CudaRecorder:
                 torch.cuda.current_stream().wait_stream(side)
                 self._pool = self._pool or torch.cuda.graph_pool_handle()
                 graph = torch.cuda.CUDAGraph()
+                gc.collect()  # what is let go of while recording may have to wait for the GPU, which would spoil it
                 # Other threads may allocate and copy meanwhile: encoding, prefetching.
                 with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                     outputs = run()

@@ -209,39 +209,44 @@ def stream_generate(
     if state is not None:
         video.load_state(state)
     texts, history, waiting = StoryText(model.transformer, story), iter(past), None
-    for i in range(cache.blocks, num_blocks):
-        old, watch, late = next(history, None), Stopwatch(model.device), False
-        attempts = ATTEMPTS if guard == "retry" and old is None else 1
-        with watch.stage("denoise"):
-            text, guided = texts.at(i)
-        for retry in range(attempts):
-            before = video.decoder.state_dict() if attempts > 1 else {}
+    try:
+        for i in range(cache.blocks, num_blocks):
+            old, watch, late = next(history, None), Stopwatch(model.device), False
+            attempts = ATTEMPTS if guard == "retry" and old is None else 1
             with watch.stage("denoise"):
-                context = cache.context(i, selected=None if old is None else old.selected)
-                if old is not None:
-                    x0 = staging.to_device(old.latents, model.device).to(model.dtype)
-                else:
-                    x0 = new_latents(model, schedule, guided, context, first_latent, seed=seed, retry=retry)
-            clean = video.beside.mark()
-            if waiting is not None:  # the block before; its frames were made meanwhile
-                yield video.finish(waiting, watch)
-                waiting = None
-            with watch.stage("clean"):
-                kv = model.transformer.commit(x0, text, context)
-            if old is not None and old.selected is None:
-                context.settle(kv.q_sum)
-                clean = video.beside.mark()  # `affinity` chose in this pass, and its choice is shown, too
-            made = video.show(i, x0, context, old, watch, since=clean, retry=retry)
-            late = video.may_wait(i, replayed=old is not None)
-            if late or not video.health_of(made).flags or retry + 1 == attempts:
-                break
-            video.decoder.load_state_dict(before)
-        video.commit(made, kv, text, late=late)
-        del kv  # the memory has it; on a GPU this is more than a gigabyte
-        if late:
-            waiting = made
-        else:
-            yield video.finish(made, watch)
+                text, guided = texts.at(i)
+            for retry in range(attempts):
+                before = video.decoder.state_dict() if attempts > 1 else {}
+                with watch.stage("denoise"):
+                    context = cache.context(i, selected=None if old is None else old.selected)
+                    if old is not None:
+                        x0 = staging.to_device(old.latents, model.device).to(model.dtype)
+                    else:
+                        x0 = new_latents(
+                            model, schedule, guided, context, first_latent, seed=seed, retry=retry
+                        )
+                clean = video.beside.mark()
+                if waiting is not None:  # the block before; its frames were made meanwhile
+                    yield video.finish(waiting, watch)
+                    waiting = None
+                with watch.stage("clean"):
+                    kv = model.transformer.commit(x0, text, context)
+                if old is not None and old.selected is None:
+                    context.settle(kv.q_sum)
+                    clean = video.beside.mark()  # `affinity` chose in this pass, and its choice is shown, too
+                made = video.show(i, x0, context, old, watch, since=clean, retry=retry)
+                late = video.may_wait(i, replayed=old is not None)
+                if late or not video.health_of(made).flags or retry + 1 == attempts:
+                    break
+                video.decoder.load_state_dict(before)
+            video.commit(made, kv, text, late=late)
+            del kv  # the memory has it; on a GPU this is more than a gigabyte
+            if late:
+                waiting = made
+            else:
+                yield video.finish(made, watch)
+    finally:
+        cache.close()  # a stop may come while a block is open, which would keep all of the memory
 
 
 @dataclass

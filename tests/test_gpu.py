@@ -178,7 +178,8 @@ def waiting_is_an_error() -> Iterator[None]:
 
 def test_waiting_for_a_copy_would_be_seen() -> None:
     x = torch.zeros(8)
-    for wait in (lambda: x.cuda(), lambda: torch.tensor([1], device="cuda"), lambda: x.cuda().sum().item()):
+    y = x.cuda()
+    for wait in (lambda: x.cuda(), lambda: torch.tensor([1], device="cuda"), lambda: y.sum().item()):
         with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchroniz"):
             wait()
 
