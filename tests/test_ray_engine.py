@@ -638,6 +638,18 @@ def process_at_work(manifest: Path, out: str, row: Row) -> int:
     return int(json.loads(lock.read_text("utf-8"))["pid"])
 
 
+def halted_at_the_long_job(manifest: Path, out: str, driver: subprocess.Popen[bytes], blocks: int) -> int:
+    """The process that has the first job and has gone past `blocks`, halted there, once the second job is done.
+
+    However slow or late the other process is, the first job is not done by then.
+    """
+    rows = wait_for(manifest, out, driver, lambda rows: rows[0].blocks > blocks)
+    found = process_at_work(manifest, out, rows[0])
+    os.kill(found, signal.SIGSTOP)
+    wait_for(manifest, out, driver, lambda rows: rows[1].status == "done")
+    return found
+
+
 def assert_it_went_on_elsewhere(manifest: Path, out: str, lost: int) -> None:
     """The ledger says which process was lost over the first job, and that another one finished it, and once."""
     first, _ = rows_of(manifest, out)
@@ -662,13 +674,7 @@ def test_after_a_kill_of_the_driver_and_of_an_actor_the_other_one_finishes_its_j
     driver.wait()
 
     driver = start(manifest, "ray", *RAY)
-    rows = wait_for(
-        manifest,
-        "ray",
-        driver,
-        lambda rows: rows[0].blocks > before.blocks and rows[1].status == "done",
-    )
-    lost = process_at_work(manifest, "ray", rows[0])
+    lost = halted_at_the_long_job(manifest, "ray", driver, before.blocks)
     (other,) = set(workers_of(driver.pid)) - {lost}
     os.kill(lost, signal.SIGKILL)
     assert driver.wait(timeout=300) == 0
@@ -719,13 +725,7 @@ def test_on_a_cluster_models_are_sent_and_a_killed_driver_and_a_lost_node_change
         driver.wait()
         driver = start(manifest, "ray", *options)
         before = rows_of(manifest, "ray")[0]
-        rows = wait_for(
-            manifest,
-            "ray",
-            driver,
-            lambda rows: rows[0].blocks > before.blocks and rows[1].status == "done",
-        )
-        lost = process_at_work(manifest, "ray", rows[0])
+        lost = halted_at_the_long_job(manifest, "ray", driver, before.blocks)
         environment = Path(f"/proc/{lost}/environ").read_bytes().decode().split("\0")
         node = [f"XDG_CACHE_HOME={cache}" in environment for cache in caches[1:]].index(True)
         tell(f"lose {node}")
