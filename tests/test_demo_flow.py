@@ -162,6 +162,31 @@ def test_an_evaluation_is_repeatable(models: Models, pools: dict[str, Pool]) -> 
     assert first.keys() >= {"first", "later"} and min(first.values()) > 0
 
 
+def test_evaluations_are_of_scenes_that_no_process_trains_on(
+    codec: TinyCodec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = ("data.first_scenes=70", "data.short_scenes=4", "data.short_blocks=6", "data.long_scenes=2")
+    settings = recipe(
+        *counts, "train.steps=1", "train.evaluate_every=1", "data.visitor_share=1", "data.long_blocks=10"
+    )
+    given: list[dict[str, Pool]] = []
+    evaluate = demo_flow.mean_error
+
+    def seen(models: Models, pools: dict[str, Pool], recipe: DemoFlow, sigma: float) -> dict[str, float]:
+        given.append(pools)
+        return evaluate(models, pools, recipe, sigma, count=4)
+
+    monkeypatch.setattr(demo_flow, "mean_error", seen)
+    demo_flow.train(settings, tmp_path)
+    assert {name: len(pool.here) for name, pool in given[0].items()} == {"first": 64, "short": 4, "long": 2}
+    for workers in (loop.Workers(0, 2, torch.device("cpu")), loop.Workers(1, 2, torch.device("cpu"))):
+        trained = demo_flow.build_pools(settings, tmp_path / "two", codec, workers, lambda: False)
+        for name, pool in trained.items():
+            known = {scene.numpy().tobytes() for scene in pool.latents}
+            assert not known & {scene.numpy().tobytes() for scene in given[0][name].latents}
+    assert len(given) == len(demo_flow.EVALUATED_SIGMAS)
+
+
 def test_an_evaluation_tells_whether_the_compressed_tokens_matter(
     models: Models, pools: dict[str, Pool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
