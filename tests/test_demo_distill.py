@@ -80,7 +80,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pool]:
 
 def test_a_student_has_no_fresh_parts_and_nothing_is_fresh_beside_nothing() -> None:
     with pytest.raises(UsageError, match="a student begins as its teacher"):
-        recipe('fresh=["compressor"]')
+        recipe("init=package", 'fresh=["compressor"]')
     with pytest.raises(UsageError, match="without init all parts start from nothing"):
         recipes.load("demo-flow", ['fresh=["compressor"]'])
 
@@ -198,6 +198,9 @@ def test_a_run_is_resumed_bit_for_bit_and_ends_in_a_student_that_runs(teacher: P
     assert manifest.schedule.guidance == 1
     assert Schedule.build("renoise", steps=manifest.schedule.timesteps, shift=5.0).passes == 4
     assert manifest.provenance["teacher"] == {"recipe": "demo-flow"}
+    with pytest.raises(UsageError, match="demo-distill has no teacher") as caught:
+        demo_distill.train(recipe(), tmp_path / "none")
+    assert "--set init=" in (caught.value.hint or "") and not (tmp_path / "none").exists()
     with pytest.raises(UsageError, match="is a student of 4 steps itself"):
         demo_distill.train(recipe(f"init={done['result']}"), tmp_path / "again")
 

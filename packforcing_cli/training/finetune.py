@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from packforcing_cli import durable, embeddings, lora, packages, registry, weights
+from packforcing_cli import catalog, durable, embeddings, lora, packages, registry, weights
 from packforcing_cli.compressor import Compressor
 from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache
 from packforcing_cli.errors import UsageError
@@ -42,7 +42,6 @@ from packforcing_cli.training.samples import Sampler
 from packforcing_cli.transformer import WanTransformer
 from packforcing_cli.vae import Codec
 
-STUDENT_STEPS, STUDENT_GUIDANCE = 40, 3.0
 EVALUATED_SIGMAS = (0.3, 0.6, 0.9)
 EVALUATED_ITEMS = 8
 COMPRESSOR_SEED = 0x5EED
@@ -545,9 +544,8 @@ def result_manifest(
     context = shape.context(config, longest)
     schedule = base.schedule
     if schedule.kind == "renoise":
-        schedule = registry.Schedule(
-            kind="euler", steps=STUDENT_STEPS, shift=schedule.shift, guidance=STUDENT_GUIDANCE
-        )
+        known = catalog.find(base.base_model or base.name) or catalog.get("wan2.1-1.3b")
+        schedule = registry.Schedule(kind="euler", shift=schedule.shift, **known.finetuned)
     schedule = schedule.model_copy(update=recipe.sampling.model_dump(exclude_none=True))
     seconds = config.frames_for(longest) / base.fps
     item = (
