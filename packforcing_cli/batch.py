@@ -504,7 +504,7 @@ def _earlier_lines(
 
 def _file_request(path: Path, line: Line, request: ExtendRequest, seed: int) -> GenerateRequest:
     """What going on with somebody's video asks for."""
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     if request.start is not None:
         raise UsageError(
