@@ -84,7 +84,7 @@ def workers_of(driver: int) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    kinds = ("ray::BatchActor", "packforcing_cli.batch")
+    kinds = ("ray::BatchActor", "packforcing_cli.local_engine")
     return sorted(
         pid
         for pid, text in words.items()

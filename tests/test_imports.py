@@ -71,10 +71,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("metrics_plot", "training", "extension", "report"),
     ("jobs",),
     ("continuation",),
-    ("worker",),
+    ("worker", "batch_plan"),
     ("batch", "bench"),
     ("bench_stream", "bench_kernels", "bench_peer"),
-    ("ray_engine",),
+    ("local_engine", "ray_engine"),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}
