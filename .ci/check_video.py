@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from packforcing_cli.video import VideoReader
+from packforcing_cli.reader import VideoReader
 
 
 def main(path: str, wanted: str) -> None:

@@ -19,11 +19,11 @@ from packforcing_cli.config import GenerateRequest, PlanRequest, SourceVideo
 from packforcing_cli.errors import RunFolderError, UsageError
 from packforcing_cli.jobs import Job
 from packforcing_cli.manifest import ExtendRequest
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.source import Source
 from packforcing_cli.tasks import file_sha256
 from packforcing_cli.timeline import Scene, Timeline, clock, parse_time
-from packforcing_cli.video import VideoReader
 
 if TYPE_CHECKING:
     from packforcing_cli.registry import VideoModel

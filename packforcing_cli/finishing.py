@@ -14,10 +14,12 @@ from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import VideoError
 from packforcing_cli.layout import Shown
 from packforcing_cli.past import open_history
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.runfolder import RunFolder
+from packforcing_cli.sound import Sound
 from packforcing_cli.source import History
 from packforcing_cli.timeline import Script
-from packforcing_cli.video import FrameFolder, PipeWriter, Sound, VideoReader, VideoWriter, part_path
+from packforcing_cli.video import FrameFolder, PipeWriter, VideoWriter, part_path
 
 
 @dataclass(frozen=True)

@@ -193,7 +193,7 @@ def prepare(
     _check_file(request, plan, new=new)
     image = None
     if request.image is not None and not blocks:
-        from packforcing_cli.video import read_image
+        from packforcing_cli.reader import read_image
 
         image = read_image(request.image, plan.size, request.fit)
     stills = _stills(request, plan, blocks)
@@ -231,7 +231,7 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
     As long as one is not, all are needed: they are encoded as one stream.
     Raises: UsageError.
     """
-    from packforcing_cli import video
+    from packforcing_cli.reader import read_image
 
     if request.pin_images and request.image is not None:
         raise UsageError("--image and --pin-image both say what block 0 is", hint="Leave one of them away.")
@@ -242,7 +242,7 @@ def _stills(request: GenerateRequest, plan: Plan, blocks: int) -> tuple[NDArray[
         )
     if len(request.pin_images) <= blocks:
         return ()
-    return tuple(video.read_image(path, plan.size, request.fit) for path in request.pin_images)
+    return tuple(read_image(path, plan.size, request.fit) for path in request.pin_images)
 
 
 def _history(request: GenerateRequest, plan: Plan) -> History | None:

@@ -34,10 +34,11 @@ from numpy.typing import NDArray
 from packforcing_cli import provenance, runfolder
 from packforcing_cli.errors import PackforcingError, UsageError
 from packforcing_cli.layout import Lengths, Shown
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.runfolder import Record
 from packforcing_cli.source import Pixels, Seam, lab, measure_seam
 from packforcing_cli.timeline import Timeline, clock
-from packforcing_cli.video import VideoReader, part_path
+from packforcing_cli.video import part_path
 
 Floats = NDArray[np.float64]
 
@@ -583,7 +584,7 @@ class Subject:
 def find(name: str) -> Subject:
     """What is meant by a video file, a run folder or the id of a run; the prompt comes from its metadata.
 
-    Raises: UsageError if there is no such thing, or the run has no video; as `video.VideoReader`.
+    Raises: UsageError if there is no such thing, or the run has no video; as `reader.VideoReader`.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -679,7 +680,7 @@ def measure(
         seam_at:  seconds at which an extension begins.
         notes:    go in front of the result's.
         progress: is told the share that is done, 0 to 1.
-    Raises: as `video.VideoReader`; UsageError if the seam is not within the video.
+    Raises: as `reader.VideoReader`; UsageError if the seam is not within the video.
     """
     reader = VideoReader(path)
     timing = reader.timing()
@@ -843,7 +844,7 @@ def strongest_repetition(thumbs: NDArray[Any], rate: float, length: float) -> Re
 def sampled(path: Path, every: float) -> Iterator[tuple[float, Pixels]]:
     """Yield (seconds, frame [H, W, 3] uint8) every so often, in the middle of each interval.
 
-    Raises: as `video.VideoReader`.
+    Raises: as `reader.VideoReader`.
     """
     reader = VideoReader(path)
     start = reader.timing().start

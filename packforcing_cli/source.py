@@ -22,8 +22,8 @@ from numpy.typing import NDArray
 
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Lengths, Shown
+from packforcing_cli.reader import VideoReader, fitted
 from packforcing_cli.timeline import clock
-from packforcing_cli.video import VideoReader, fitted
 
 Pixels = NDArray[np.uint8]
 _ROUNDING = Fraction(1, 500)  # seconds: containers round times to a millisecond
@@ -33,7 +33,7 @@ class Source:
     """A part of a video file, resampled.
 
     Args:
-        fps, size, fit: of the result; fit as `video.fitted`.
+        fps, size, fit: of the result; fit as `reader.fitted`.
         start, end:     the part that is used, in seconds from its first frame; end None = all.
     Attributes: path; num_frames of the result; start and end in seconds of the file's clock; reader; warnings, which
         may grow while frames are read.

@@ -15,7 +15,7 @@ from packforcing_cli import catalog, packages
 class Task:
     """A job as a worker gets it; plain values, so that it can be sent.
 
-    spec:    kind and request, see `batch`.
+    spec:    kind and request, see `batch_plan`.
     output, run: the file and its run folder, absolute.
     result:  what it made, if it was done before.
     is_orphan: whether whoever worked on it on another machine is known to be gone.

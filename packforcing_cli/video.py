@@ -1,4 +1,4 @@
-"""Video files: a writer that survives a kill, a reader that keeps colours, contact sheets, safe file names.
+"""Video files being made: a writer that survives a kill, pipes, folders of frames, safe file names.
 
 Knows files, codecs and colours; nothing of models, latents or prompts. Frames are uint8 RGB [T, H, W, 3].
 
@@ -38,7 +38,6 @@ import threading
 import time
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from types import TracebackType
@@ -52,16 +51,10 @@ from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from packforcing_cli import durable
-from packforcing_cli.config import FITS
-from packforcing_cli.errors import (
-    DiskFullError,
-    EnvironmentProblem,
-    LockedError,
-    PackforcingError,
-    UsageError,
-    VideoError,
-)
+from packforcing_cli import durable, mp4
+from packforcing_cli.errors import EnvironmentProblem, LockedError, PackforcingError, UsageError, VideoError
+from packforcing_cli.ffmpeg import BT709, IO_ERRORS, TO_YUV, file_url, write_error
+from packforcing_cli.sound import Sound, sound_packets
 
 try:  # advisory locks; Windows has none, and its own sharing rules protect an open file there
     import fcntl
@@ -69,9 +62,7 @@ except ImportError:  # pragma: no cover
     fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
-    from av.audio.stream import AudioStream
     from av.packet import Packet
-    from PIL import Image
     from torch import Tensor
 
 MAX_NAME_BYTES = 255  # of one file name on every common file system
@@ -87,17 +78,7 @@ CODECS = {
     "hevc_nvenc": ("hevc_nvenc", "p4", "hvc1"),
 }
 
-_COPIED_SOUND = ("aac", "mp3", "ac3", "eac3", "alac")  # what all of CONTAINERS can hold
-_IO_ERRORS = (OSError, av.FFmpegError)
-# Flags of libswscale/swscale.h: ACCURATE_RND, BITEXACT, FULL_CHR_H_INT and FULL_CHR_H_INP give the same pixels
-# on every processor; AREA averages the 2x2 pixels of a chroma sample, BILINEAR interpolates between samples.
-_EXACT = 0x40000 | 0x80000 | 0x2000 | 0x4000
-_TO_YUV = 0x20 | _EXACT
-_TO_RGB = 0x2 | _EXACT
 _FRAGMENTED = "empty_moov+default_base_moof+frag_custom+skip_trailer+use_metadata_tags"  # movflags of a block
-_BT709 = 1  # in AVColorPrimaries, AVColorTransferCharacteristic and AVColorSpace alike (libavutil/pixfmt.h)
-_BT601 = 5  # the number of libswscale (SWS_CS_ITU601); _BT709 has the same number there
-_MATRICES = {_BT709: _BT709, 4: 4, 5: _BT601, 6: _BT601, 7: 7, 9: 9, 10: 9}  # AVColorSpace -> SWS_CS_*
 _FORBIDDEN = frozenset("<>:\"/\\|?*'`$&;!#%(){}[]^~=+,@")  # for Windows, a shell or a URL
 _RESERVED = frozenset(
     {"con", "prn", "aux", "nul", "conin$", "conout$"}
@@ -138,11 +119,6 @@ def safe_name(prompt: str, suffix: str) -> str:
     # Cutting bytes may split the last character: "ignore" drops its remains.
     stem = stem.encode()[:room].decode(errors="ignore").rstrip("-.")
     return (stem or "video") + suffix
-
-
-def _file_url(path: Path) -> str:
-    """A path as FFmpeg takes it: without "file:" a name like a:b.mp4 is taken for a protocol."""
-    return f"file:{path}"
 
 
 def part_path(path: Path) -> Path:
@@ -273,14 +249,14 @@ class VideoWriter:
         self._error: PackforcingError | None = None
         self._finished = False  # the thread has ended and the file is where it stays
         self._fd = _open_part(self.path, exists=overwrite or has_part)
-        header = self._encoder.header + _owner_box(owner)
+        header = self._encoder.header + mp4.owner_box(owner)
         try:
-            if not (has_part and self._continue(header, _owner_box(owner), blocks=resume or 0)):
+            if not (has_part and self._continue(header, mp4.owner_box(owner), blocks=resume or 0)):
                 os.ftruncate(self._fd, 0)
                 self._append(header)
         except OSError as error:
             self._release(remove=not has_part)
-            raise _write_error(error, self.part_path, plays=None) from error
+            raise write_error(error, self.part_path, plays=None) from error
         except PackforcingError:
             self._release(remove=not has_part)
             raise
@@ -402,7 +378,7 @@ class VideoWriter:
         self.first_at = self.first_at or end
 
     def _append_block(self, fragment: bytearray, num_frames: int) -> None:
-        _place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
+        mp4.place_fragment(fragment, number=self._blocks + 1, start=self._frames * self._encoder.frame_ticks)
         # A free box with a 64-bit size (1 in the 32-bit field says so) hides the fragment from players.
         # With 16 in that field it is an empty box before the fragment.
         hidden = struct.pack(">I4sQ", 1, b"free", 16 + len(fragment))
@@ -422,7 +398,7 @@ class VideoWriter:
         if not found.startswith(header):
             raise _other_encoder(self.part_path) if owner and owner in found else _leftover(self.path)
         self._size_bytes = len(header)
-        for end, frames in _whole_blocks(self._fd, len(header), frame_ticks=self._encoder.frame_ticks):
+        for end, frames in mp4.whole_blocks(self._fd, len(header), frame_ticks=self._encoder.frame_ticks):
             if self._blocks == blocks:
                 break
             self._size_bytes, self._blocks, self._frames = end, self._blocks + 1, self._frames + frames
@@ -440,7 +416,7 @@ class VideoWriter:
             with contextlib.suppress(OSError):
                 os.ftruncate(self._fd, self._size_bytes)
             plays = self.part_path if self._blocks else None
-            raise _write_error(error, self.part_path, plays=plays) from error
+            raise write_error(error, self.part_path, plays=plays) from error
         self._size_bytes += len(data)
 
     def _stop(self) -> None:
@@ -527,7 +503,7 @@ class _BlockEncoder:
                 f"this PyAV cannot encode {codec}: it was built without {self._encoder}",
                 hint="python -m pip install --force-reinstall --only-binary :all: av",
             ) from error
-        except _IO_ERRORS as error:
+        except IO_ERRORS as error:
             if is_hardware:
                 raise EnvironmentProblem(
                     f"this machine cannot encode with {self._encoder}: {error}",
@@ -560,7 +536,7 @@ class _BlockEncoder:
     def copied(self, source: Path, lengths: Iterable[int]) -> Iterator[tuple[bytearray, int]]:
         """Fragments made of the packets of a finished file, as `encode` gives them, and their frames."""
         try:
-            with av.open(_file_url(source)) as reader:
+            with av.open(file_url(source)) as reader:
                 stream = reader.streams.video[0]
                 packets = (p for p in reader.demux(stream) if p.dts is not None and not p.is_corrupt)
                 for length in lengths:
@@ -568,7 +544,7 @@ class _BlockEncoder:
                     if len(block) < length:
                         raise VideoError(f"{source} has fewer frames than it should")
                     yield self._copy(stream, block), length
-        except (*_IO_ERRORS, IndexError) as error:
+        except (*IO_ERRORS, IndexError) as error:
             raise VideoError(f"{source} cannot be continued: {error}") from error
 
     def _copy(self, stream: VideoStream, packets: list[Packet[VideoStream]]) -> bytearray:
@@ -585,8 +561,8 @@ class _BlockEncoder:
                 container.mux(packet)
             if self.frame_ticks * (copy.time_base or 0) != 1 / self.fps:
                 raise VideoError(f"the time base {copy.time_base} is not that of this video")
-        header, fragment = _split(file.getvalue())
-        if _parameter_sets(header) != _parameter_sets(self.header):
+        header, fragment = mp4.split(file.getvalue())
+        if mp4.parameter_sets(header) != mp4.parameter_sets(self.header):
             raise _other_encoder(Path(stream.container.name))
         return bytearray(fragment)
 
@@ -605,9 +581,9 @@ class _BlockEncoder:
             context.codec_tag = self._tag
             context.max_b_frames = 0
             context.thread_count = 1  # x264's output depends on the number of threads
-            context.color_primaries = _BT709
-            context.color_trc = _BT709
-            context.colorspace = _BT709
+            context.color_primaries = BT709
+            context.color_trc = BT709
+            context.colorspace = BT709
             context.color_range = ColorRange.MPEG
             container.start_encoding()
             assert stream.time_base is not None
@@ -617,7 +593,7 @@ class _BlockEncoder:
             for packet in self._packets(stream, frames, time_base):
                 packet.duration = 1  # of time_base; x264 leaves it open, and the last frame has no successor
                 container.mux(packet)
-        return _split(file.getvalue())
+        return mp4.split(file.getvalue())
 
     def _packets(
         self, stream: VideoStream, frames: Iterable[NDArray[np.uint8]], time_base: Fraction
@@ -627,11 +603,11 @@ class _BlockEncoder:
             frame = self._reformatter.reformat(
                 VideoFrame.from_ndarray(pixels, format="rgb24"),
                 format="yuv420p",
-                src_colorspace=_BT709,
-                dst_colorspace=_BT709,
+                src_colorspace=BT709,
+                dst_colorspace=BT709,
                 src_color_range=ColorRange.JPEG,
                 dst_color_range=ColorRange.MPEG,
-                interpolation=_TO_YUV,
+                interpolation=TO_YUV,
                 threads=1,
             )
             frame.pts = count
@@ -679,7 +655,7 @@ class PipeWriter:
         """Encode one block [T, H, W, 3] uint8 RGB and send it. Raises: VideoError, DiskFullError."""
         array = self._encoder.checked(frames)
         fragment = self._encoder.encode(array)
-        _place_fragment(
+        mp4.place_fragment(
             fragment, number=self.blocks_written + 1, start=self.frames_written * self._encoder.frame_ticks
         )
         self._send(fragment)
@@ -704,7 +680,7 @@ class PipeWriter:
                 f"nobody reads the video any more, after {self.blocks_written} blocks"
             ) from error
         except OSError as error:
-            raise _write_error(error, self.path, plays=None) from error
+            raise write_error(error, self.path, plays=None) from error
 
 
 def check_frames(folder: Path, *, overwrite: bool = False) -> None:
@@ -758,7 +734,7 @@ class FrameFolder:
                 Image.fromarray(pixels).save(file, format="PNG")
                 durable.write(self._path(number), file.getvalue())
         except OSError as error:
-            raise _write_error(error, self.folder, plays=None) from error
+            raise write_error(error, self.folder, plays=None) from error
 
     def _path(self, number: int) -> Path:
         return self.folder / f"frame-{number:06}.png"
@@ -804,7 +780,7 @@ def remux(
         with durable.replacing(target, overwrite=overwrite) as temporary:
             with (
                 contextlib.ExitStack() as opened,
-                av.open(_file_url(source)) as reader,
+                av.open(file_url(source)) as reader,
                 _RawFile(temporary, os.O_RDWR | os.O_CREAT | os.O_TRUNC, errors) as file,
                 av.open(
                     file,
@@ -820,7 +796,7 @@ def remux(
                 stream = reader.streams.video[0]
                 copy = writer.add_stream_from_template(stream)
                 _set_chapters(writer, chapters, stream, num_frames)
-                heard = () if sound is None else opened.enter_context(_sound_packets(sound, writer))
+                heard = () if sound is None else opened.enter_context(sound_packets(sound, writer))
                 for packet in _by_time(_picture_packets(reader, stream, copy), heard):
                     count += packet.stream is copy
                     writer.mux(packet)
@@ -833,8 +809,8 @@ def remux(
         raise VideoError(
             f"{target} appeared while the video was being made", hint=f"The new one plays: {source}"
         ) from error
-    except _IO_ERRORS as error:
-        raise _write_error(errors[0] if errors else error, target, plays=source) from error
+    except IO_ERRORS as error:
+        raise write_error(errors[0] if errors else error, target, plays=source) from error
     except IndexError as error:
         raise VideoError(f"there is no video in {source}") from error
     return count
@@ -919,61 +895,19 @@ def _set_chapters(
     )
 
 
-def _owner_box(owner: str) -> bytes:
-    """A box that players skip, saying whose part this is; nothing without an owner."""
-    text = owner.encode()
-    return struct.pack(">I4s", 8 + len(text), b"free") + text if text else b""
+def _picture_packets(
+    reader: InputContainer, stream: VideoStream, copy: VideoStream
+) -> Iterator[Packet[VideoStream]]:
+    for packet in reader.demux(stream):
+        if packet.dts is None or packet.is_corrupt:  # the flush packet; the torn end of a killed run
+            continue
+        packet.stream = copy
+        yield packet
 
 
-def _parameter_sets(header: bytes) -> bytes | list[bytes]:
-    """What a decoder is set up with: the avcC box, or the sets in a hvcC box (ISO 14496-15).
-
-    Muxers write the rest of a hvcC differently.
-    """
-    at = header.index(b"avcC" if b"avcC" in header else b"hvcC") - 4
-    box = header[at : at + int.from_bytes(header[at : at + 4])]
-    if box[4:8] == b"avcC":
-        return box
-    found, at = [], 8 + 23
-    for _ in range(box[8 + 22]):
-        kind, count, at = box[at] & 0x3F, int.from_bytes(box[at + 1 : at + 3]), at + 3
-        for _ in range(count):
-            size = int.from_bytes(box[at : at + 2])
-            if kind in (32, 33, 34):  # VPS, SPS, PPS
-                found.append(box[at + 2 : at + 2 + size])
-            at += 2 + size
-    return found
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    """What a fragmented MP4 begins with, and its fragments."""
-    header: list[bytes] = []
-    fragment: list[bytes] = []
-    for kind, start, end in _boxes(data):
-        (fragment if kind in (b"moof", b"mdat") else header).append(data[start:end])
-    return b"".join(header), b"".join(fragment)
-
-
-def _whole_blocks(fd: int, start: int, *, frame_ticks: int) -> Iterator[tuple[int, int]]:
-    """Yield (where it ends, frames) of the whole, opened blocks of a part file, which begin at `start`."""
-    size, number, frames = os.fstat(fd).st_size, 1, 0
-    while True:
-        os.lseek(fd, start, os.SEEK_SET)
-        head = os.read(fd, 24)
-        if len(head) < 24 or head[:8] != b"\0\0\0\x10free" or head[20:] != b"moof":
-            return
-        end = start + int.from_bytes(head[8:16])
-        os.lseek(fd, start + 16, os.SEEK_SET)
-        moof = os.read(fd, int.from_bytes(head[16:20]))
-        found = _fragment_facts(moof)
-        if end > size or not found or found[:2] != (number, frames * frame_ticks):
-            return
-        os.lseek(fd, start + 16 + len(moof), os.SEEK_SET)
-        mdat = os.read(fd, 8)
-        if mdat[4:] != b"mdat" or start + 16 + len(moof) + int.from_bytes(mdat[:4]) != end:
-            return
-        yield end, found[2]
-        start, number, frames = end, number + 1, frames + found[2]
+def _by_time(*streams: Iterable[Packet[Any]]) -> Iterator[Packet[Any]]:
+    """Packets of several streams in the order in which they are needed."""
+    return heapq.merge(*streams, key=lambda packet: (packet.dts or 0) * (packet.time_base or 0))
 
 
 def _open_part(path: Path, *, exists: bool) -> int:
@@ -986,7 +920,7 @@ def _open_part(path: Path, *, exists: bool) -> int:
         raise _leftover(path) from error
     except OSError as error:
         if error.errno in durable.FULL_DISK:
-            raise _write_error(error, part, plays=None) from error
+            raise write_error(error, part, plays=None) from error
         raise UsageError(
             f"cannot write {part}: {error.strerror}", hint="Choose another output with -o."
         ) from error
@@ -1006,474 +940,10 @@ def _open_part(path: Path, *, exists: bool) -> int:
         os.close(fd)
         if not exists:
             part.unlink(missing_ok=True)
-        raise _write_error(error, part, plays=None) from error
+        raise write_error(error, part, plays=None) from error
     return fd
-
-
-def _write_error(error: OSError | av.FFmpegError, path: Path, *, plays: Path | None) -> PackforcingError:
-    kept = f"What was made so far plays: {plays}" if plays is not None else ""
-    if error.errno in durable.FULL_DISK:
-        hint = f"Free some space. {kept}".strip()
-        return DiskFullError(f"the disk is full: {path} could not be written", hint=hint)
-    return VideoError(f"{path} could not be written: {error.strerror or error}", hint=kept)
 
 
 def _clean(text: str) -> str:
     """What a metadata field can hold: UTF-8 without NUL."""
     return str(text).replace("\0", "").encode(errors="replace").decode()
-
-
-# ----------------------------------------------------------------------------------- MP4 boxes (ISO 14496-12)
-
-
-def _boxes(
-    data: bytes | bytearray, start: int = 0, end: int | None = None
-) -> Iterator[tuple[bytes, int, int]]:
-    """Yield (type, start, end) of the boxes in data[start:end]; a torn last one is left out."""
-    stop = len(data) if end is None else end
-    while start + 8 <= stop:
-        size, kind = struct.unpack_from(">I4s", data, start)
-        if size == 1 and start + 16 <= stop:
-            (size,) = struct.unpack_from(">Q", data, start + 8)
-        if size < 8 or start + size > stop:
-            return
-        yield kind, start, start + size
-        start += size
-
-
-def _place_fragment(fragment: bytearray, *, number: int, start: int) -> None:
-    """Set the sequence number (mfhd) and the start time in ticks (tfdt, 64 bit) of a fragment, in place."""
-    placed = set()
-    children = [
-        child
-        for kind, first, last in _boxes(fragment)
-        if kind == b"moof"
-        for child in _boxes(fragment, first + 8, last)
-    ]
-    for kind, first, last in children:
-        if kind == b"mfhd":
-            struct.pack_into(">I", fragment, first + 12, number)
-            placed.add(kind)
-        if kind == b"traf":
-            for leaf, position, _ in _boxes(fragment, first + 8, last):
-                if leaf == b"tfdt":
-                    assert fragment[position + 8] == 1  # version 1: 64 bit
-                    struct.pack_into(">Q", fragment, position + 12, start)
-                    placed.add(leaf)
-    assert placed == {b"mfhd", b"tfdt"}, placed
-
-
-def _fragment_facts(moof: bytes) -> tuple[int, int, int] | None:
-    """(sequence number, start time in ticks, frames) of a moof box; None if it is not whole."""
-    number, start, frames = 0, -1, 0
-    for kind, first, last in _boxes(moof):
-        if kind != b"moof":
-            return None
-        for child, at, end in _boxes(moof, first + 8, last):
-            if child == b"mfhd":
-                (number,) = struct.unpack_from(">I", moof, at + 12)
-            for leaf, position, _ in _boxes(moof, at + 8, end) if child == b"traf" else ():
-                if leaf == b"tfdt":
-                    (start,) = struct.unpack_from(">Q", moof, position + 12)
-                if leaf == b"trun":
-                    (count,) = struct.unpack_from(">I", moof, position + 12)
-                    frames += count
-    return (number, start, frames) if start >= 0 and frames else None
-
-
-# ----------------------------------------------------------------------------------------------------- reader
-
-
-# ------------------------------------------------------------------------------------------------------ sound
-
-
-@dataclass(frozen=True)
-class Sound:
-    """The sound of a file between two times, in seconds of its own clock; it begins with the picture."""
-
-    path: Path
-    start: Fraction
-    end: Fraction
-
-
-def _picture_packets(
-    reader: InputContainer, stream: VideoStream, copy: VideoStream
-) -> Iterator[Packet[VideoStream]]:
-    for packet in reader.demux(stream):
-        if packet.dts is None or packet.is_corrupt:  # the flush packet; the torn end of a killed run
-            continue
-        packet.stream = copy
-        yield packet
-
-
-@contextlib.contextmanager
-def _sound_packets(sound: Sound, writer: OutputContainer) -> Iterator[Iterator[Packet[AudioStream]]]:
-    """Packets of the sound for a file that is not begun yet, their times counted from its start."""
-    with av.open(_file_url(sound.path)) as reader:
-        stream = reader.streams.audio[0]
-        if stream.codec_context.name in _COPIED_SOUND:
-            yield _copied_sound(sound, reader, stream, writer.add_stream_from_template(stream))
-        else:
-            rate = stream.codec_context.sample_rate
-            rate = rate if rate in (32000, 44100, 48000) else 48000
-            layout = "mono" if stream.codec_context.channels == 1 else "stereo"
-            encoder = writer.add_stream("aac", rate=rate, layout=layout)
-            yield _encoded_sound(sound, reader, stream, encoder, av.AudioResampler("fltp", layout, rate))
-
-
-def _copied_sound(
-    sound: Sound, reader: InputContainer, stream: AudioStream, copy: AudioStream
-) -> Iterator[Packet[AudioStream]]:
-    with contextlib.suppress(av.FFmpegError):  # a damaged file: the sound ends there, as the picture does
-        for packet in reader.demux(stream):
-            if packet.pts is None or packet.time_base is None:
-                continue
-            time = packet.pts * packet.time_base
-            if time >= sound.end:
-                return
-            if time >= sound.start:
-                packet.pts = packet.dts = round((time - sound.start) / packet.time_base)
-                packet.stream = copy
-                yield packet
-
-
-def _encoded_sound(
-    sound: Sound,
-    reader: InputContainer,
-    stream: AudioStream,
-    encoder: AudioStream,
-    resampler: av.AudioResampler,
-) -> Iterator[Packet[AudioStream]]:
-    samples = 0
-    with contextlib.suppress(av.FFmpegError):
-        for frame in reader.decode(stream):
-            if frame.time is None or not sound.start <= frame.time < sound.end:
-                continue
-            for piece in resampler.resample(frame):
-                piece.pts, piece.time_base = samples, Fraction(1, piece.sample_rate)
-                samples += piece.samples
-                yield from encoder.encode(piece)
-    yield from encoder.encode(None)
-
-
-def _by_time(*streams: Iterable[Packet[Any]]) -> Iterator[Packet[Any]]:
-    """Packets of several streams in the order in which they are needed."""
-    return heapq.merge(*streams, key=lambda packet: (packet.dts or 0) * (packet.time_base or 0))
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Seconds at which the first frame of a stream begins and its last one ends.
-
-    stamped: whether the frames carry times; otherwise they follow each other at the stream's rate.
-    """
-
-    start: Fraction
-    end: Fraction
-    stamped: bool
-
-
-class VideoReader:
-    """Reads any video PyAV can, as RGB, with the stream's own matrix and range; again on every iteration.
-
-    Untagged streams are read as BT.709 from 720 lines up and as BT.601 below, limited range. A file whose
-    writer was killed gives all whole frames it has.
-
-    Attributes: path; width and height in pixels; fps, an exact fraction; has_audio; metadata
-        (its names in lower case, which containers change) and chapters, (seconds, title), of the container.
-    Raises: UsageError if the file is missing; VideoError if it is no video or is damaged.
-    """
-
-    def __init__(self, path: Path | str) -> None:
-        self.path = Path(path)
-        if not self.path.is_file():
-            raise UsageError(f"there is no file {self.path}")
-        with self._open() as container:
-            stream = self._stream(container)
-            self.width: int = stream.codec_context.width
-            self.height: int = stream.codec_context.height
-            rate = stream.average_rate or stream.guessed_rate
-            if not rate or not self.width or not self.height:
-                raise VideoError(f"{self.path} has no picture size or frame rate")
-            self.fps: Fraction = Fraction(rate)
-            self._pixel_aspect = Fraction(stream.sample_aspect_ratio or 1)
-            self.has_audio = bool(container.streams.audio)
-            self.damaged_after: Fraction | None = (
-                None  # set by `upright`: frames behind it could not be decoded
-            )
-            self.metadata: dict[str, str] = {name.lower(): text for name, text in container.metadata.items()}
-            self.chapters: tuple[tuple[float, str], ...] = tuple(
-                (float(c["start"] * (c["time_base"] or 1)), c["metadata"].get("title", ""))
-                for c in container.chapters()
-            )
-            self._num_frames: int | None = stream.frames or None  # 0: the container does not say
-            self._duration: float | None = None
-            if stream.duration is not None and stream.time_base is not None:
-                self._duration = float(stream.duration * stream.time_base)
-            elif container.duration is not None:
-                self._duration = container.duration / av.time_base
-
-    @property
-    def num_frames(self) -> int:
-        """Number of frames; counted, without decoding, if the container does not say."""
-        if self._num_frames is None:
-            with self._open() as container:
-                self._num_frames = sum(1 for _ in self._whole_packets(container))
-        return self._num_frames
-
-    @property
-    def duration(self) -> float:
-        """Length in seconds."""
-        return float(self.num_frames / self.fps) if self._duration is None else self._duration
-
-    def __len__(self) -> int:
-        return self.num_frames
-
-    def __iter__(self) -> Iterator[NDArray[np.uint8]]:
-        """Yield frames [H, W, 3] uint8 in display order."""
-        with self._open() as container:
-            stream = self._stream(container)
-            context = stream.codec_context
-            reformatter = VideoReformatter()
-            count = 0
-            try:
-                for packet in self._whole_packets(container, flush=True):
-                    for frame in context.decode(packet):
-                        yield self._to_rgb(reformatter, frame)
-                        count += 1
-            except _IO_ERRORS as error:
-                raise VideoError(f"{self.path} is damaged after frame {count}: {error}") from error
-
-    def key_frames(self) -> Iterator[tuple[Fraction, NDArray[np.uint8]]]:
-        """Yield (seconds, frame [H, W, 3] uint8) of the frames that stand alone, nothing else is decoded.
-
-        In a video of ours every block begins with one. Frames without a time are left out.
-        Raises: VideoError if one cannot be decoded.
-        """
-        with self._open() as container:
-            stream = self._stream(container)
-            stream.codec_context.skip_frame = "NONKEY"
-            reformatter = VideoReformatter()
-            try:
-                for packet in self._whole_packets(container, flush=True):
-                    for frame in stream.codec_context.decode(packet):
-                        if frame.pts is not None and frame.time_base is not None:
-                            yield frame.pts * frame.time_base, self._to_rgb(reformatter, frame)
-            except _IO_ERRORS as error:
-                raise VideoError(f"{self.path} is damaged: {error}") from error
-
-    def timing(self) -> Timing:
-        """When the first frame begins and the last one ends, read without decoding.
-
-        Raises: VideoError if there is no frame.
-        """
-        first: Fraction | None = None
-        last, length, count = Fraction(0), 1 / self.fps, 0
-        with self._open() as container:
-            base = self._stream(container).time_base
-            for packet in self._whole_packets(container):
-                if packet.is_discard:
-                    continue
-                count += 1
-                if packet.pts is None or base is None:
-                    continue
-                time = packet.pts * base
-                first = time if first is None else min(first, time)
-                if time >= last:
-                    last, length = time, packet.duration * base if packet.duration else 1 / self.fps
-        if not count:
-            raise VideoError(f"{self.path} has no frames", hint="Give a file with pictures.")
-        if first is None or (last <= first and count > 1):  # no timestamps, as in a bare H.264 stream
-            return Timing(Fraction(0), count / self.fps, stamped=False)
-        return Timing(first, last + length, stamped=True)
-
-    def upright(self) -> Iterator[tuple[Fraction, NDArray[np.uint8]]]:
-        """Yield (seconds, frame [h, w, 3] uint8) in display order: turned as the display matrix says, with square
-        pixels, times rising. Frames without a time follow at the stream's rate."""
-        timing = self.timing()
-        time = timing.start - 1 / self.fps
-        with self._open() as container:
-            stream = self._stream(container)
-            reformatter = VideoReformatter()
-            count = 0
-            try:
-                for packet in self._whole_packets(container, flush=True):
-                    for frame in stream.codec_context.decode(packet):
-                        stamp = frame.pts if timing.stamped else None
-                        following = time + 1 / self.fps
-                        if stamp is not None and frame.time_base is not None:
-                            following = max(time, stamp * frame.time_base)
-                        time, count = following, count + 1
-                        yield time, self._upright(self._to_rgb(reformatter, frame), frame)
-            except _IO_ERRORS as error:
-                if count == 0:
-                    raise VideoError(
-                        f"{self.path} cannot be decoded: {error}",
-                        hint="It may be encrypted or damaged: give a file that players can play.",
-                    ) from error
-                self.damaged_after = time
-        if not count:
-            raise VideoError(f"{self.path} has no frame that can be decoded", hint="Give another file.")
-
-    def _upright(self, pixels: NDArray[np.uint8], frame: VideoFrame) -> NDArray[np.uint8]:
-        aspect = self._pixel_aspect
-        if aspect != 1:
-            wide = max(1, round(pixels.shape[1] * aspect))
-            pixels = fitted(pixels, (wide, pixels.shape[0]), "stretch")
-        return np.rot90(pixels, round(frame.rotation / 90) % 4)
-
-    def _open(self) -> InputContainer:
-        try:
-            container: InputContainer = av.open(_file_url(self.path))
-        except _IO_ERRORS as error:
-            raise VideoError(
-                f"{self.path} cannot be read as a video: {error}", hint="Give a file that players can play."
-            ) from error
-        return container
-
-    def _stream(self, container: InputContainer) -> VideoStream:
-        if not container.streams.video:
-            raise VideoError(f"{self.path} has no video in it", hint="Give a file with pictures.")
-        stream = container.streams.video[0]
-        if stream.codec_context is None:
-            raise VideoError(
-                f"{self.path} cannot be decoded: its codec is unknown here",
-                hint="Convert it to H.264 first, or give another file.",
-            )
-        return stream
-
-    def _whole_packets(
-        self, container: InputContainer, *, flush: bool = False
-    ) -> Iterator[Packet[VideoStream]]:
-        for packet in container.demux(self._stream(container)):
-            is_flush = packet.dts is None and not packet.size
-            if not packet.is_corrupt and (flush or not is_flush):
-                yield packet
-
-    def _to_rgb(self, reformatter: VideoReformatter, frame: VideoFrame) -> NDArray[np.uint8]:
-        matrix: int | None = None
-        limits: ColorRange | None = None
-        if not frame.format.is_rgb:
-            untagged = _BT709 if frame.height >= 720 else _BT601
-            matrix = _MATRICES.get(frame.colorspace, untagged)
-            is_full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-            limits = ColorRange.JPEG if is_full else ColorRange.MPEG
-        converted = reformatter.reformat(
-            frame,
-            width=self.width,
-            height=self.height,
-            format="rgb24",
-            src_colorspace=matrix,
-            dst_colorspace=_BT709,
-            src_color_range=limits,
-            dst_color_range=ColorRange.JPEG,
-            interpolation=_TO_RGB,
-            threads=1,
-        )
-        return np.asarray(converted.to_ndarray(), dtype=np.uint8)
-
-
-# ----------------------------------------------------------------------------------------------- fitting, images
-
-
-def fitted(
-    pixels: NDArray[np.uint8] | Image.Image, size: tuple[int, int], fit: str = "crop"
-) -> NDArray[np.uint8]:
-    """A picture in another size.
-
-    Args:
-        pixels: [H, W, 3] uint8 RGB, or an image; square pixels.
-        size:   (width, height).
-        fit:    crop (fill the size, cut what is over), pad (all of it, black around) or stretch.
-    Returns: [height, width, 3] uint8 RGB.
-    Raises: UsageError for another `fit`.
-    """
-    from PIL import Image, ImageOps
-
-    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    if fit == "crop":
-        image = ImageOps.fit(image, size, Image.Resampling.LANCZOS)
-    elif fit == "pad":
-        image = ImageOps.pad(image, size, Image.Resampling.LANCZOS)
-    elif fit == "stretch":
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    else:
-        raise UsageError(f"--fit {fit}: must be one of {', '.join(FITS)}", hint="For example --fit crop.")
-    return np.array(image, dtype=np.uint8)
-
-
-def read_image(path: Path | str, size: tuple[int, int], fit: str = "crop") -> NDArray[np.uint8]:
-    """Read a PNG, JPEG or WebP, upright, in a size; what is transparent becomes black.
-
-    Returns: [height, width, 3] uint8 RGB.
-    Raises: UsageError if there is no such file, it is no such picture or is damaged; as `fitted`.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path, formats=("PNG", "JPEG", "WEBP")) as opened:
-            upright = ImageOps.exif_transpose(opened).convert("RGBA")
-    except FileNotFoundError as error:
-        raise UsageError(f"there is no image {path}", hint="Check the path.") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(
-            f"{path} cannot be read as an image: {error}", hint="Give a PNG, JPEG or WebP file."
-        ) from error
-    black = Image.new("RGBA", upright.size, (0, 0, 0, 255))
-    return fitted(Image.alpha_composite(black, upright).convert("RGB"), size, fit)
-
-
-# ---------------------------------------------------------------------------------------------- contact sheet
-
-
-def contact_sheet(
-    source: VideoReader | Path | str,
-    output: Path | str,
-    *,
-    columns: int = 6,
-    rows: int = 2,
-    width: int = 1200,
-) -> Path:
-    """Draw evenly spaced frames, first and last included, with their times as one PNG.
-
-    Args:
-        source: a video; shorter ones than columns * rows frames fill the beginning of the grid.
-        output: the PNG; replaced if it exists.
-        width:  of the whole sheet in pixels.
-    Returns: the path of the PNG.
-    Raises: UsageError for a grid that is not possible; as VideoReader.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-
-    gap = 4
-    reader = source if isinstance(source, VideoReader) else VideoReader(source)
-    cell_width = (width - gap * (columns + 1)) // columns if columns > 0 else 0
-    cell_height = round(cell_width * reader.height / reader.width)
-    if rows < 1 or cell_width < 8 or cell_height < 8:
-        raise UsageError(f"{columns} x {rows} pictures do not fit on a sheet {width} pixels wide")
-    label_height = max(12, cell_width // 12)
-    font = ImageFont.load_default(size=round(label_height * 0.8))
-    sheet = Image.new("RGB", (width, gap + rows * (cell_height + label_height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    num_frames = reader.num_frames
-    num_cells = min(columns * rows, num_frames)
-    wanted = {round(cell * (num_frames - 1) / max(1, num_cells - 1)): cell for cell in range(num_cells)}
-    tenths = num_frames / reader.fps < 2 * num_cells
-    for index, frame in enumerate(reader):
-        if index not in wanted:
-            continue
-        row, column = divmod(wanted[index], columns)
-        left = gap + column * (cell_width + gap)
-        top = gap + row * (cell_height + label_height + gap)
-        picture = Image.fromarray(frame).resize((cell_width, cell_height), Image.Resampling.LANCZOS)
-        sheet.paste(picture, (left, top))
-        minutes, seconds = divmod(float(index / reader.fps), 60)
-        label = f"{int(minutes)}:{seconds:04.1f}" if tenths else f"{int(minutes)}:{int(seconds):02d}"
-        draw.text((left + cell_width // 2, top + cell_height), label, fill="black", font=font, anchor="ma")
-    path = Path(output)
-    try:
-        with durable.replacing(path) as temporary:
-            sheet.save(temporary, format="PNG", optimize=True)
-    except OSError as error:
-        raise _write_error(error, path, plays=None) from error
-    return path

@@ -84,7 +84,7 @@ def workers_of(driver: int) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    kinds = ("ray::BatchActor", "packforcing_cli.batch")
+    kinds = ("ray::BatchActor", "packforcing_cli.local_engine")
     return sorted(
         pid
         for pid, text in words.items()
@@ -154,7 +154,7 @@ def torment(
 
 def look(out: Path, jobs: int) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """What is wrong with a finished folder, and job -> result."""
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     wrong: list[str] = []
     (path,) = ledgers(out)

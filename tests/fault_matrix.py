@@ -52,9 +52,10 @@ from packforcing_cli.config import GenerateRequest, SourceVideo  # noqa: E402
 from packforcing_cli.errors import PackforcingError  # noqa: E402
 from packforcing_cli.layout import MemoryBytes  # noqa: E402
 from packforcing_cli.prompts import Prompt  # noqa: E402
+from packforcing_cli.reader import VideoReader  # noqa: E402
 from packforcing_cli.rollout import Block  # noqa: E402
 from packforcing_cli.runfolder import Record, RunFolder  # noqa: E402
-from packforcing_cli.video import VideoReader, VideoWriter  # noqa: E402
+from packforcing_cli.video import VideoWriter  # noqa: E402
 
 BLOCKS = 6
 SNAPSHOT_EVERY = 2

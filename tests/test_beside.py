@@ -21,11 +21,12 @@ from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import DiskFullError, GenerationError, UnhealthyError, UsageError
 from packforcing_cli.past import PastBlock
 from packforcing_cli.prompts import Prompt, Story
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, stream_generate
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.timeline import Script
-from packforcing_cli.video import VideoReader, VideoWriter, part_path
+from packforcing_cli.video import VideoWriter, part_path
 
 torch.set_num_threads(1)
 

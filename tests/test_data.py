@@ -18,7 +18,7 @@ from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.errors import DiskFullError, LockedError, UsageError, WeightsError
 from packforcing_cli.registry import ModelSource
 from packforcing_cli.source import Source
-from packforcing_cli.training import data, finetune, loop
+from packforcing_cli.training import clip_run, data, loop
 from packforcing_cli.training.data import EncodedData, Wanted
 from packforcing_cli.training.items import Shape
 
@@ -327,7 +327,7 @@ def test_renamed_clips_are_the_same_data_in_the_same_order(
     assert [scene.content for scene in again.scenes] == [scene.content for scene in first.scenes]
     assert [scene.caption for scene in again.scenes] == [scene.caption for scene in first.scenes]
     shape = Shape("strict", 3, (1,), 1, (Fraction(1),), 0.0)
-    splits = [finetune.Split.of(encoded, shape, 0.34) for encoded in (first, again)]
+    splits = [clip_run.Split.of(encoded, shape, 0.34) for encoded in (first, again)]
     held = [[scene.content for scene in split.evaluated] for split in splits]
     assert splits[0].is_held_out and held[0] == held[1]
 

@@ -22,12 +22,13 @@ from packforcing_cli.extension import SeamMeter
 from packforcing_cli.layout import Lengths, Shown
 from packforcing_cli.past import PastBlock
 from packforcing_cli.prompts import Prompt, Story
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Result
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.source import History, Source
 from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
-from packforcing_cli.video import FrameFolder, VideoReader, VideoWriter, part_path
+from packforcing_cli.video import FrameFolder, VideoWriter, part_path
 
 torch.set_num_threads(1)
 FPS, SIZE = 16, (64, 64)

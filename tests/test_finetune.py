@@ -23,7 +23,7 @@ from packforcing_cli.catalog import DEMO_FOLDER
 from packforcing_cli.compressor import Compressor, CompressorConfig
 from packforcing_cli.errors import MemoryFitError, UsageError, WeightsError
 from packforcing_cli.layout import Grid
-from packforcing_cli.training import data, estimate, finetune, loop, recipes
+from packforcing_cli.training import clip_run, data, estimate, finetune, loop, recipes
 from packforcing_cli.training.data import EncodedData, Wanted
 from packforcing_cli.training.items import Shape
 from packforcing_cli.training.packed import PackedItem, packed_forward
@@ -233,10 +233,10 @@ def test_a_dropped_caption_leaves_the_history_its_own(
 
 def test_held_out_clips_are_never_trained_on(package: Path, encoded: EncodedData) -> None:
     shape = estimate.shape_of(recipe(package).data)
-    split = finetune.Split.of(encoded, shape, 0.4)
+    split = clip_run.Split.of(encoded, shape, 0.4)
     assert split.is_held_out and len({scene.clip for scene in split.evaluated}) == 2
     assert not {scene.clip for scene in split.evaluated} & {scene.clip for scene in split.trained}
-    alone = finetune.Split.of(encoded, shape, 0.0)
+    alone = clip_run.Split.of(encoded, shape, 0.0)
     assert not alone.is_held_out and alone.evaluated == alone.trained
 
 
@@ -469,7 +469,7 @@ def test_a_start_says_how_often_items_see_as_many_mids_as_inference_and_of_train
     def split(clips: list[str], share: float) -> tuple[list[int], list[int]]:
         return [n for n, clip in enumerate(clips) if clip != long], [clips.index(long)]
 
-    monkeypatch.setattr(finetune, "kept_evenly", split)
+    monkeypatch.setattr(clip_run, "kept_evenly", split)
     chosen = ["samples.every=0", f"model={package}", "preset.top_k=3"]
     words = [word for setting in chosen for word in ("--set", setting)]
     result = run_command("train", "finetune-long", "--data", str(encoded.folder), "--out", "run", *words)
@@ -528,7 +528,7 @@ def test_scenes_that_are_too_short_for_the_shape_are_said(package: Path, encoded
     short.scenes = tuple(dataclasses.replace(scene, blocks=3) for scene in encoded.scenes)
     shape = estimate.shape_of(recipe(package, "finetune-long").data)
     with pytest.raises(UsageError, match="long-memory items need scenes of 4 blocks; the longest of 5"):
-        finetune.Split.of(short, shape, 0.0)
+        clip_run.Split.of(short, shape, 0.0)
 
 
 def test_too_little_memory_is_said_with_what_would_fit(

@@ -17,12 +17,12 @@ from torch import Tensor
 from packforcing_cli import rollout, sampler, trace
 from packforcing_cli.errors import GenerationError, UnhealthyError
 from packforcing_cli.health import jump_expected
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import Block, Result, stream_generate
 from packforcing_cli.runfolder import RunFolder
 from packforcing_cli.sampler import block_noise
 from packforcing_cli.timeline import Script
-from packforcing_cli.video import VideoReader
 
 torch.set_num_threads(1)
 

@@ -29,8 +29,9 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "quiet",
         "manifest",
         "ahead",
+        "mp4",
     ),
-    ("turning_kernel", "staging"),
+    ("turning_kernel", "staging", "ffmpeg"),
     ("turning",),
     (
         "hub",
@@ -46,6 +47,8 @@ LEVELS: tuple[tuple[str, ...], ...] = (
         "attention",
         "compiling",
         "graphs",
+        "sound",
+        "reader",
     ),
     ("packages", "transformer", "bank", "text", "vae", "video"),
     ("cache",),
@@ -68,10 +71,10 @@ LEVELS: tuple[tuple[str, ...], ...] = (
     ("metrics_plot", "training", "extension", "report"),
     ("jobs",),
     ("continuation",),
-    ("worker",),
+    ("worker", "batch_plan"),
     ("batch", "bench"),
     ("bench_stream", "bench_kernels", "bench_peer"),
-    ("ray_engine",),
+    ("local_engine", "ray_engine"),
 )
 """Imports go to lower levels only. On level 0 also to the left, in the given order."""
 LEVEL_OF = {name: level for level, names in enumerate(LEVELS) for name in names}

@@ -199,7 +199,7 @@ def test_generate_takes_adapters_and_models_pack_merges_them(
     def frames(name: str, *options: str) -> bytes:
         result = run_command("generate", "a red circle", "-o", f"{name}.mkv", *common, *options)
         assert result.code == 0, result.err
-        from packforcing_cli.video import VideoReader
+        from packforcing_cli.reader import VideoReader
 
         return b"".join(frame.tobytes() for frame in VideoReader(tmp_path / f"{name}.mkv"))
 

@@ -25,6 +25,7 @@ from batch_chaos import workers_of
 
 from packforcing_cli import (
     batch,
+    batch_plan,
     bundle,
     catalog,
     generate_many,
@@ -362,7 +363,7 @@ def drive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[
     """Let the driver do four jobs of two models with actors that play a part."""
     monkeypatch.setattr(ray_engine, "LONG_POLL_SECONDS", 0.01)
     wanted = [{"prompt": "a", "seed": n} for n in range(3)] + [{"prompt": "b", "dtype": "bf16"}]
-    entries, _ = batch.plan_jobs(manifest.of_values(wanted, defaults={"model": "demo"}))
+    entries, _ = batch_plan.plan_jobs(manifest.of_values(wanted, defaults={"model": "demo"}))
     entries = [replace(entry, load_key=entry.spec["request"]["dtype"]) for entry in entries]
     folder = batch.Folder.open(tmp_path / "v")
     folder.add(entries, source="test")

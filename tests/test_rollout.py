@@ -21,12 +21,12 @@ from packforcing_cli import past, prompts, resolve, rollout, sameness
 from packforcing_cli.config import GenerateRequest, MemoryOptions
 from packforcing_cli.errors import GenerationError, UsageError
 from packforcing_cli.prompts import Prompt, Story
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.resolve import schedule_for
 from packforcing_cli.rollout import Block, stream_generate
 from packforcing_cli.text import TextEncoder
 from packforcing_cli.timeline import Script
-from packforcing_cli.video import VideoReader
 
 torch.set_num_threads(1)
 

@@ -36,11 +36,12 @@ from packforcing_cli.errors import LockedError, PackforcingError, RunFolderError
 from packforcing_cli.layout import Lengths
 from packforcing_cli.past import PastBlock
 from packforcing_cli.prompts import Prompt, Story
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.rollout import stream_generate
 from packforcing_cli.runfolder import Record, RunFolder
 from packforcing_cli.timeline import Script, Timeline, parse_at, parse_pins
-from packforcing_cli.video import VideoReader, VideoWriter, part_path
+from packforcing_cli.video import VideoWriter, part_path
 
 torch.set_num_threads(1)
 

@@ -251,7 +251,7 @@ def run(
     Exit codes: 0 all done, 3 some not, 2 the manifest or an option is wrong and nothing was started, 6 disk full,
     9 locked, 130 interrupted, 143 terminated. Ctrl-C once ends after the blocks at hand, twice at once.
     """
-    from packforcing_cli import batch
+    from packforcing_cli import batch, batch_plan
     from packforcing_cli import manifest as manifests
     from packforcing_cli.errors import PackforcingError
     from packforcing_cli.tasks import Options
@@ -266,7 +266,7 @@ def run(
         base_seed = _base_seed(defaults.pop("seed", 0))
         kind = manifests.kind_of(manifest, data, wanted=kind)
         lines = _with_models(manifests.parse(data, source=name, kind=kind, defaults=defaults), place)
-        entries, notes = batch.plan_jobs(
+        entries, notes = batch_plan.plan_jobs(
             lines,
             template=template,
             seed=base_seed,
@@ -314,7 +314,9 @@ def run(
                     max_failures=max_failures,
                 )
             else:
-                engine = batch.Local(
+                from packforcing_cli import local_engine
+
+                engine = local_engine.Local(
                     folder,
                     how,
                     workers=count,
@@ -449,30 +451,30 @@ def _is_ray(engine: str, address: str | None, cpus: float | None, *, ship: bool)
 
 def _place(out: str | None, manifest: str) -> tuple[Path, Any]:
     """The folder, and how files in it are called. Raises: UsageError."""
-    from packforcing_cli import batch
+    from packforcing_cli import batch_plan
     from packforcing_cli.errors import UsageError
 
     if out is None:
         if manifest == "-":
             raise UsageError("a manifest from standard input needs --out", hint="For example --out videos.")
         stem = Path(manifest).name.removesuffix(Path(manifest).suffix)
-        return Path(f"{stem}-videos"), batch.Template()
+        return Path(f"{stem}-videos"), batch_plan.Template()
     if "\0" in out or not out.strip():
         raise UsageError("--out is empty", hint="For example --out videos.")
     head, brace, _ = out.partition("{")
     if not brace:
         if Path(out).is_file():
             raise UsageError(f"--out {out} is a file", hint="Give a folder.")
-        if Path(out).suffix.lower() in batch.CONTAINERS and not Path(out).is_dir():
+        if Path(out).suffix.lower() in batch_plan.CONTAINERS and not Path(out).is_dir():
             raise UsageError(
                 f"--out {out}: must be a folder; there are many videos",
                 hint=f"Name them with a template, --out '{Path(out).with_suffix('')}-{{index}}{Path(out).suffix}',"
                 " or one line with its output.",
             )
-        return Path(out), batch.Template()
+        return Path(out), batch_plan.Template()
     folder = head.rpartition("/")[0] if "/" in head else ""
     folder = "/" if not folder and head.startswith("/") else folder
-    return Path(folder or "."), batch.Template(out[len(folder) :].lstrip("/"))
+    return Path(folder or "."), batch_plan.Template(out[len(folder) :].lstrip("/"))
 
 
 def _read(manifest: str) -> tuple[str, bytes]:
@@ -586,11 +588,11 @@ def _with_models(lines: Sequence[Line], folder: Path) -> list[Line]:
 
 def _gpus(lines: Sequence[Line]) -> list[str]:
     """GPUs that workers share, one each; none if every job asks for the CPU."""
-    from packforcing_cli import batch
+    from packforcing_cli import local_engine
 
     if all(line.request.device == "cpu" for line in lines):
         return []
-    return batch.visible_gpus()
+    return local_engine.visible_gpus()
 
 
 def _show_plan(entries: Sequence[Entry], notes: Sequence[str], shown: Display, *, as_json: bool) -> None:

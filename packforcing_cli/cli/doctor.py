@@ -367,8 +367,9 @@ def model_finding(name: str, folder: Path) -> Finding:
 
 
 def _check_self_test() -> Iterator[Finding]:
-    from packforcing_cli import registry, rollout, video
+    from packforcing_cli import registry, rollout
     from packforcing_cli.errors import PackforcingError
+    from packforcing_cli.reader import VideoReader
 
     started = time.perf_counter()
     try:
@@ -377,7 +378,7 @@ def _check_self_test() -> Iterator[Finding]:
             result = rollout.generate(
                 model, SELF_TEST_PROMPT, Path(folder) / "test.mp4", seconds=SELF_TEST_SECONDS, seed=0
             )
-            read = sum(1 for _ in video.VideoReader(result.path))
+            read = sum(1 for _ in VideoReader(result.path))
     except (PackforcingError, OSError, RuntimeError) as error:
         fix = (
             getattr(error, "hint", "")

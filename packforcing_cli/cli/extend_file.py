@@ -93,7 +93,7 @@ def is_foreign(source: str, shown: Display) -> bool:
     """
     from packforcing_cli.continuation import run_of
     from packforcing_cli.errors import UsageError
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     if not os.path.isfile(source):  # noqa: PTH113  (Path's raises for a name too long)
         if Path(source).suffix and not os.path.isdir(source):  # noqa: PTH112
@@ -136,7 +136,7 @@ def extend_file(
     Raises: PackforcingError, saying what plays.
     """
     from packforcing_cli import jobs, timeline
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     said = prompt if prompt is not None else VideoReader(source).metadata.get("prompt", "")
     if not said.strip():

@@ -348,9 +348,10 @@ def _only_prompt(embeddings: Path | None) -> str | None:
 
 def _provenance(path: Path) -> Provenance:
     """How a video file was made. Raises: UsageError or VideoError."""
-    from packforcing_cli import provenance, video
+    from packforcing_cli import provenance
+    from packforcing_cli.reader import VideoReader
 
-    return provenance.from_tags(video.VideoReader(path).metadata, source=str(path))
+    return provenance.from_tags(VideoReader(path).metadata, source=str(path))
 
 
 def _compare(before: Provenance, now: Provenance, shown: Display) -> None:

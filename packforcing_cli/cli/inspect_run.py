@@ -109,7 +109,7 @@ def find(name: str) -> Path:
     if not os.path.isfile(name):  # noqa: PTH113  (Path's raises for a name too long)
         return runfolder.find(name)
     from packforcing_cli.continuation import run_of
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     video = VideoReader(name)
     folder = run_of(video)

@@ -139,7 +139,7 @@ def find_run(name: str) -> Path:
     from packforcing_cli import runfolder
     from packforcing_cli.continuation import run_of
     from packforcing_cli.errors import UsageError
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     if not os.path.isfile(name):  # noqa: PTH113  (Path's raises for a name too long)
         return runfolder.find(name)

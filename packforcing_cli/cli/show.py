@@ -10,7 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from packforcing_cli.provenance import Provenance
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
 SCHEMA = 1
 
@@ -27,7 +27,7 @@ def show(
     """
     from packforcing_cli import provenance
     from packforcing_cli.cli import console
-    from packforcing_cli.video import VideoReader
+    from packforcing_cli.reader import VideoReader
 
     reader = VideoReader(file)
     made = provenance.from_tags(reader.metadata, source=str(file))

@@ -470,17 +470,17 @@ def _use(recipe: Finetune, clips: EncodedData, talk: Lines, *, force: bool) -> t
     """
     from packforcing_cli import packages, weights
     from packforcing_cli.errors import UsageError
-    from packforcing_cli.training import estimate, finetune
+    from packforcing_cli.training import clip_run, estimate
     from packforcing_cli.transformer import TransformerConfig
 
     settings, shape = recipe.data, estimate.shape_of(recipe.data)
-    split = finetune.Split.of(clips, shape, settings.held_out)
+    split = clip_run.Split.of(clips, shape, settings.held_out)
     place = packages.find_package(recipe.model)
     manifest = packages.read_manifest(place)
     config = weights.read_config(packages.part_folder(place, manifest, "transformer"))
     grid = estimate.grid_of(manifest, TransformerConfig.from_dict(config))
     lengths = [scene.blocks for scene in split.trained]
-    longest, unseen = max(lengths), finetune.unseen_share(split, settings)
+    longest, unseen = max(lengths), clip_run.unseen_share(split, settings)
     limit = grid.blocks_for(settings.scene_seconds, manifest.fps)
     said, hint = "", ""
     if unseen > 0:

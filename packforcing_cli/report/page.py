@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from packforcing_cli import __version__, durable, runfolder, trace
 from packforcing_cli.errors import PackforcingError, UsageError
+from packforcing_cli.reader import fitted
 from packforcing_cli.report.study import (
     PAPER_CHURN,
     PAPER_DIVERSITY,
@@ -39,7 +40,6 @@ from packforcing_cli.report.study import (
     per_column,
     recall_map,
 )
-from packforcing_cli.video import fitted
 
 SCHEMA = 1
 LIMIT_BYTES = 8_000_000

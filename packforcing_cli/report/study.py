@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 from packforcing_cli import runfolder, trace
 from packforcing_cli.config import GenerateRequest
 from packforcing_cli.errors import PackforcingError, UsageError
+from packforcing_cli.reader import VideoReader, fitted
 from packforcing_cli.timeline import Script
 from packforcing_cli.trace import Record
-from packforcing_cli.video import VideoReader, fitted, part_path
+from packforcing_cli.video import part_path
 
 Curve = NDArray[np.float64]
 

@@ -17,8 +17,8 @@ what LR alone gives. Source: docs/method.md 7.5, 7.6 (U2's pre-training), 7.7 (T
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -38,9 +38,9 @@ from packforcing_cli.packages import Manifest
 from packforcing_cli.registry import ModelSource
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
 from packforcing_cli.training import estimate, finetune, frozen, loop
+from packforcing_cli.training.clip_run import ClipRun, Maker, Split, averaged, write_result
 from packforcing_cli.training.data import EncodedData, Scene
 from packforcing_cli.training.distill_plan import AppendedContext, DistillShape, Plan, Query, with_bytes
-from packforcing_cli.training.finetune import Maker, Split, averaged
 from packforcing_cli.training.recipe_kinds import CompressorDistill
 from packforcing_cli.transformer import BlockKV, TextKV, TransformerConfig, WanTransformer, attention
 
@@ -518,80 +518,42 @@ def train(
     state = loop.TrainingState(
         modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
     )
-    log_path = out / f"metrics{workers.rank or ''}.jsonl"
-    known = loop.checkpoints_of(out / "checkpoints")
     facts = finetune.facts_of(recipe, source, data)
     loop.check_facts(out / "checkpoints", facts, accept=accept)
     manifest = result_manifest(recipe, source, data, shape, split)
-    maker = Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
-    manifest = result_manifest(recipe, source, data, shape, split)
-    last: dict[str, Any] = {}
-    bad: list[str] = []
 
-    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scene = split.trained[int(torch.randint(len(split.trained), (), generator=generator))]
+    def loss(scene: Scene, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
         value, parts = item_loss(models, data, scene, shape, recipe, generator)
-        if not math.isfinite(float(value.detach())):
-            bad.append(f"scene {scene.index} of {scene.clip}")
         return value, {name: float(f"{part:.6g}") for name, part in parts.items()}
 
-    def evaluate() -> dict[str, Any]:
+    @contextmanager
+    def current() -> Iterator[Models | None]:
         with averaged(state):
-            errors = evaluated(models, data, split, shape, recipe)
-            last.clear()
-            last.update(errors)
-            if maker is not None and state.step % recipe.samples.every == 0:
-                last["samples"] = errors["samples"] = maker.make(state.step, models)
-        finetune.draw_curve(log_path, out / "curve.png", measure=MEASURE)
-        return errors
+            yield None if workers.rank else models
 
-    with loop.Log(log_path, on_log) as log:
-        if workers.rank == 0 and not known:
-            log.write(event="evaluate", step=0, **evaluated(models, data, split, shape, recipe))
-            if maker is not None:
-                log.write(event="samples", step=0, samples=maker.make(0, models))
-        finished = loop.run(
-            state,
-            settings,
-            loss,
-            out=out,
-            facts=facts,
-            accept=accept,
-            workers=workers,
-            log=log,
-            evaluate=evaluate,
-            should_stop=should_stop,
-            blame=lambda: "; ".join(bad),
-            items=recipe.items,
-            log_every=log_every,
-        )
-        figures: dict[str, Any] = {"steps": state.step}
-        if finished and workers.rank == 0:
-            with averaged(state):
-                if not last or state.step % settings.evaluate_every:
-                    last.clear()
-                    last.update(evaluated(models, data, split, shape, recipe))
-                if maker is not None:
-                    if "samples" not in last:
-                        last["samples"] = maker.make(state.step, models)
-                        log.write(event="samples", step=state.step, samples=last["samples"])
-                    figures["pairs"] = [str(path) for path in maker.pairs(state.step)]
-                    last["before and after"] = [f"samples/{Path(path).name}" for path in figures["pairs"]]
-                finetune.write_result(
-                    out / "package",
-                    source,
-                    manifest,
-                    None,
-                    models.compressor,
-                    steps=state.step,
-                    metrics=last,
-                    changes=state.changes,
-                )
-            finetune.draw_curve(log_path, out / "curve.png", measure=MEASURE)
-            figures["result"] = str(out / "package")
-            log.write(event="done", **figures)
-    workers.stop()
-    return figures
+    def write(result: Models, metrics: dict[str, Any]) -> dict[str, Any]:
+        write_result(
+            out / "package", source, manifest, None, result.compressor,
+            steps=state.step, metrics=metrics, changes=state.changes,
+        )  # fmt: skip
+        return {}
+
+    run = ClipRun(
+        recipe=recipe,
+        out=out,
+        workers=workers,
+        state=state,
+        facts=facts,
+        split=split,
+        maker=Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None,
+        current=current,
+        item_loss=loss,
+        evaluated=lambda models: evaluated(models, data, split, shape, recipe),
+        write=write,
+        measure=MEASURE,
+        at_zero=True,
+    )
+    return run.train(accept=accept, on_log=on_log, should_stop=should_stop, log_every=log_every)
 
 
 def result_manifest(

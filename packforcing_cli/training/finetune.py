@@ -10,37 +10,31 @@ Source: docs/method.md 7.4, 7.5, 7.7; teacher forcing as in Self-Forcing.
 
 from __future__ import annotations
 
-import copy
-import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from packforcing_cli import catalog, durable, embeddings, lora, packages, registry, weights
+from packforcing_cli import catalog, lora, packages, registry, weights
 from packforcing_cli.compressor import Compressor
-from packforcing_cli.embeddings import UNCONDITIONAL, EmbeddingCache
+from packforcing_cli.embeddings import UNCONDITIONAL
 from packforcing_cli.errors import UsageError
 from packforcing_cli.layout import Grid
 from packforcing_cli.packages import Manifest
-from packforcing_cli.prompts import Prompt, Story
-from packforcing_cli.registry import ModelSource, VideoModel
+from packforcing_cli.registry import ModelSource
 from packforcing_cli.sampler import NUM_TRAIN_TIMESTEPS, shifted
-from packforcing_cli.timeline import Script
 from packforcing_cli.training import adapters, estimate, frozen, loop, shards
+from packforcing_cli.training.clip_run import ClipRun, Maker, Split, averaged, write_result
 from packforcing_cli.training.data import EncodedData, Scene
-from packforcing_cli.training.items import Item, Shape, kept_evenly
+from packforcing_cli.training.items import Item, Shape
 from packforcing_cli.training.packed import packed_forward
-from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora, ItemData
-from packforcing_cli.training.samples import Sampler
+from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
 from packforcing_cli.transformer import WanTransformer
-from packforcing_cli.vae import Codec
 
 EVALUATED_SIGMAS = (0.3, 0.6, 0.9)
 EVALUATED_ITEMS = 8
@@ -62,43 +56,6 @@ class Models:
     @property
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
-
-
-@dataclass(frozen=True)
-class Split:
-    """Scenes that are trained on and scenes that are only evaluated; `is_held_out` is False if there are none such."""
-
-    trained: tuple[Scene, ...]
-    evaluated: tuple[Scene, ...]
-    is_held_out: bool
-
-    @classmethod
-    def of(cls, data: EncodedData, shape: Shape, held_out: float) -> Split:
-        """Split by the contents of clips, so that no scene of a held-out one is trained on, whatever it is named.
-
-        Raises: UsageError if no scene is long enough for the shape.
-        """
-        long_enough = [scene for scene in data.scenes if scene.blocks >= shape.least_blocks]
-        if not long_enough:
-            most = max((scene.blocks for scene in data.scenes), default=0)
-            raise UsageError(
-                f"{shape.name} items need scenes of {shape.least_blocks} blocks; the longest of"
-                f" {len(data.scenes)} in {data.folder} has {most}",
-                hint="Use longer clips, or encode them with a larger --scene-seconds.",
-            )
-        clips = sorted({scene.content for scene in long_enough})
-        trained, held = kept_evenly(clips, held_out)
-        kept = {clips[n] for n in trained}
-        inside = tuple(scene for scene in long_enough if scene.content in kept)
-        outside = tuple(scene for scene in long_enough if scene.content not in kept)
-        return cls(inside, outside or inside, bool(held))
-
-
-def unseen_share(split: Split, settings: ItemData) -> float:
-    """Share of the trained scenes' blocks that no item ever takes: strict ones begin at a scene's start."""
-    blocks = [scene.blocks for scene in split.trained]
-    taken = [min(n, settings.blocks) if settings.shape == "strict" else n for n in blocks]
-    return 1 - sum(taken) / sum(blocks)
 
 
 # -- the loss -----------------------------------------------------------------------------------------------------
@@ -336,90 +293,47 @@ def train(
     state = loop.TrainingState(
         modules, loop.MovingAverage(modules, settings.average), [optimizer_of(models, recipe)]
     )
-    log_path = out / f"metrics{workers.rank or ''}.jsonl"
     facts = facts_of(recipe, source, data)
     loop.check_facts(out / "checkpoints", facts, accept=accept)
     manifest = result_manifest(recipe, source, data, shape, split)
-    maker = Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None
-    last: dict[str, Any] = {}
-    bad: list[str] = []
 
-    def loss(generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        scene = split.trained[int(torch.randint(len(split.trained), (), generator=generator))]
-        value = item_loss(models, data, scene, shape, recipe, generator)
-        if not math.isfinite(float(value.detach())):
-            bad.append(f"scene {scene.index} of {scene.clip}")
-        return value, {}
+    def loss(scene: Scene, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+        return item_loss(models, data, scene, shape, recipe, generator), {}
 
-    def evaluate() -> dict[str, Any]:
-        """Figures of the averaged weights, in the first process; the others give what it gathers."""
-        errors: dict[str, Any] = {}
-        with averaged_models(state, models, recipe, source) as current:
-            if current is not None:
-                errors = evaluated(current, data, split, shape, recipe)
-                last.clear()
-                last.update(errors)
-                if maker is not None and state.step % recipe.samples.every == 0:
-                    last["samples"] = errors["samples"] = maker.make(state.step, current)
-        if workers.rank == 0:
-            draw_curve(log_path, out / "curve.png")
-        return errors
-
-    with loop.Log(log_path, on_log) as log:
-        if maker is not None and not loop.checkpoints_of(out / "checkpoints"):
-            with averaged_models(state, models, recipe, source) as first:
-                if first is not None:
-                    log.write(event="samples", step=0, samples=maker.make(0, first))
-        finished = loop.run(
-            state,
-            settings,
-            loss,
-            out=out,
-            facts=facts,
-            accept=accept,
-            workers=workers,
-            log=log,
-            evaluate=evaluate,
-            should_stop=should_stop,
-            blame=lambda: "; ".join(bad),
-            items=recipe.items,
-            log_every=log_every,
+    def write(result: Models, metrics: dict[str, Any]) -> dict[str, Any]:
+        figures = {}
+        network = result.transformer if recipe.train_transformer else None
+        own: Compressor | None = result.compressor
+        if isinstance(recipe, FinetuneLora):
+            adapters.write(out / "lora", result.transformer, recipe)
+            figures["lora"] = str(out / "lora")
+            network, own = _with_adapters(result, recipe, source, out / "lora"), None
+        write_result(
+            out / "package",
+            source,
+            manifest,
+            network,
+            own,
+            steps=state.step,
+            metrics=metrics,
+            changes=state.changes,
         )
-        figures: dict[str, Any] = {"steps": state.step}
-        if finished:
-            with averaged_models(state, models, recipe, source) as result:
-                if result is not None:
-                    if not last or state.step % settings.evaluate_every:
-                        last.clear()
-                        last.update(evaluated(result, data, split, shape, recipe))
-                    if maker is not None:
-                        if "samples" not in last:
-                            last["samples"] = maker.make(state.step, result)
-                            log.write(event="samples", step=state.step, samples=last["samples"])
-                        figures["pairs"] = [str(path) for path in maker.pairs(state.step)]
-                    network = result.transformer if recipe.train_transformer else None
-                    own: Compressor | None = result.compressor
-                    if isinstance(recipe, FinetuneLora):
-                        adapters.write(out / "lora", result.transformer, recipe)
-                        figures["lora"] = str(out / "lora")
-                        network, own = _with_adapters(result, recipe, source, out / "lora"), None
-                    if figures.get("pairs"):
-                        last["before and after"] = [f"samples/{Path(p).name}" for p in figures["pairs"]]
-                    write_result(
-                        out / "package",
-                        source,
-                        manifest,
-                        network,
-                        own,
-                        steps=state.step,
-                        metrics=last,
-                        changes=state.changes,
-                    )
-                    draw_curve(log_path, out / "curve.png")
-                    figures["result"] = str(out / "package")
-                    log.write(event="done", **figures)
-    workers.stop()
-    return figures
+        return figures
+
+    run = ClipRun(
+        recipe=recipe,
+        out=out,
+        workers=workers,
+        state=state,
+        facts=facts,
+        split=split,
+        maker=Maker(recipe, source, manifest, data, split, out / "samples") if recipe.samples.every else None,
+        current=lambda: averaged_models(state, models, recipe, source),
+        item_loss=loss,
+        evaluated=lambda current: evaluated(current, data, split, shape, recipe),
+        write=write,
+    )
+    return run.train(accept=accept, on_log=on_log, should_stop=should_stop, log_every=log_every)
 
 
 def _with_adapters(
@@ -464,22 +378,6 @@ def averaged_models(
     yield copy
 
 
-@contextmanager
-def averaged(state: loop.TrainingState) -> Iterator[None]:
-    """The modules with their averaged weights."""
-    kept = {
-        name: {k: v.detach().clone() for k, v in module.state_dict().items()}
-        for name, module in state.modules.items()
-    }
-    try:
-        for name, module in state.modules.items():
-            module.load_state_dict(state.average.state_of(name))
-        yield
-    finally:
-        for name, module in state.modules.items():
-            module.load_state_dict(kept[name])
-
-
 @torch.no_grad()
 def evaluated(
     models: Models, data: EncodedData, split: Split, shape: Shape, recipe: Finetune
@@ -495,40 +393,6 @@ def evaluated(
             total += float(item_loss(models, data, scene, shape, recipe, generator, sigma=sigma))
         errors[f"sigma {sigma:g}"] = round(total / count, 5)
     return {"held-out clips" if split.is_held_out else "trained clips": errors}
-
-
-def draw_curve(log: Path, path: Path, *, measure: str = "squared velocity error") -> None:
-    """Draw the losses and evaluations of a log as a PNG. Nothing is drawn before the second line."""
-    from matplotlib.figure import Figure
-
-    losses: dict[int, float] = {}
-    errors: dict[str, dict[int, float]] = {}
-    for line in log.read_text("utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if "loss" in record:
-            losses[int(record["step"])] = float(record["loss"])
-        elif record.get("event") == "evaluate":
-            for group, values in record.items():
-                if isinstance(values, dict) and group != "samples":
-                    for name, value in values.items():
-                        errors.setdefault(f"{group}, {name}", {})[int(record["step"])] = float(value)
-    if len(losses) < 2:
-        return
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot(list(losses), list(losses.values()), linewidth=0.8, color="0.6", label="loss of a step")
-    for name, values in errors.items():
-        axes.plot(list(values), list(values.values()), marker=".", label=name)
-    axes.set_xlabel("step")
-    axes.set_ylabel(measure)
-    axes.set_yscale("log")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    with durable.replacing(path) as part:
-        figure.savefig(part, format="png", dpi=110)
 
 
 # -- the result ---------------------------------------------------------------------------------------------------
@@ -584,115 +448,3 @@ def _config(source: ModelSource) -> Any:
 
     folder = packages.part_folder(source.folder, source.manifest, "transformer")
     return TransformerConfig.from_dict(weights.read_config(folder))
-
-
-def write_result(
-    folder: Path,
-    source: ModelSource,
-    manifest: Manifest,
-    transformer: WanTransformer | None,
-    compressor: Compressor | None,
-    *,
-    steps: int,
-    metrics: dict[str, Any],
-    changes: Sequence[dict[str, Any]] = (),
-) -> Manifest:
-    """Write the package, its weights in the precision they came in; parts that were not trained are the base's."""
-    place = packages.part_folder(source.folder, source.manifest, "transformer")
-    _, first = next(weights.each_tensor(place))
-    provenance = {**manifest.provenance, "steps": steps, "weights": "averaged", "metrics": metrics}
-    if changes:
-        provenance["changed on the way"] = list(changes)
-    return registry.write_package(
-        folder,
-        manifest.model_copy(update={"provenance": provenance, "references": {}}),
-        transformer=transformer,
-        compressor=compressor,
-        dtype=first.dtype,
-        base=source.folder,
-        overwrite=True,
-    )
-
-
-class Sampled(Protocol):
-    """What sample videos are made with."""
-
-    @property
-    def transformer(self) -> WanTransformer: ...
-
-    @property
-    def compressor(self) -> Compressor: ...
-
-    @property
-    def device(self) -> torch.device: ...
-
-
-class Maker:
-    """Sample videos of this run: the model they are made with, and its prompts."""
-
-    def __init__(
-        self,
-        recipe: Finetune | CompressorDistill,
-        source: ModelSource,
-        manifest: Manifest,
-        data: EncodedData,
-        split: Split,
-        folder: Path,
-    ) -> None:
-        self._recipe, self._source, self._manifest = recipe, source, manifest
-        self._data, self._folder = data, folder
-        asked = [Script((text,)) for text in recipe.samples.prompts]
-        shown = list(dict.fromkeys(scene.script for scene in (*split.evaluated, *split.trained)))
-        self._scripts = asked or shown[: recipe.samples.count]
-        self._codec: Codec | None = None
-        self._sampler: Sampler | None = None
-
-    def make(self, step: int, models: Sampled) -> dict[str, float]:
-        """Make and measure the videos of a step. Returns: figures, means over them."""
-        network, compressor = models.transformer, models.compressor
-        dtype = network.patch_embedding.weight.dtype
-        if next(compressor.parameters()).dtype != dtype:
-            compressor = copy.deepcopy(compressor).to(dtype)
-        if self._codec is None:
-            place = packages.part_folder(self._source.folder, self._source.manifest, "vae")
-            self._codec = registry.load_codec(place, device=models.device, dtype=dtype)
-        model = VideoModel(
-            name=self._manifest.name,
-            manifest=self._manifest,
-            folder=self._source.folder,
-            transformer=network,
-            compressor=compressor,
-            codec=self._codec,
-            load_text_encoder=self._source.load_text_encoder,
-            text=self._source.text,
-            device=models.device,
-            dtype=dtype,
-        )
-        if self._sampler is None:
-            self._sampler = Sampler(self._recipe.samples, self._encoded(models.device, dtype), self._folder)
-        return self._sampler.make(step, model)
-
-    def pairs(self, step: int) -> list[Path]:
-        """Put the videos from before the first step and from this one side by side."""
-        return [] if self._sampler is None else self._sampler.pairs(step)
-
-    def _encoded(self, device: torch.device, dtype: torch.dtype) -> list[Story]:
-        guided = self._manifest.schedule.guidance != 1.0
-        texts = list(
-            dict.fromkeys(text for script in self._scripts for text in (*script.prompts, UNCONDITIONAL))
-        )
-        if self._recipe.samples.prompts:
-            found = embeddings.encode(
-                texts, self._source.text, self._source.load_text_encoder, cache=EmbeddingCache.of_user()
-            )
-            embeds = {text: entry.embeds for text, entry in found.items()}
-        else:
-            embeds = {text: self._data.embedding(text) for text in texts}
-        empty = embeds[UNCONDITIONAL].to(device, dtype) if guided else None
-        return [
-            Story(
-                script,
-                tuple(Prompt(text, embeds[text].to(device, dtype), empty) for text in script.prompts),
-            )
-            for script in self._scripts
-        ]

@@ -22,10 +22,11 @@ from numpy.typing import NDArray
 
 from packforcing_cli import metrics, resolve, rollout
 from packforcing_cli.prompts import Story
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import VideoModel
 from packforcing_cli.training import detectors, world
 from packforcing_cli.training.recipe_kinds import Samples
-from packforcing_cli.video import VideoReader, VideoWriter
+from packforcing_cli.video import VideoWriter
 
 GAP = 8  # px between the two pictures of a pair
 READ_SECONDS = 10  # the end of a clip, of which the detectors read the words of its last caption

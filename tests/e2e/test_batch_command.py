@@ -20,7 +20,7 @@ import pytest
 import torch
 from test_generate import PROMPT, num_frames, write_tiny
 
-from packforcing_cli import batch, durable, generate_many, jobs, ledger, manifest, rollout, worker
+from packforcing_cli import batch, batch_plan, durable, generate_many, jobs, ledger, manifest, rollout, worker
 from packforcing_cli.batch import Folder, LedgerBoard
 from packforcing_cli.errors import DiskFullError, LockedError
 from packforcing_cli.ledger import Ledger, Row
@@ -45,7 +45,7 @@ def some_jobs(package: Path, count: int = 4, **more: Any) -> list[dict[str, Any]
 
 
 def open_folder(place: Path, wanted: list[dict[str, Any]]) -> Folder:
-    entries, _ = batch.plan_jobs(manifest.of_values(wanted), root=place)
+    entries, _ = batch_plan.plan_jobs(manifest.of_values(wanted), root=place)
     folder = Folder.open(place)
     folder.add(entries, source="test")
     return folder

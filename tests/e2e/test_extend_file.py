@@ -18,8 +18,8 @@ from test_source import RAMP, write
 
 from packforcing_cli import runfolder
 from packforcing_cli.config import GenerateRequest
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.runfolder import RunFolder
-from packforcing_cli.video import VideoReader
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ import torch
 from packforcing_cli import health, packages, planner, registry, rollout, runfolder
 from packforcing_cli.cli.generate import Outcome
 from packforcing_cli.compressor import Compressor, CompressorConfig
+from packforcing_cli.reader import VideoReader
 from packforcing_cli.registry import (
     CacheDefaults,
     CodecFactsRecord,
@@ -36,7 +37,6 @@ from packforcing_cli.text import build_encoder
 from packforcing_cli.training.demo_text import build_demo_tokenizer, tiny_umt5_config
 from packforcing_cli.transformer import TransformerConfig, WanTransformer
 from packforcing_cli.vae import TinyAutoencoder, TinyAutoencoderConfig, TinyCodec
-from packforcing_cli.video import VideoReader
 
 PROMPT = "a red circle"
 VOCABULARY = ("a", "red", "circle", "moving", "right")

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 from test_generate import assert_one_message, write_tiny
 
-from packforcing_cli.video import VideoReader
+from packforcing_cli.reader import VideoReader
 
 
 @pytest.fixture(scope="module")
