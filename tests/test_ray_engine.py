@@ -647,7 +647,11 @@ def halted_at_the_long_job(manifest: Path, out: str, driver: subprocess.Popen[by
     rows = wait_for(manifest, out, driver, lambda rows: rows[0].blocks > blocks)
     found = process_at_work(manifest, out, rows[0])
     os.kill(found, signal.SIGSTOP)
-    wait_for(manifest, out, driver, lambda rows: rows[1].status == "done")
+    try:
+        wait_for(manifest, out, driver, lambda rows: rows[1].status == "done")
+    except BaseException:
+        os.kill(found, signal.SIGKILL)
+        raise
     return found
 
 
@@ -730,6 +734,8 @@ def test_on_a_cluster_models_are_sent_and_a_killed_driver_and_a_lost_node_change
         environment = Path(f"/proc/{lost}/environ").read_bytes().decode().split("\0")
         node = [f"XDG_CACHE_HOME={cache}" in environment for cache in caches[1:]].index(True)
         tell(f"lose {node}")
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(lost, signal.SIGKILL)  # halted, it does not notice that its node is gone
         assert driver.wait(timeout=300) == 0
     assert_it_went_on_elsewhere(manifest, "ray", lost)
     for cache in caches[1:]:  # each machine got the model, and none of the other's

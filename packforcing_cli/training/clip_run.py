@@ -120,8 +120,8 @@ class ClipRun(Generic[M]):
     write: Callable[[M, dict[str, Any]], dict[str, Any]]
     measure: str = "squared velocity error"
     at_zero: bool = False
-    _bad: list[str] = field(default_factory=list)
-    _last: dict[str, Any] = field(default_factory=dict)
+    _bad: list[str] = field(default_factory=list, init=False)
+    _last: dict[str, Any] = field(default_factory=dict, init=False)
     """Of the newest evaluation."""
 
     def train(
@@ -204,7 +204,8 @@ class ClipRun(Generic[M]):
                 self._last["samples"] = self.maker.make(step, models)
                 log.write(event="samples", step=step, samples=self._last["samples"])
             figures["pairs"] = [str(path) for path in self.maker.pairs(step)]
-            self._last["before and after"] = [f"samples/{Path(path).name}" for path in figures["pairs"]]
+            if figures["pairs"]:
+                self._last["before and after"] = [f"samples/{Path(path).name}" for path in figures["pairs"]]
         figures |= self.write(models, self._last)
         self._draw()
         return figures | {"result": str(self.out / "package")}

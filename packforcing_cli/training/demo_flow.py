@@ -871,9 +871,14 @@ def train(
     with loop.Log(out / f"metrics{workers.rank or ''}.jsonl", on_log) as log:
         log.write(event="pool")
         pools = build_pools(recipe, out, codec, workers, should_stop or (lambda: False))
-        evaluated = (
-            build_evaluated(recipe, out, codec, should_stop or (lambda: False)) if workers.rank == 0 else {}
-        )
+        evaluated, stopped = dict[str, Pool](), False
+        if workers.rank == 0:
+            try:
+                evaluated = build_evaluated(recipe, out, codec, should_stop or (lambda: False))
+            except loop.Stopped:
+                stopped = True
+        if workers.any_wants(stopped):
+            raise loop.Stopped
         finished = loop.run(
             state,
             settings,
