@@ -83,7 +83,6 @@ class ModelFacts:
     parts:            part -> where it is on the Hub; empty for a model that is not fetched from there.
     pickled:          pickled checkpoints that `models convert` makes the transformer of: the network, then a LoRA.
     ema:              whether their averaged weights are meant; None = averaged where there are any.
-    finetuned:        how weights are sampled that flow matching made of this few-step student: steps and guidance.
     """
 
     name: str
@@ -111,9 +110,6 @@ class ModelFacts:
     branches: str = "lr"
     compressor_params: int = 0
     text_embedding_params: int = 0
-    finetuned: Mapping[str, float] = field(
-        default_factory=lambda: MappingProxyType({"steps": 40, "guidance": 3.0})
-    )
     patch: tuple[int, int, int] = (1, 2, 2)
     spatial_stride: int = 8
     temporal_stride: int = 4

@@ -80,7 +80,7 @@ def pools(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pool]:
 
 def test_a_student_has_no_fresh_parts_and_nothing_is_fresh_beside_nothing() -> None:
     with pytest.raises(UsageError, match="a student begins as its teacher"):
-        recipe("init=package", 'fresh=["compressor"]')
+        recipe('fresh=["compressor"]')
     with pytest.raises(UsageError, match="without init all parts start from nothing"):
         recipes.load("demo-flow", ['fresh=["compressor"]'])
 
@@ -196,6 +196,7 @@ def test_a_run_is_resumed_bit_for_bit_and_ends_in_a_student_that_runs(teacher: P
     manifest = packages.read_manifest(Path(done["result"]))
     assert (manifest.schedule.kind, manifest.schedule.timesteps) == ("renoise", (1000, 750, 500, 250))
     assert manifest.schedule.guidance == 1
+    assert manifest.flow_schedule == packages.read_manifest(teacher).schedule
     assert Schedule.build("renoise", steps=manifest.schedule.timesteps, shift=5.0).passes == 4
     assert manifest.provenance["teacher"] == {"recipe": "demo-flow"}
     with pytest.raises(UsageError, match="demo-distill has no teacher") as caught:

@@ -230,5 +230,8 @@ def write_result(
     }
     codec = demo_flow.load_codec(recipe)
     schedule = Schedule(kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps)
-    demo_package.write(out / "package", student, codec, tokenizer_dir, schedule=schedule, provenance=facts)
+    demo_package.write(
+        out / "package", student, codec, tokenizer_dir,
+        schedule=schedule, flow_schedule=teacher.schedule, provenance=facts,
+    )  # fmt: skip
     return {"result": str(out / "package")}
