@@ -185,6 +185,7 @@ class Manifest(_Frozen):
     vocabulary:     words the model was trained on; empty when it is open.
     limits:         what it cannot do, one sentence each.
     start_image:    whether it was trained with the first latent frame of a video given.
+    flow_schedule:  of a few-step student, how its teacher is sampled, and what flow matching makes of the student.
     provenance:     recipe, data, steps, measured figures.
     parts:          part -> folder inside the package.
     references:     part -> where it is on the Hub; a part is either here or in `parts`.
@@ -203,6 +204,7 @@ class Manifest(_Frozen):
     text_length: int = Field(ge=1)
     cache: CacheDefaults
     schedule: Schedule
+    flow_schedule: Schedule | None = None
     codec: CodecFactsRecord
     vocabulary: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()

@@ -196,8 +196,12 @@ def test_a_run_is_resumed_bit_for_bit_and_ends_in_a_student_that_runs(teacher: P
     manifest = packages.read_manifest(Path(done["result"]))
     assert (manifest.schedule.kind, manifest.schedule.timesteps) == ("renoise", (1000, 750, 500, 250))
     assert manifest.schedule.guidance == 1
+    assert manifest.flow_schedule == packages.read_manifest(teacher).schedule
     assert Schedule.build("renoise", steps=manifest.schedule.timesteps, shift=5.0).passes == 4
     assert manifest.provenance["teacher"] == {"recipe": "demo-flow"}
+    with pytest.raises(UsageError, match="demo-distill has no teacher") as caught:
+        demo_distill.train(recipe(), tmp_path / "none")
+    assert "--set init=" in (caught.value.hint or "") and not (tmp_path / "none").exists()
     with pytest.raises(UsageError, match="is a student of 4 steps itself"):
         demo_distill.train(recipe(f"init={done['result']}"), tmp_path / "again")
 

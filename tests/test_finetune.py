@@ -45,7 +45,10 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compressor = Compressor(CompressorConfig(dim=24, widths=(4, 4, 6, 8)))
     randomise(transformer, 1)
     randomise(compressor, 2)
-    manifest = registry.read_manifest(DEMO_FOLDER).model_copy(update={"name": "small"})
+    schedule = registry.Schedule(kind="euler", steps=8, shift=5.0, guidance=2.0)
+    manifest = registry.read_manifest(DEMO_FOLDER).model_copy(
+        update={"name": "small", "schedule": schedule, "flow_schedule": None}
+    )
     registry.write_package(
         folder,
         manifest,
@@ -390,6 +393,32 @@ def test_a_model_without_a_compressor_starts_from_its_lr_branch(
     written = registry.read_manifest(tmp_path / "run" / "package")
     assert (written.schedule.kind, written.schedule.steps, written.schedule.guidance) == ("euler", 40, 3.0)
     assert "compressor" in written.parts
+
+
+@pytest.mark.parametrize("name", ["finetune", "finetune-lora"])
+def test_a_student_becomes_what_its_teacher_was_unless_its_compressor_alone_is_trained(
+    package: Path, encoded: EncodedData, name: str
+) -> None:
+    source = registry.open_model(package, device="cpu")
+    flow = source.manifest.schedule
+    student = registry.Schedule(kind="renoise", steps=2, shift=5.0, timesteps=(1000, 500))
+    update = {"schedule": student, "flow_schedule": flow}
+    source = dataclasses.replace(source, manifest=source.manifest.model_copy(update=update))
+
+    def result(**settings: Any) -> registry.Manifest:
+        chosen = recipe(package, name, **settings)
+        shape = estimate.shape_of(chosen.data)
+        split = clip_run.Split.of(encoded, shape, 0.0)
+        return finetune.result_manifest(chosen, source, encoded, shape, split)
+
+    made = result(sampling__steps=5)
+    assert (made.schedule, made.flow_schedule) == (flow.model_copy(update={"steps": 5}), None)
+    if name == "finetune":
+        made = result(train_transformer=False)
+        assert (made.schedule, made.flow_schedule) == (student, flow)
+        with pytest.raises(UsageError, match="stays a few-step student") as caught:
+            result(train_transformer=False, sampling__steps=5)
+        assert "train_transformer=true" in (caught.value.hint or "")
 
 
 def test_samples_and_curve_are_made_on_the_way(package: Path, encoded: EncodedData, tmp_path: Path) -> None:

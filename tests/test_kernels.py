@@ -697,7 +697,7 @@ def test_another_network_is_no_comparison() -> None:
 
 
 def test_generate_takes_the_kernel_records_it_and_repeats_it(run_command: Any, tmp_path: Path) -> None:
-    words = ["a red circle", "--model", "demo", "--seconds", "1", "--steps", "1", "--seed", "1"]
+    words = ["a red circle", "--model", "demo", "--seconds", "1", "--steps", "4", "--seed", "1"]
     made = run_command(
         "generate", *words, "--attention", "math", "--json", "-v", "-o", str(tmp_path / "v.mp4")
     )

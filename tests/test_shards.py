@@ -177,7 +177,10 @@ def encoded(tmp_path_factory: pytest.TempPathFactory) -> EncodedData:
     compressor = Compressor(CompressorConfig(dim=24, widths=(4, 4, 6, 8)))
     randomise(transformer, 1)
     randomise(compressor, 2)
-    manifest = registry.read_manifest(DEMO_FOLDER).model_copy(update={"name": "small"})
+    schedule = registry.Schedule(kind="euler", steps=8, shift=5.0, guidance=2.0)
+    manifest = registry.read_manifest(DEMO_FOLDER).model_copy(
+        update={"name": "small", "schedule": schedule, "flow_schedule": None}
+    )
     registry.write_package(
         folder / "small", manifest,
         transformer=transformer, compressor=compressor, base=DEMO_FOLDER, dtype=torch.float32,

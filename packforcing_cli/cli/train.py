@@ -647,7 +647,10 @@ def _report(recipe: AnyRecipe, folder: Path, talk: Lines, figures: dict[str, Any
         if isinstance(recipe, Finetune | CompressorDistill):
             talk.say(f"curve: {folder / 'curve.png'}")
         if isinstance(recipe, FinetuneLora):
-            talk.say(f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}")
+            talk.say(
+                f"the adapters alone: packforcing generate … --lora {shlex.quote(str(folder / 'lora'))}"
+                " (of a few-step student only the package says in how many steps it is sampled now)"
+            )
         if recipe.kind == "compressor-distill":
             alone = shlex.quote(str(result / "compressor"))
             talk.say(f"the compressor alone: packforcing generate … --compressor {alone}")

@@ -149,17 +149,20 @@ def train(
         on_log:      told every line of the log.
         should_stop: asked after every step; True ends with a checkpoint.
     Returns: the figures; without "result" when it was stopped.
-    Raises: UsageError for a teacher that is a few-step student itself.
+    Raises: UsageError without a teacher, and for one that is a few-step student itself.
     """
     settings = recipe.train
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    give = "Give the package of a demo-flow or demo-stories run: --set init=runs/demo-stories/package"
+    if not recipe.init:
+        raise UsageError("demo-distill has no teacher", hint=give)
     teacher = demo_flow.package_folder(recipe.init)
     own = read_manifest(teacher)
     if own.schedule.kind != "euler":
         raise UsageError(
             f"the teacher {own.name} in {teacher} is a student of {own.schedule.steps} steps itself",
-            hint="Give the package of a demo-flow run: --set init=runs/demo-flow/package",
+            hint=give,
         )
     workers = loop.Workers.start()
     codec = demo_flow.load_codec(recipe)
@@ -227,5 +230,8 @@ def write_result(
     }
     codec = demo_flow.load_codec(recipe)
     schedule = Schedule(kind="renoise", steps=len(steps), shift=recipe.shift, guidance=1.0, timesteps=steps)
-    demo_package.write(out / "package", student, codec, tokenizer_dir, schedule=schedule, provenance=facts)
+    demo_package.write(
+        out / "package", student, codec, tokenizer_dir,
+        schedule=schedule, flow_schedule=teacher.schedule, provenance=facts,
+    )  # fmt: skip
     return {"result": str(out / "package")}

@@ -28,7 +28,13 @@ def schedule(shift: float) -> Schedule:
     return Schedule(kind="euler", steps=STEPS, shift=shift, guidance=GUIDANCE)
 
 
-def manifest(codec: TinyCodec, *, schedule: Schedule, provenance: Mapping[str, Any]) -> Manifest:
+def manifest(
+    codec: TinyCodec,
+    *,
+    schedule: Schedule,
+    provenance: Mapping[str, Any],
+    flow_schedule: Schedule | None = None,
+) -> Manifest:
     """What the demo is and how it is run. `provenance`: recipe, data, steps, measured figures."""
     words = {word.strip(",") for caption in world.story_captions() for word in caption.split()}
     return Manifest(
@@ -42,6 +48,7 @@ def manifest(codec: TinyCodec, *, schedule: Schedule, provenance: Mapping[str, A
         text_length=demo_text.DEMO_TEXT_LENGTH,
         cache=CacheDefaults(frames_per_block=FRAMES_PER_BLOCK, top_k=MAX_MIDS, mid_span=str(DEFAULT_SPAN)),
         schedule=schedule,
+        flow_schedule=flow_schedule,
         codec=CodecFactsRecord.of(codec),
         vocabulary=tuple(word for word in demo_text.WORDS if word in words),
         limits=(
@@ -61,11 +68,12 @@ def write(
     *,
     schedule: Schedule,
     provenance: Mapping[str, Any],
+    flow_schedule: Schedule | None = None,
 ) -> Manifest:
-    """Write the package folder, 16-bit weights, replacing an older one."""
+    """Write the package folder, 16-bit weights, replacing an older one; `flow_schedule`: of a student's teacher."""
     return write_package(
         folder,
-        manifest(codec, schedule=schedule, provenance=provenance),
+        manifest(codec, schedule=schedule, provenance=provenance, flow_schedule=flow_schedule),
         transformer=models.transformer,
         compressor=models.compressor,
         vae=codec.module,

@@ -36,7 +36,7 @@ from packforcing_cli.training.packed import packed_forward
 from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune, FinetuneLora
 from packforcing_cli.transformer import WanTransformer
 
-STUDENT_STEPS, STUDENT_GUIDANCE = 40, 3.0
+STUDENT_STEPS, STUDENT_GUIDANCE = 40, 3.0  # where nothing tells how the teacher was sampled
 EVALUATED_SIGMAS = (0.3, 0.6, 0.9)
 EVALUATED_ITEMS = 8
 COMPRESSOR_SEED = 0x5EED
@@ -402,17 +402,24 @@ def evaluated(
 def result_manifest(
     recipe: Finetune, source: ModelSource, data: EncodedData, shape: Shape, split: Split
 ) -> Manifest:
-    """The manifest of the result, but for its figures."""
+    """The manifest of the result, but for its figures. Raises: UsageError for sampling that a student cannot have."""
     base = source.manifest
     longest = max(scene.blocks for scene in split.trained)
     config = estimate.grid_of(base, _config(source))
     context = shape.context(config, longest)
     schedule = base.schedule
-    if schedule.kind == "renoise":
-        schedule = registry.Schedule(
+    if schedule.kind == "renoise" and recipe.train_transformer:
+        schedule = base.flow_schedule or registry.Schedule(
             kind="euler", steps=STUDENT_STEPS, shift=schedule.shift, guidance=STUDENT_GUIDANCE
         )
-    schedule = schedule.model_copy(update=recipe.sampling.model_dump(exclude_none=True))
+    wanted = recipe.sampling.model_dump(exclude_none=True)
+    if wanted and schedule.kind == "renoise":
+        raise UsageError(
+            f"{base.name} stays a few-step student if its compressor alone is trained: it has its own steps, and no"
+            " guidance",
+            hint="Leave sampling out, or set train_transformer=true.",
+        )
+    schedule = schedule.model_copy(update=wanted)
     seconds = config.frames_for(longest) / base.fps
     item = (
         "consecutive blocks"
@@ -426,6 +433,7 @@ def result_manifest(
             "base_model": base.base_model or base.name,
             "cache": estimate.preset_of(recipe, base),
             "schedule": schedule,
+            "flow_schedule": base.flow_schedule if schedule.kind == "renoise" else None,
             "trained_frames": context.slots,
             "start_image": False,
             "provenance": {

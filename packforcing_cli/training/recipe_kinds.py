@@ -204,9 +204,11 @@ class Samples(Strict):
 
 
 class Sampling(Strict):
-    """How the result is sampled; left out = as the model it starts from, or 40 steps at guidance 3 for a student.
+    """How the result is sampled; left out = as the model it starts from, a student as its teacher, if that is known, or
+    in 40 steps at guidance 3.
 
-    Flow matching on clips trains a model for all noise levels: a few-step student becomes a many-step model.
+    Flow matching on clips trains a model for all noise levels: a few-step student becomes a many-step model, unless its
+    compressor alone is trained.
     """
 
     steps: int | None = Field(default=None, ge=1)

@@ -151,7 +151,8 @@ class DemoFlow(_Strict):
     kind: Literal["demo-flow"]
     vae: str = Field(description="folder of a trained demo-vae run, or 'package' for the packaged one")
     init: str = Field(
-        default="", description="'' = from nothing; 'package' or a package folder to start from"
+        default="",
+        description="a package folder to start from, 'package' for the packaged one; '' = from nothing",
     )
     fresh: tuple[Literal["transformer", "compressor", "text_encoder"], ...] = Field(
         default=(), description="parts that are not taken from there, but start from nothing"
@@ -173,7 +174,7 @@ class DemoFlow(_Strict):
 
 
 class DemoDistill(DemoFlow):
-    """As `DemoFlow`; `init` is the teacher, and what the student begins as."""
+    """As `DemoFlow`; `init` is the teacher, and what the student begins as, so it must be given."""
 
     kind: Literal["demo-distill"]  # type: ignore[assignment]
     timesteps: tuple[int, ...] = Field(
@@ -186,7 +187,7 @@ class DemoDistill(DemoFlow):
     quantize_frozen: Quantized = Field(default="none", description="linears of the teacher in 8 bits")
 
     @model_validator(mode="after")
-    def _begins_as_its_teacher(self) -> DemoDistill:
+    def _fresh_beside_others(self) -> DemoDistill:
         if self.fresh:
             raise ValueError("fresh: a student begins as its teacher; leave it out")
         return self

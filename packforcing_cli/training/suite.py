@@ -482,7 +482,7 @@ def moved(steps: Sequence[Step], start: int) -> dict[str, Any]:
     sampled = [step for step in mine if not math.isnan(step.speed)]
     at = np.array([step.latent * STEP_SECONDS for step in sampled])
     speeds = np.array([step.speed for step in sampled])
-    begin = times[start - 1] if start else 0.0
+    begin = float(times[start - 1]) if start else 0.0
     found = metrics.jumps(times, np.array([step.change for step in steps]))
     return {
         "steps": len(mine),
