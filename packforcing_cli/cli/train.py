@@ -124,7 +124,7 @@ def train(
             raise UsageError(
                 f"there is no run to go on with in {folder}", hint="Check --out, or leave --resume away."
             )
-        _require_clips(chosen)
+        _require_sources(chosen)
         _make_folder(folder)
         again = _command(recipe, folder, settings or [], vae, data, quantize_frozen, fsdp=fsdp, force=force)
         talk = train_progress.choose(chosen.train.steps, silent=quiet or not is_first)
@@ -186,11 +186,16 @@ def _require_frozen(recipe: AnyRecipe, mode: str) -> None:
         )
 
 
-def _require_clips(recipe: AnyRecipe) -> None:
-    """Raises: UsageError if a recipe that trains on clips names none, or a folder without; before anything is made."""
+def _require_sources(recipe: AnyRecipe) -> None:
+    """Raises: UsageError if a recipe lacks the clips or the teacher it trains with; before anything is made."""
     from packforcing_cli.errors import UsageError
     from packforcing_cli.training.recipe_kinds import CompressorDistill, Finetune
+    from packforcing_cli.training.recipes import DemoDistill
 
+    if isinstance(recipe, DemoDistill):
+        from packforcing_cli.training import demo_distill
+
+        demo_distill.teacher_of(recipe)
     if not isinstance(recipe, Finetune | CompressorDistill):
         return
     if recipe.data.folder:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from packforcing_cli.errors import UsageError
-from packforcing_cli.packages import Part, read_manifest
+from packforcing_cli.packages import Manifest, Part, read_manifest
 from packforcing_cli.registry import LAYERS, Schedule
 from packforcing_cli.sampler import renoise_sigmas, shifted
 from packforcing_cli.training import demo_flow, demo_package, demo_text, frozen, loop
@@ -134,6 +134,20 @@ def _noised(x0: Tensor, eps: Tensor, sigma: Tensor) -> Tensor:
     return (1 - _wide(sigma)) * x0 + _wide(sigma) * eps
 
 
+def teacher_of(recipe: DemoDistill) -> Manifest:
+    """Manifest of a recipe's teacher. Raises: UsageError if there is none, or if it is a few-step student itself."""
+    give = "Give the package of a demo-flow or demo-stories run: --set init=runs/demo-stories/package"
+    if not recipe.init:
+        raise UsageError("demo-distill has no teacher", hint=give)
+    folder = demo_flow.package_folder(recipe.init)
+    own = read_manifest(folder)
+    if own.schedule.kind != "euler":
+        raise UsageError(
+            f"the teacher {own.name} in {folder} is a student of {own.schedule.steps} steps itself", hint=give
+        )
+    return own
+
+
 def train(
     recipe: DemoDistill,
     out: Path,
@@ -154,16 +168,7 @@ def train(
     settings = recipe.train
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    give = "Give the package of a demo-flow or demo-stories run: --set init=runs/demo-stories/package"
-    if not recipe.init:
-        raise UsageError("demo-distill has no teacher", hint=give)
-    teacher = demo_flow.package_folder(recipe.init)
-    own = read_manifest(teacher)
-    if own.schedule.kind != "euler":
-        raise UsageError(
-            f"the teacher {own.name} in {teacher} is a student of {own.schedule.steps} steps itself",
-            hint=give,
-        )
+    own = teacher_of(recipe)
     workers = loop.Workers.start()
     codec = demo_flow.load_codec(recipe)
     tokenizer_dir = out / f"tokenizer{workers.rank}"

@@ -217,6 +217,8 @@ def test_a_recipe_file_trains_into_a_folder_of_its_name(run_command: Any, tmp_pa
         (["finetune"], "there are no clips to train on", "--data CLIPS"),
         (["finetune", "--data", "nowhere"], "there is no folder nowhere", "video clips"),
         (["demo-flow", "--set", "data.long_clips=0"], "training meets at most 1 beside 2 sinks", "--force"),
+        (["demo-distill"], "demo-distill has no teacher", "--set init="),
+        (["demo-distill", "--set", "init=package"], "is a student of 4 steps itself", "--set init="),
         (["demo-flow", "--vae", "nowhere"], "no trained autoencoder in nowhere", "train demo-vae"),
         (["demo-vae", "--out", "/dev/null/run"], "cannot make the folder /dev/null/run", "--out"),
     ],
@@ -230,7 +232,7 @@ def test_wrong_input_is_one_message(
     message = result.err[result.err.index("error: ") :]
     assert said in message
     assert next_step in message
-    if arguments[0] == "finetune":
+    if arguments[0] in ("finetune", "demo-distill"):
         assert not Path("runs").exists()
 
 
